@@ -1,0 +1,32 @@
+# `make compare` runs the main job, `make test` the tests; each makes .venv first.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: compare test check lint types bench clean
+
+compare: .venv/ready
+	$(BIN)/torchdsc compare --preset quick $(ARGS)
+
+test: .venv/ready
+	$(BIN)/python -m pytest $(ARGS)
+
+check: lint types test
+
+lint: .venv/ready
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+types: .venv/ready
+	$(BIN)/mypy
+
+bench: .venv/ready
+	$(BIN)/python -m benchmarks $(ARGS)
+
+clean:
+	rm -rf .venv runs
+
+.venv/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
+	touch $@

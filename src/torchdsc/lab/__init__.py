@@ -1,0 +1,1 @@
+"""The laboratory: corpora, tokenizers, the budget solver, training, comparison and its report."""
