@@ -1,1 +1,21 @@
 """Dynamic Subspace Composition: weights composed, token by token, from a shared bank of unit-norm rank-1 atoms."""
+
+from .bounds import certified_spectral_bound, spectral_norm
+from .convert import convert
+from .losses import Regularization, frame_regularization, regularization
+from .nn import DSC, BasisBank, DSCOptions, DSCResidual
+
+__version__ = "0.1.0.dev0"
+
+__all__ = [
+    "DSC",
+    "BasisBank",
+    "DSCOptions",
+    "DSCResidual",
+    "Regularization",
+    "certified_spectral_bound",
+    "convert",
+    "frame_regularization",
+    "regularization",
+    "spectral_norm",
+]

@@ -1,0 +1,120 @@
+"""Conversion of existing models: DSC beside, or instead of, their feed-forward modules."""
+
+import re
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from .nn import DSC, BasisBank, DSCResidual
+
+__all__ = ["convert"]
+
+
+def convert(
+    model: nn.Module,
+    *,
+    target: str | Callable[[str, nn.Module], bool] = r"(^|\.)(mlp|ffn|feed_forward)$",
+    mode: Literal["wrap", "replace"] = "wrap",
+    in_features: int | None = None,
+    out_features: int | None = None,
+    share_bank: bool = False,
+    **options: Any,
+) -> list[str]:
+    """Put a DSC layer beside (``base(x) + dsc(x)``) or in place of the feed-forward modules of ``model``, in place.
+
+    A converted model passes the ``attention_mask`` it is called with, where it has the shape of the tokens, to its DSC
+    layers, so that padding does not count in their regularisers.
+
+    Args:
+        model: Any PyTorch or Hugging Face model whose targets map (..., d_in) to (..., d_out).
+        target: Regular expression searched in module names, or a predicate of name and module. Modules inside a
+            target are not converted again.
+        mode: "wrap" keeps the module as base, "replace" drops it.
+        in_features: d_in; by default that of the first linear layer inside each target.
+        out_features: d_out; by default that of the last one.
+        share_bank: One bank for all layers; their sizes must then agree.
+        **options: Fields of :class:`torchdsc.DSCOptions`; ``num_atoms`` and ``top_k`` are required.
+
+    Returns:
+        Names of the converted modules, in order.
+
+    Raises:
+        ValueError: If nothing matches, ``mode`` is unknown, sizes cannot be told, or a shared bank does not fit.
+    """
+    if mode not in ("wrap", "replace"):
+        raise ValueError(f"mode must be 'wrap' or 'replace', got {mode!r}")
+    names = _matches(model, target)
+    if not names:
+        raise ValueError(f"target must match a module of model, got {target!r}, which matches none")
+    # Everything is built before anything is replaced: an error leaves the model as it was.
+    layers: list[DSC] = []
+    for name in names:
+        base = model.get_submodule(name)
+        sizes = _sizes(name, base, in_features, out_features)
+        bank: BasisBank | None = layers[0].bank if share_bank and layers else None
+        like = next(base.parameters(), torch.empty(0))
+        layer = DSC(*sizes, bank=bank, device=like.device, dtype=like.dtype, **options)
+        layers.append(layer.train(base.training))
+    for name, layer in zip(names, layers, strict=True):
+        base = model.get_submodule(name)
+        converted = _Masked(DSCResidual(base, layer) if mode == "wrap" else layer)
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, converted)
+    model.register_forward_pre_hook(_pass_mask, with_kwargs=True)
+    return names
+
+
+class _Masked(nn.Module):
+    """A converted module: hands the last attention mask of its model to the DSC layer.
+
+    The mask stays until the next call: a checkpointed block that is recomputed in the backward pass needs it again.
+    """
+
+    def __init__(self, module: DSCResidual | DSC) -> None:
+        super().__init__()
+        self.module = module
+        self.token_mask: Tensor | None = None
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        mask = self.token_mask
+        if mask is not None and mask.shape != x.shape[:-1]:
+            mask = None
+        output: Tensor = self.module(x, *args, token_mask=mask, **kwargs)
+        return output
+
+
+def _pass_mask(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    mask = kwargs.get("attention_mask")
+    for module in model.modules():
+        if isinstance(module, _Masked):
+            module.token_mask = mask
+
+
+def _matches(model: nn.Module, target: str | Callable[[str, nn.Module], bool]) -> list[str]:
+    names: list[str] = []
+    for name, module in model.named_modules():
+        inside = any(name.startswith(f"{outer}.") for outer in names)
+        matched = re.search(target, name) is not None if isinstance(target, str) else target(name, module)
+        if name and matched and not inside:
+            names.append(name)
+    return names
+
+
+def _sizes(name: str, base: nn.Module, in_features: int | None, out_features: int | None) -> tuple[int, int]:
+    linears = [module for module in base.modules() if _linear_sizes(module) is not None]
+    if not linears and (in_features is None or out_features is None):
+        raise ValueError(f"in_features and out_features must be given for {name!r}: it holds no linear layer")
+    first = in_features if in_features is not None else _linear_sizes(linears[0])[0]  # type: ignore[index]
+    last = out_features if out_features is not None else _linear_sizes(linears[-1])[1]  # type: ignore[index]
+    return first, last
+
+
+def _linear_sizes(module: nn.Module) -> tuple[int, int] | None:
+    if isinstance(module, nn.Linear):
+        return module.in_features, module.out_features
+    # Hugging Face's Conv1D, GPT-2's linear layer, stores its weight as (in, out).
+    if type(module).__name__ == "Conv1D" and isinstance(getattr(module, "weight", None), Tensor):
+        return int(module.weight.shape[0]), int(module.weight.shape[1])  # type: ignore[index]
+    return None

@@ -1,0 +1,306 @@
+"""The regularisers, equations (9) to (13): one function each, and their collection from a model.
+
+How their weight stays exact however the work is cut up: L_z is linear in tokens, so that the shares of micro-batches
+and processes add up. L_aux and L_budget are nonlinear in batch means and equal the token-weighted mean of their values
+per micro-batch; ``synchronize`` takes the means over all processes instead. L_frame needs no data: its shares add up
+to one a step.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .nn import BasisBank, RegularizerWeights, RoutedLayer, RoutingStatistics
+
+__all__ = [
+    "Regularization",
+    "aux_loss",
+    "budget_loss",
+    "frame_loss",
+    "frame_potential",
+    "frame_regularization",
+    "regularization",
+    "regularization_of",
+    "z_loss",
+]
+
+
+def aux_loss(probability_sum: Tensor, num_tokens: Tensor | float, load: Tensor | None = None) -> Tensor:
+    """Load balance, equation (9): ``L_aux = M sum_j P_j^2``, at least 1, and 1 when uniform.
+
+    With ``load`` it is that of Mixture-of-Experts, ``N sum_j P_j f_j``, with f_j the share of tokens that select j:
+    K when uniform.
+
+    Args:
+        probability_sum: Sum over tokens of the router's softmax, of shape (M,).
+        num_tokens: Tokens summed over.
+        load: Selections of each expert, of shape (M,).
+
+    Returns:
+        Scalar.
+    """
+    other = probability_sum if load is None else load
+    return probability_sum.shape[0] * (probability_sum / num_tokens * (other / num_tokens)).sum()
+
+
+def budget_loss(strength_sum: Tensor, num_tokens: Tensor | float, budget: float = 1.0) -> Tensor:
+    """Activation budget, equation (10): ``L_budget = max(0, mu - mean S)^2``.
+
+    Args:
+        strength_sum: Sum over tokens of the signal strength S, scalar.
+        num_tokens: Tokens summed over.
+        budget: mu.
+
+    Returns:
+        Scalar.
+    """
+    return (budget - strength_sum / num_tokens).clamp_min(0.0).square()
+
+
+def z_loss(squared_log_normalizer_sum: Tensor, num_tokens: Tensor | float) -> Tensor:
+    """Router z-loss, equation (12): ``L_z = mean (logsumexp_j r_j)^2``.
+
+    Args:
+        squared_log_normalizer_sum: Sum over tokens of the squared ``logsumexp`` of the logits, scalar.
+        num_tokens: Tokens summed over.
+
+    Returns:
+        Scalar.
+    """
+    return squared_log_normalizer_sum / num_tokens
+
+
+def frame_potential(rows: Tensor, eps: float = 1e-6) -> Tensor:
+    """Coherence of one set of atoms, half of equation (11): ``sum_{i != j} (u_i . u_j)^2`` over unit rows.
+
+    It equals ``|U^T U|_F^2 - sum_i |u_i|^4``, or the same with ``U U^T``: the smaller Gram matrix is taken, so that
+    no M x M matrix is formed where M > d.
+
+    Args:
+        rows: Raw rows of shape (M, d).
+        eps: Lower bound of a row's norm.
+
+    Returns:
+        Scalar, float32 (float64 for float64 rows).
+    """
+    with torch.autocast(rows.device.type, enabled=False):
+        unit = nn.functional.normalize(rows.to(torch.promote_types(rows.dtype, torch.float32)), dim=1, eps=eps)
+        gram = unit.t() @ unit if unit.shape[0] > unit.shape[1] else unit @ unit.t()
+        return gram.square().sum() - unit.square().sum(1).square().sum()
+
+
+def frame_loss(bank: BasisBank, eps: float = 1e-6, *, normalized: bool = False) -> Tensor:
+    """Frame potential of both sides of a bank, equation (11).
+
+    Args:
+        bank: The bank.
+        eps: Lower bound of a row's norm.
+        normalized: Divide by the M (M - 1) pairs of a side: the mean squared coherence, which does not grow with M.
+
+    Returns:
+        Scalar, differentiable in the bank's rows.
+    """
+    total = frame_potential(bank.u, eps) + frame_potential(bank.v, eps)
+    return total / max(1, bank.num_atoms * (bank.num_atoms - 1)) if normalized else total
+
+
+@dataclass(frozen=True)
+class Regularization:
+    """Regularisers of a model: what to add to the loss, and what to log.
+
+    Attributes:
+        total: Weighted sum of equation (13) over layers, differentiable.
+        aux: L_aux summed over layers, unweighted and detached, like the next three.
+        budget: L_budget.
+        frame: L_frame, once per bank.
+        z: L_z.
+    """
+
+    total: Tensor
+    aux: Tensor
+    budget: Tensor
+    frame: Tensor
+    z: Tensor
+
+    def as_dict(self) -> dict[str, float]:
+        """The values as Python floats, for a log."""
+        return {name: float(getattr(self, name).detach()) for name in ("total", "aux", "budget", "frame", "z")}
+
+
+def regularization(
+    model: nn.Module,
+    *,
+    num_tokens: Tensor | float | None = None,
+    frame_share: Tensor | float | None = None,
+    synchronize: bool = False,
+) -> Regularization:
+    """Collect the regularisers of every routed layer in ``model`` that has run since the last collection.
+
+    Add ``.total`` to the task loss. With gradient accumulation or several processes pass ``num_tokens``, the tokens of
+    the whole optimizer step, and add up the losses (under DistributedDataParallel, which averages gradients, times
+    the number of processes): then nothing depends on how the step was cut up.
+
+    Args:
+        model: Any module that holds DSC layers.
+        num_tokens: Counted tokens of the whole optimizer step, over all micro-batches and processes. By default those
+            that each layer has just seen.
+        frame_share: Share of L_frame that this call carries; shares must add up to 1 over a step. By default the share
+            of tokens; 0 leaves it out, for :func:`frame_regularization` once a step.
+        synchronize: Take the batch means of L_aux and L_budget over all processes of the default group.
+
+    Returns:
+        The weighted total and the terms.
+
+    Raises:
+        ValueError: If ``model`` has no regularised layer, or none has run in training since the last collection.
+        RuntimeError: If a layer's statistics carry no gradient although its parameters want one, as under reentrant
+            checkpointing or ``torch.no_grad``.
+    """
+    layers = list(_regularized_layers(model))
+    if not layers:
+        raise ValueError("model must hold a DSC or other routed layer with a regulariser of positive weight, got none")
+    collected = [(layer, entry) for layer in layers for entry in layer.statistics_log.take()]
+    if not collected and any(layer.training and layer.regularizers.need_tokens for layer in layers):
+        raise ValueError("model must have run in training mode since the last collection, got no statistics")
+    return regularization_of(
+        collected, num_tokens=num_tokens, frame_share=frame_share, synchronize=synchronize, frame_layers=layers
+    )
+
+
+def regularization_of(
+    collected: Iterable[tuple[RoutedLayer, RoutingStatistics]],
+    *,
+    num_tokens: Tensor | float | None = None,
+    frame_share: Tensor | float | None = None,
+    synchronize: bool = False,
+    frame_layers: Iterable[RoutedLayer] | None = None,
+) -> Regularization:
+    """:func:`regularization` of statistics that :meth:`RoutedLayer.forward_with_statistics` returned.
+
+    Args:
+        collected: Layers and their statistics, one pair a forward pass.
+        num_tokens: See :func:`regularization`.
+        frame_share: See :func:`regularization`.
+        synchronize: See :func:`regularization`.
+        frame_layers: Layers whose banks L_frame is taken of; those collected by default.
+
+    Returns:
+        The weighted total and the terms.
+    """
+    collected = list(collected)
+    frame_layers = [layer for layer, _ in collected] if frame_layers is None else list(frame_layers)
+    sums = _Sums(next(frame_layers[0].parameters(), None) if frame_layers else None)
+    token_share: Tensor | float = 1.0 if num_tokens is None or not collected else 0.0
+    for layer, entry in collected:
+        _check_gradient(layer, entry)
+        mean = _synchronized(entry) if synchronize else entry
+        # A call without a counted token adds nothing, rather than 0 / 0.
+        share = entry.num_tokens / (entry.num_tokens.clamp_min(1.0) if num_tokens is None else num_tokens)
+        if num_tokens is not None and layer is collected[0][0]:
+            token_share = token_share + share
+        _add_token_terms(sums, layer.regularizers, entry, mean, share)
+    frame = token_share if frame_share is None else frame_share
+    if not (isinstance(frame, (int, float)) and frame == 0):
+        _add_frame(sums, frame_layers, frame)
+    return sums.result()
+
+
+def frame_regularization(model: nn.Module) -> Tensor:
+    """Weighted L_frame of every bank in ``model``, equation (11), for one call an optimizer step.
+
+    Args:
+        model: Any module that holds DSC layers.
+
+    Returns:
+        Scalar; 0 without a bank of positive ``frame_weight``.
+    """
+    sums = _Sums(next(iter(model.parameters()), None))
+    _add_frame(sums, _regularized_layers(model), 1.0)
+    return sums.result().total
+
+
+class _Sums:
+    """Running sums of the weighted total and of the detached terms."""
+
+    def __init__(self, like: Tensor | None) -> None:
+        dtype = torch.float32 if like is None else torch.promote_types(like.dtype, torch.float32)
+        zero = torch.zeros((), dtype=dtype, device=None if like is None else like.device)
+        self.total = zero
+        self.terms = dict.fromkeys(("aux", "budget", "frame", "z"), zero)
+
+    def add(self, name: str, value: Tensor, weight: float, share: Tensor | float) -> None:
+        self.terms[name] = self.terms[name] + (value * share).detach()
+        self.total = self.total + weight * share * value
+
+    def result(self) -> Regularization:
+        return Regularization(total=self.total, **self.terms)
+
+
+def _add_token_terms(
+    sums: _Sums, weights: RegularizerWeights, entry: RoutingStatistics, mean: RoutingStatistics, share: Tensor
+) -> None:
+    tokens = mean.num_tokens.clamp_min(1.0)
+    if weights.aux > 0:
+        sums.add("aux", aux_loss(mean.probability_sum, tokens, mean.load), weights.aux, share)
+    if weights.budget > 0:
+        sums.add("budget", budget_loss(mean.strength_sum, tokens, weights.budget_target), weights.budget, share)
+    if weights.z > 0:
+        own = entry.num_tokens.clamp_min(1.0)
+        sums.add("z", z_loss(entry.squared_log_normalizer_sum, own), weights.z, share)
+
+
+def _add_frame(sums: _Sums, layers: Iterable[RoutedLayer], share: Tensor | float) -> None:
+    """L_frame of each bank once, however many layers share it, with the weights of the first."""
+    seen: set[int] = set()
+    for layer in layers:
+        bank, weights = getattr(layer, "bank", None), layer.regularizers
+        if isinstance(bank, BasisBank) and weights.frame > 0 and id(bank) not in seen:
+            seen.add(id(bank))
+            value = frame_loss(bank, weights.eps, normalized=weights.frame_normalized)
+            sums.add("frame", value, weights.frame, share)
+
+
+def _regularized_layers(model: nn.Module) -> Iterator[RoutedLayer]:
+    return (module for module in model.modules() if isinstance(module, RoutedLayer) and module.regularizers.any)
+
+
+def _check_gradient(layer: RoutedLayer, entry: RoutingStatistics) -> None:
+    if not torch.is_grad_enabled():
+        return
+    wanted = any(parameter.requires_grad for parameter in layer.router.parameters())
+    if wanted and not (entry.strength_sum.requires_grad or entry.probability_sum.requires_grad):
+        raise RuntimeError(
+            "the regularisers of a routed layer carry no gradient although its router wants one: its forward pass ran "
+            "under reentrant checkpointing (pass use_reentrant=False) or under torch.no_grad"
+        )
+
+
+def _synchronized(entry: RoutingStatistics) -> RoutingStatistics:
+    """Sums over all processes, each with the gradient of its own part.
+
+    Every process carries its share of tokens of the same value. For the gradients of all processes to add up to that
+    of the value, the own part counts once for each share: it is scaled by the inverse of its own.
+    """
+    tokens = _all_reduced(entry.num_tokens)
+    scale = tokens / entry.num_tokens.clamp_min(1.0)
+
+    def total(own: Tensor) -> Tensor:
+        return _all_reduced(own) + scale * (own - own.detach())
+
+    return RoutingStatistics(
+        tokens,
+        total(entry.probability_sum),
+        total(entry.strength_sum),
+        entry.squared_log_normalizer_sum,
+        None if entry.load is None else _all_reduced(entry.load),
+    )
+
+
+def _all_reduced(tensor: Tensor) -> Tensor:
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return tensor.detach()
+    summed = tensor.detach().clone()
+    torch.distributed.all_reduce(summed)
+    return summed

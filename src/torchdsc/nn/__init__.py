@@ -1,0 +1,21 @@
+"""Modules: the bank of atoms, routers, the DSC layer and its residual form."""
+
+from .bank import BasisBank
+from .dsc import DSC, Routing
+from .options import DSCOptions
+from .residual import DSCResidual
+from .router import LinearRouter
+from .statistics import RegularizerWeights, RoutedLayer, RoutingStatistics, forget_statistics
+
+__all__ = [
+    "DSC",
+    "BasisBank",
+    "DSCOptions",
+    "DSCResidual",
+    "LinearRouter",
+    "RegularizerWeights",
+    "RoutedLayer",
+    "Routing",
+    "RoutingStatistics",
+    "forget_statistics",
+]

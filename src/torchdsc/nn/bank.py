@@ -1,0 +1,69 @@
+"""The bank of atoms, equation (3)."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+
+class BasisBank(nn.Module):
+    """M learnable rank-1 atoms ``u_j^T v_j``; one bank may serve several layers.
+
+    The raw rows ``u`` (M, d_in) and ``v`` (M, d_out) are parameters; what is composed are the rows divided by
+    ``max(eps, |row|)``, equation (3).
+
+    Args:
+        num_atoms: M >= 1.
+        in_features: d_in >= 1.
+        out_features: d_out; ``in_features`` by default.
+        init_norm: Root mean square norm of the raw rows at the start, > 0. Rows of zeros are no way to start:
+            equation (3) has slope 1 / eps there.
+        device: Where the parameters live.
+        dtype: Their dtype.
+
+    Raises:
+        ValueError: If a size is below 1 or ``init_norm`` is not positive.
+    """
+
+    def __init__(
+        self,
+        num_atoms: int,
+        in_features: int,
+        out_features: int | None = None,
+        *,
+        init_norm: float = 0.01,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        out_features = in_features if out_features is None else out_features
+        for name, size in (("num_atoms", num_atoms), ("in_features", in_features), ("out_features", out_features)):
+            if size < 1:
+                raise ValueError(f"{name} must be >= 1, got {size}")
+        if not init_norm > 0:
+            raise ValueError(f"init_norm must be > 0, got {init_norm}")
+        self.num_atoms, self.in_features, self.out_features = num_atoms, in_features, out_features
+        self.init_norm = init_norm
+        self.u = nn.Parameter(torch.empty(num_atoms, in_features, device=device, dtype=dtype))
+        self.v = nn.Parameter(torch.empty(num_atoms, out_features, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Orthogonal rows (columns where M > d), scaled to the root mean square norm ``init_norm``."""
+        for atoms in (self.u, self.v):
+            if atoms.is_meta:
+                continue
+            precise = torch.empty_like(atoms, dtype=torch.promote_types(atoms.dtype, torch.float32))
+            nn.init.orthogonal_(precise)
+            rows, columns = atoms.shape
+            atoms.copy_(precise * (self.init_norm * math.sqrt(rows / min(rows, columns))))
+
+    def unit(self, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
+        """The atoms of equation (3): two tensors of shape (M, d_in) and (M, d_out), with rows of norm <= 1."""
+        return functional.normalize(self.u, dim=1, eps=eps), functional.normalize(self.v, dim=1, eps=eps)
+
+    def extra_repr(self) -> str:
+        """Sizes, for ``print(model)``."""
+        return f"num_atoms={self.num_atoms}, in_features={self.in_features}, out_features={self.out_features}"

@@ -1,0 +1,183 @@
+"""The DSC layer: ``x -> x dW(z(x))``."""
+
+from typing import Any, NamedTuple, Self
+
+import torch
+from torch import Tensor, nn
+
+from torchdsc.ops import compose, gate, select
+
+from .bank import BasisBank
+from .options import DSCOptions
+from .router import LinearRouter
+from .statistics import RoutedLayer, RoutingStatistics, check_token_mask, sum_statistics
+
+
+class Routing(NamedTuple):
+    """What a layer selects for each token.
+
+    Attributes:
+        indices: Selected atoms I(x), int64 of shape (..., K), by falling logit.
+        coefficients: Their coefficients z, equation (5), of shape (..., K).
+        logits: Their raw logits, of shape (..., K).
+        strength: Signal strength S, of shape (...).
+    """
+
+    indices: Tensor
+    coefficients: Tensor
+    logits: Tensor
+    strength: Tensor
+
+
+class DSC(RoutedLayer):
+    """Dynamic Subspace Composition: ``y = gamma * ((x U_I^T) * z) V_I``, equations (4), (5) and (14).
+
+    It maps x to the update x dW(z(x)) alone; :class:`DSCResidual` adds it to a base. The default is the paper's
+    Algorithm 2, ``DSC.basic(...)`` its Algorithm 1. ``|dW|_2 < max |gamma|`` for every token, equations (7) and (8).
+
+    Args:
+        in_features: d_in.
+        out_features: d_out; ``in_features`` by default.
+        bank: Bank to share; a new one by default.
+        device: Where new parameters live.
+        dtype: Their dtype.
+        **options: The fields of :class:`DSCOptions`; ``num_atoms`` and ``top_k`` are required.
+
+    Attributes:
+        bank: The atoms, a :class:`BasisBank`; raw rows ``bank.u`` (M, d_in) and ``bank.v`` (M, d_out).
+        router: Tokens to logits; ``router.weight`` is (M, d_in).
+        gamma: Output scale of shape (d_out,), or () for Algorithm 1.
+
+    Raises:
+        ValueError: On an option out of its range, or a ``bank`` of another size.
+    """
+
+    bank: BasisBank
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int | None = None,
+        *,
+        bank: BasisBank | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        self.options = DSCOptions(**options)
+        self.regularizers = self.options.regularizers
+        self.in_features = in_features
+        self.out_features = in_features if out_features is None else out_features
+        num_atoms = self.options.num_atoms
+        if bank is None:
+            norm = self.options.atom_init_norm
+            bank = BasisBank(num_atoms, in_features, self.out_features, init_norm=norm, device=device, dtype=dtype)
+        sizes = (bank.num_atoms, bank.in_features, bank.out_features)
+        if sizes != (num_atoms, self.in_features, self.out_features):
+            raise ValueError(
+                "bank must have (num_atoms, in_features, out_features) = "
+                f"{(num_atoms, self.in_features, self.out_features)}, got {sizes}"
+            )
+        self.bank = bank
+        self.router = LinearRouter(
+            in_features,
+            num_atoms,
+            bias=self.options.router_bias,
+            norm=self.options.router_norm,
+            device=device,
+            dtype=dtype,
+        )
+        shape = (self.out_features,) if self.options.channelwise_gamma else ()
+        self.gamma = nn.Parameter(torch.full(shape, self.options.gamma_init, device=device, dtype=dtype))
+
+    @classmethod
+    def basic(cls, in_features: int, out_features: int | None = None, **options: Any) -> Self:
+        """Algorithm 1: the router sees x itself, and gamma is a scalar."""
+        return cls(in_features, out_features, **{"router_norm": "none", "channelwise_gamma": False, **options})
+
+    def reset_parameters(self) -> None:
+        """Initialise the bank (shared or not), the router and gamma again."""
+        self.bank.reset_parameters()
+        self.router.reset_parameters()
+        nn.init.constant_(self.gamma, self.options.gamma_init)
+
+    def forward_with_statistics(
+        self, x: Tensor, token_mask: Tensor | None = None
+    ) -> tuple[Tensor, RoutingStatistics | None]:
+        """See :class:`RoutedLayer`."""
+        flat, mask = self._tokens(x), check_token_mask(token_mask, x)
+        collect = self.training and self.regularizers.need_tokens
+        logits = self.router(flat)
+        selection = select(
+            logits,
+            self.options.top_k,
+            logit_clamp=self.options.logit_clamp,
+            statistics=collect and self.regularizers.need_logits,
+            token_mask=mask,
+        )
+        coefficients, strength = self._gate(selection.logits)
+        y = compose(
+            flat,
+            self.bank.u,
+            self.bank.v,
+            selection.indices,
+            coefficients,
+            eps=self.options.eps,
+            impl=self.options.impl,
+        )
+        y = (y * self.gamma).to(x.dtype).reshape(*x.shape[:-1], self.out_features)
+        if not collect:
+            return y, None
+        log_normalizer = selection.log_normalizer
+        if self.options.z_loss_on_raw_logits and self.regularizers.z > 0:
+            log_normalizer = logits.logsumexp(-1)
+        return y, sum_statistics(strength, log_normalizer, selection.probability_sum, mask)
+
+    def route(self, x: Tensor) -> Routing:
+        """What is selected for tokens x of shape (..., d_in), and with which coefficients."""
+        logits = self.router(self._tokens(x))
+        selection = select(logits, self.options.top_k, logit_clamp=self.options.logit_clamp, statistics=False)
+        coefficients, strength = self._gate(selection.logits)
+        shape = (*x.shape[:-1], self.options.top_k)
+        return Routing(
+            selection.indices.reshape(shape),
+            coefficients.reshape(shape),
+            selection.logits.reshape(shape),
+            strength.reshape(x.shape[:-1]),
+        )
+
+    def delta_weight(self, x: Tensor) -> Tensor:
+        """The composed weights dW of equation (4), gamma included, one matrix a token: for inspection.
+
+        Args:
+            x: Tokens of shape (..., d_in).
+
+        Returns:
+            Tensor of shape (..., d_in, d_out) with ``y = x dW``, in the dtype of ``x``.
+        """
+        left, right = self.factors(x)
+        return torch.einsum("...ki,...ko->...io", left, right).to(x.dtype)
+
+    def factors(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The rank-K factors of dW: rows u_k of shape (..., K, d_in), and ``z_k v_k gamma`` of (..., K, d_out)."""
+        routing = self.route(x)
+        u, v = self.bank.unit(self.options.eps)
+        dtype = routing.coefficients.dtype
+        right = routing.coefficients.unsqueeze(-1) * v[routing.indices].to(dtype) * self.gamma.to(dtype)
+        return u[routing.indices].to(dtype), right
+
+    def _tokens(self, x: Tensor) -> Tensor:
+        return self._flatten(x, self.in_features, self.bank.u.dtype)
+
+    def _gate(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        options = self.options
+        return gate(logits, logit_clamp=options.logit_clamp, eps=options.eps, kind=options.gate)
+
+    def extra_repr(self) -> str:
+        """Sizes and kinds, for ``print(model)``."""
+        o = self.options
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, num_atoms={o.num_atoms}, "
+            f"top_k={o.top_k}, gate={o.gate!r}, impl={o.impl!r}"
+        )

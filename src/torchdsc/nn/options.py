@@ -1,0 +1,101 @@
+"""The options of a DSC layer: one frozen dataclass, shared by layers, models and adapters."""
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from torchdsc.ops.compose.api import Implementation
+from torchdsc.ops.gate import GateKind
+
+from .statistics import RegularizerWeights
+
+RouterKind = Literal["linear"]
+RouterNorm = Literal["layer", "layer_affine", "none"]
+
+
+@dataclass(frozen=True)
+class DSCOptions:
+    """What a DSC layer is made of. The defaults are Algorithm 2 with the paper's weights.
+
+    Attributes:
+        num_atoms: M, atoms in the bank.
+        top_k: K, atoms composed per token, 1 <= K <= M.
+        router: Kind of router.
+        router_bias: Whether the router's logits have a bias (the published run's have, the paper's have not).
+        router_norm: What the router sees of x: "layer" its parameter-free LayerNorm (Algorithm 2), "layer_affine" one
+            with parameters (the published run), "none" x itself (Algorithm 1).
+        channelwise_gamma: One output scale per channel (Algorithm 2) or a single one (Algorithm 1).
+        gamma_init: Initial value of gamma. At 0 the layer changes nothing until gamma has moved.
+        atom_init_norm: Root mean square norm of the raw rows of an orthogonal init. Outputs do not depend on it, the
+            step that a learning rate makes does: direction changes go with step over norm.
+        logit_clamp: tau, > 0.
+        eps: Stability constant of norms and of the gate, > 0.
+        gate: "sum" for tanh(S), equation (5); "mean" for tanh(S / K); "none".
+        z_loss_on_raw_logits: Take equation (12) on unclamped logits, whose gradient can bring a clamped one back.
+        frame_normalized: Take equation (11) per pair of atoms, so that its weight does not depend on M.
+        aux_weight: Weight of L_aux, equation (9).
+        budget_weight: Weight of L_budget, equation (10).
+        frame_weight: Weight of L_frame, equation (11).
+        z_weight: Weight of L_z, equation (12).
+        budget: mu, the activation budget of equation (10).
+        impl: Implementation of the composition; "auto" chooses by measured crossovers.
+    """
+
+    num_atoms: int
+    top_k: int
+    router: RouterKind = "linear"
+    router_bias: bool = False
+    router_norm: RouterNorm = "layer"
+    channelwise_gamma: bool = True
+    gamma_init: float = 0.1
+    atom_init_norm: float = 0.01
+    logit_clamp: float = 20.0
+    eps: float = 1e-6
+    gate: GateKind = "sum"
+    z_loss_on_raw_logits: bool = False
+    frame_normalized: bool = False
+    aux_weight: float = 0.01
+    budget_weight: float = 0.01
+    frame_weight: float = 0.001
+    z_weight: float = 1e-4
+    budget: float = 1.0
+    impl: Implementation = "auto"
+
+    def __post_init__(self) -> None:
+        _check_int("num_atoms", self.num_atoms, 1)
+        _check_int("top_k", self.top_k, 1)
+        if self.top_k > self.num_atoms:
+            raise ValueError(f"top_k must be at most num_atoms = {self.num_atoms}, got {self.top_k}")
+        for name in ("logit_clamp", "eps", "atom_init_norm"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise ValueError(f"{name} must be finite and > 0, got {getattr(self, name)}")
+        for name in ("aux_weight", "budget_weight", "frame_weight", "z_weight", "budget"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ValueError(f"{name} must be finite and >= 0, got {getattr(self, name)}")
+        for name, choices in (
+            ("router", RouterKind),
+            ("router_norm", RouterNorm),
+            ("gate", GateKind),
+            ("impl", Implementation),
+        ):
+            if getattr(self, name) not in get_args(choices):
+                raise ValueError(f"{name} must be one of {get_args(choices)}, got {getattr(self, name)!r}")
+
+    @property
+    def regularizers(self) -> RegularizerWeights:
+        """Weights and constants of equation (13)."""
+        return RegularizerWeights(
+            aux=self.aux_weight,
+            budget=self.budget_weight,
+            frame=self.frame_weight,
+            z=self.z_weight,
+            budget_target=self.budget,
+            frame_normalized=self.frame_normalized,
+            eps=self.eps,
+        )
+
+
+def _check_int(name: str, value: object, least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name} must be an int, got {value!r}")
+    if value < least:
+        raise ValueError(f"{name} must be >= {least}, got {value}")

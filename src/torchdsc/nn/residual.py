@@ -1,0 +1,34 @@
+"""A base module with a DSC update beside it: ``base(x) + dsc(x)``, equation (1)."""
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from .statistics import RoutedLayer, RoutingStatistics
+
+
+class DSCResidual(nn.Module):
+    """``y = base(x) + dsc(x)``, equation (1): the paper's feed-forward layer is ``DSCResidual(MLP, DSC)``.
+
+    Args:
+        base: Any module from (..., d_in) to (..., d_out); its first positional argument is what ``dsc`` sees too.
+        dsc: The update: a :class:`DSC`, or another routed layer of the same shape.
+    """
+
+    def __init__(self, base: nn.Module, dsc: RoutedLayer) -> None:
+        super().__init__()
+        self.base = base
+        self.dsc = dsc
+
+    def forward(self, x: Tensor, *args: Any, token_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
+        """Tokens of shape (..., d_in) to (..., d_out); other arguments go to the base."""
+        y: Tensor = self.base(x, *args, **kwargs)
+        update: Tensor = self.dsc(x, token_mask)
+        return y + update
+
+    def forward_with_statistics(
+        self, x: Tensor, token_mask: Tensor | None = None
+    ) -> tuple[Tensor, RoutingStatistics | None]:
+        """``forward`` without side effects, see :meth:`DSC.forward_with_statistics`."""
+        update, statistics = self.dsc.forward_with_statistics(x, token_mask)
+        return self.base(x) + update, statistics

@@ -1,0 +1,195 @@
+"""What one forward pass of a routed layer leaves for the regularisers, and the log a layer keeps of it."""
+
+import warnings
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+# Forward passes without collection after which a layer warns: more than any gradient accumulation in use.
+_UNCOLLECTED_LIMIT = 256
+
+
+class RoutingStatistics(NamedTuple):
+    """Sums over the counted tokens of one forward pass, in the dtype of the router's logits.
+
+    Attributes:
+        num_tokens: Counted tokens, scalar.
+        probability_sum: Sum of the softmax over atoms, of shape (M,); equation (9). Empty where not needed.
+        strength_sum: Sum of the signal strengths S, scalar; equation (10).
+        squared_log_normalizer_sum: Sum of ``logsumexp(r)^2``, scalar; equation (12).
+        load: Selections of each expert, of shape (N,), where the load balance is the product of probability and load
+            as in Mixture-of-Experts; None where it is the square of the probability, equation (9).
+    """
+
+    num_tokens: Tensor
+    probability_sum: Tensor
+    strength_sum: Tensor
+    squared_log_normalizer_sum: Tensor
+    load: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class RegularizerWeights:
+    """Weights of equation (13) and the constants of its terms; see :class:`torchdsc.DSCOptions`."""
+
+    aux: float = 0.0
+    budget: float = 0.0
+    frame: float = 0.0
+    z: float = 0.0
+    budget_target: float = 1.0
+    frame_normalized: bool = False
+    eps: float = 1e-6
+
+    @property
+    def need_logits(self) -> bool:
+        """Whether a term needs the softmax over all atoms."""
+        return self.aux > 0 or self.z > 0
+
+    @property
+    def need_tokens(self) -> bool:
+        """Whether a term depends on the data."""
+        return self.need_logits or self.budget > 0
+
+    @property
+    def any(self) -> bool:
+        """Whether any term has a weight."""
+        return self.need_tokens or self.frame > 0
+
+
+class StatisticsLog:
+    """The uncollected statistics of one layer, oldest first."""
+
+    def __init__(self) -> None:
+        self.entries: list[RoutingStatistics] = []
+        self._has_warned = False
+
+    def add(self, statistics: RoutingStatistics) -> None:
+        """Keep the statistics of a forward pass, unless a backward pass is recomputing it for a checkpoint."""
+        if not torch.compiler.is_compiling():
+            if _is_recomputing():
+                return
+            self._bound()
+        self.entries.append(statistics)
+
+    def take(self) -> list[RoutingStatistics]:
+        """Return and forget what has been kept."""
+        taken, self.entries = self.entries, []
+        return taken
+
+    def _bound(self) -> None:
+        if len(self.entries) < _UNCOLLECTED_LIMIT:
+            return
+        self.entries = []
+        if not self._has_warned:
+            self._has_warned = True
+            warnings.warn(
+                f"a DSC layer ran {_UNCOLLECTED_LIMIT} times in training without its regularisers being collected: "
+                "add torchdsc.regularization(model).total to the loss, or set their weights to 0",
+                UserWarning,
+                stacklevel=5,
+            )
+
+    def __deepcopy__(self, memo: dict[int, object]) -> "StatisticsLog":
+        # Entries belong to a graph: a copied module starts without any.
+        return StatisticsLog()
+
+    def __reduce__(self) -> tuple[type["StatisticsLog"], tuple[()]]:
+        return StatisticsLog, ()
+
+
+def _is_recomputing() -> bool:
+    return torch._C._current_graph_task_id() != -1
+
+
+def check_token_mask(token_mask: Tensor | None, x: Tensor) -> Tensor | None:
+    """Flatten a mask to the tokens of ``x``; a ValueError if its shape is not ``x.shape[:-1]``."""
+    if token_mask is None:
+        return None
+    if token_mask.shape != x.shape[:-1]:
+        raise ValueError(f"token_mask must have shape {tuple(x.shape[:-1])}, got {tuple(token_mask.shape)}")
+    return token_mask.reshape(-1).bool()
+
+
+class RoutedLayer(nn.Module):
+    """A layer that routes tokens and has regularisers: what :func:`torchdsc.regularization` looks for in a model.
+
+    Subclasses set ``regularizers`` and ``router`` and implement :meth:`forward_with_statistics`.
+    """
+
+    regularizers: RegularizerWeights
+    router: nn.Module
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.statistics_log = StatisticsLog()
+
+    def forward(self, x: Tensor, token_mask: Tensor | None = None) -> Tensor:
+        """Map tokens, and in training keep what :func:`torchdsc.regularization` collects.
+
+        Args:
+            x: Tokens of shape (..., d_in), in the dtype of the parameters (any under autocast). Zero tokens are valid.
+            token_mask: Optional, of shape (...): tokens that are False (padding) do not count in the regularisers.
+
+        Returns:
+            Tensor of shape (..., d_out) and the dtype of ``x``. A token whose top logits are not finite comes out NaN.
+
+        Raises:
+            ValueError: If ``x`` or ``token_mask`` has another shape.
+            TypeError: If the dtype of ``x`` is not that of the parameters.
+        """
+        y, statistics = self.forward_with_statistics(x, token_mask)
+        if statistics is not None:
+            self.statistics_log.add(statistics)
+        return y
+
+    def forward_with_statistics(
+        self, x: Tensor, token_mask: Tensor | None = None
+    ) -> tuple[Tensor, RoutingStatistics | None]:
+        """``forward`` without side effects: returns the statistics too, None outside training or without weights.
+
+        A model that checkpoints its blocks returns them through the checkpoint and hands them to
+        :func:`torchdsc.losses.regularization_of`.
+        """
+        raise NotImplementedError
+
+    def _flatten(self, x: Tensor, in_features: int, dtype: torch.dtype) -> Tensor:
+        """Tokens of shape (T, d_in) in the dtype of the parameters, or the error that says what is wrong."""
+        if x.dim() == 0 or x.shape[-1] != in_features:
+            raise ValueError(f"x must have shape (..., in_features = {in_features}), got {tuple(x.shape)}")
+        if x.dtype != dtype:
+            if not torch.is_autocast_enabled(x.device.type) or not x.is_floating_point():
+                raise TypeError(f"x must have the dtype of the parameters, {dtype}, got {x.dtype}")
+            x = x.to(dtype)
+        return x.reshape(-1, in_features)
+
+
+def sum_statistics(
+    strength: Tensor, log_normalizer: Tensor, probability_sum: Tensor, mask: Tensor | None, load: Tensor | None = None
+) -> RoutingStatistics:
+    """Sum over counted tokens what equations (10) and (12) need.
+
+    Args:
+        strength: Signal strength of shape (T,).
+        log_normalizer: Shape (T,), or empty where equation (12) has no weight.
+        probability_sum: Summed already, of shape (M,).
+        mask: Bool of shape (T,), or None where every token counts.
+        load: See :class:`RoutingStatistics`.
+
+    Returns:
+        The statistics.
+    """
+    squared, num_tokens = log_normalizer.square(), strength.new_full((), strength.shape[0])
+    if mask is not None:
+        counted = mask.to(strength.dtype)
+        num_tokens, strength = counted.sum(), strength * counted
+        squared = squared * counted if squared.shape[0] else squared
+    return RoutingStatistics(num_tokens, probability_sum, strength.sum(), squared.sum(), load)
+
+
+def forget_statistics(model: nn.Module) -> None:
+    """Drop what the layers of ``model`` have kept, for example after forward passes that nothing trains on."""
+    for module in model.modules():
+        if isinstance(module, RoutedLayer):
+            module.statistics_log.take()

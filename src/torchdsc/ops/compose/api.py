@@ -1,0 +1,87 @@
+"""The public function: checks its arguments and calls the operator of contract.py."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from .contract import compose_op
+from .crossover import IMPLEMENTATIONS
+
+Implementation = Literal["auto", "reference", "gather", "dense", "triton"]
+
+
+def compose(
+    x: Tensor,
+    u: Tensor,
+    v: Tensor,
+    indices: Tensor,
+    coefficients: Tensor,
+    *,
+    eps: float | None = 1e-6,
+    impl: Implementation = "auto",
+) -> Tensor:
+    """Apply the composed weight to each token: ``y = sum_k z_k (x . u_k) v_k``, equation (14).
+
+    ``u_k`` and ``v_k`` are the selected rows divided by ``max(eps, |row|)``, equation (3); no normalised copy of the
+    bank is kept, and no d_in x d_out matrix is formed.
+
+    Args:
+        x: Tokens of shape (..., d_in), any floating dtype.
+        u: Input atoms of shape (M, d_in), dtype of ``x``.
+        v: Output atoms of shape (M, d_out), dtype of ``x``.
+        indices: Selected atoms of shape (..., K), int64, each in [0, M). An atom may occur twice.
+        coefficients: Their coefficients z of shape (..., K), float32 (float64 where ``x`` is).
+        eps: Lower bound of an atom's norm, > 0; None leaves the atoms as they are, unnormalised.
+        impl: "auto" chooses by the measured crossovers; any other name is used as given, or refused.
+
+    Returns:
+        Tensor of shape (..., d_out) and the dtype of ``x``. Differentiable in ``x``, ``u``, ``v`` and
+        ``coefficients``. Sums accumulate in float32 (float64 for float64 input).
+
+    Raises:
+        ValueError: On a shape, index dtype, ``eps`` or ``impl`` other than the above.
+        TypeError: If ``x``, ``u`` and ``v`` are not of one floating dtype.
+        NotImplementedError: If ``impl`` names an implementation that is not available here.
+    """
+    _check_shapes(x, u, v, indices, coefficients)
+    _check_dtypes(x, u, v, indices)
+    if eps is not None and not eps > 0:
+        raise ValueError(f"eps must be > 0 or None, got {eps}")
+    if impl != "auto" and impl not in IMPLEMENTATIONS:
+        raise ValueError(f"impl must be one of {('auto', *IMPLEMENTATIONS)}, got {impl!r}")
+    if impl == "triton":
+        raise NotImplementedError("impl='triton' is not available in this version; use 'auto', 'gather' or 'dense'")
+    top_k = indices.shape[-1]
+    accumulated = torch.promote_types(x.dtype, torch.float32)
+    y: Tensor
+    y, _ = compose_op(
+        x.reshape(-1, x.shape[-1]),
+        u,
+        v,
+        indices.reshape(-1, top_k),
+        coefficients.to(accumulated).reshape(-1, top_k),
+        eps,
+        impl,
+    )
+    return y.reshape(*x.shape[:-1], v.shape[-1])
+
+
+def _check_shapes(x: Tensor, u: Tensor, v: Tensor, indices: Tensor, coefficients: Tensor) -> None:
+    if x.dim() == 0 or u.dim() != 2 or x.shape[-1] != u.shape[1]:
+        raise ValueError(f"x must have shape (..., d_in) and u (M, d_in), got {tuple(x.shape)} and {tuple(u.shape)}")
+    if v.dim() != 2 or v.shape[0] != u.shape[0]:
+        raise ValueError(f"v must have shape (M, d_out) with M = {u.shape[0]}, got {tuple(v.shape)}")
+    if indices.dim() != x.dim() or indices.shape[:-1] != x.shape[:-1] or indices.shape[-1] < 1:
+        raise ValueError(f"indices must have shape {(*x.shape[:-1], 'K')} with K >= 1, got {tuple(indices.shape)}")
+    if coefficients.shape != indices.shape:
+        raise ValueError(
+            f"coefficients must have the shape of indices, {tuple(indices.shape)}, got {tuple(coefficients.shape)}"
+        )
+
+
+def _check_dtypes(x: Tensor, u: Tensor, v: Tensor, indices: Tensor) -> None:
+    if not x.is_floating_point() or u.dtype != x.dtype or v.dtype != x.dtype:
+        raise TypeError(f"x, u and v must share one floating dtype, got {x.dtype}, {u.dtype} and {v.dtype}")
+    if indices.dtype != torch.int64:
+        raise ValueError(f"indices must be int64, got {indices.dtype}")

@@ -1,0 +1,98 @@
+"""The operator ``torchdsc::compose``: dispatch to an implementation, its fake, and its gradients."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import dense, gather, reference
+from .crossover import choose_implementation
+
+# An implementation is two functions over flat tensors: x (T, d_in), u (M, d_in), v (M, d_out), indices (T, K) and
+# coefficients (T, K). forward returns y (T, d_out) and the latent values x . u_k (T, K), u_k of unit norm; backward
+# takes the gradient of y as well, and returns the gradients of x, u, v and coefficients.
+_FORWARD: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
+    "reference": reference.forward,
+    "gather": gather.forward,
+    "dense": dense.forward,
+}
+_BACKWARD: dict[str, Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]] = {
+    "reference": reference.backward,
+    "gather": gather.backward,
+    "dense": dense.backward,
+}
+
+
+@torch.library.custom_op("torchdsc::compose", mutates_args=())
+def compose_op(
+    x: Tensor, u: Tensor, v: Tensor, indices: Tensor, coefficients: Tensor, eps: float | None, impl: str
+) -> tuple[Tensor, Tensor]:
+    """Run the chosen implementation; returns y (T, d_out) and the latent values x . u_k (T, K)."""
+    if x.shape[0] == 0:
+        return x.new_empty(0, v.shape[1]), torch.empty_like(coefficients)
+    return _FORWARD[_resolve(impl, x, u, indices)](x, u, v, indices, coefficients, eps)
+
+
+@compose_op.register_fake
+def _(
+    x: Tensor, u: Tensor, v: Tensor, indices: Tensor, coefficients: Tensor, eps: float | None, impl: str
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape[0], v.shape[1]), torch.empty_like(coefficients)
+
+
+@torch.library.custom_op("torchdsc::compose_backward", mutates_args=())
+def compose_backward_op(
+    grad: Tensor,
+    x: Tensor,
+    u: Tensor,
+    v: Tensor,
+    indices: Tensor,
+    coefficients: Tensor,
+    latent: Tensor,
+    eps: float | None,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, u, v and coefficients."""
+    if x.shape[0] == 0:
+        return torch.zeros_like(x), torch.zeros_like(u), torch.zeros_like(v), torch.zeros_like(coefficients)
+    name = _resolve(impl, x, u, indices)
+    return _BACKWARD[name](grad.contiguous(), x, u, v, indices, coefficients, latent, eps)
+
+
+@compose_backward_op.register_fake
+def _(
+    grad: Tensor,
+    x: Tensor,
+    u: Tensor,
+    v: Tensor,
+    indices: Tensor,
+    coefficients: Tensor,
+    latent: Tensor,
+    eps: float | None,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return torch.empty_like(x), torch.empty_like(u), torch.empty_like(v), torch.empty_like(coefficients)
+
+
+def _resolve(impl: str, x: Tensor, u: Tensor, indices: Tensor) -> str:
+    if impl != "auto":
+        return impl
+    return choose_implementation(x.shape[0], u.shape[0], indices.shape[1], x.shape[1], x.device)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, u, v, indices, coefficients, ctx.eps, ctx.impl = inputs
+    ctx.save_for_backward(x, u, v, indices, coefficients, output[1])
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 7
+    dx, du, dv, dcoefficients = compose_backward_op(grad, *ctx.saved_tensors, ctx.eps, ctx.impl)
+    return dx, du, dv, None, dcoefficients, None, None
+
+
+compose_op.register_autograd(_backward, setup_context=_setup_context)

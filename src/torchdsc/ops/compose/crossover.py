@@ -1,0 +1,45 @@
+"""Which implementation ``auto`` takes: read from crossovers.json, which ``python -m benchmarks crossover`` measures."""
+
+import functools
+import json
+from importlib import resources
+from typing import Any
+
+import torch
+
+IMPLEMENTATIONS = ("reference", "gather", "dense", "triton")
+
+
+def choose_implementation(num_tokens: int, num_atoms: int, top_k: int, width: int, device: torch.device | str) -> str:
+    """Name the implementation that ``impl="auto"`` uses.
+
+    The masked product costs ``num_tokens x num_atoms`` whatever K is, the gathered one ``num_tokens x top_k``: their
+    crossover is a ratio K / M, measured for several token counts and widths; the nearest measured point decides.
+
+    Args:
+        num_tokens: Tokens in the call.
+        num_atoms: M, atoms in the bank.
+        top_k: K, atoms composed per token.
+        width: d_in, features of the input.
+        device: Where the call runs. Devices without a measurement use "gather".
+
+    Returns:
+        "gather" or "dense".
+    """
+    points = _crossovers().get(torch.device(device).type, [])
+    if not points or num_tokens == 0:
+        return "gather"
+
+    def distance(point: dict[str, Any]) -> float:
+        tokens, features = num_tokens / point["tokens"], width / point["width"]
+        return float(max(tokens, 1 / tokens) + max(features, 1 / features))
+
+    nearest = min(points, key=distance)
+    return "dense" if top_k / num_atoms >= nearest["ratio"] else "gather"
+
+
+@functools.cache
+def _crossovers() -> dict[str, list[dict[str, Any]]]:
+    text = resources.files(__package__).joinpath("crossovers.json").read_text(encoding="utf-8")
+    measured: dict[str, list[dict[str, Any]]] = json.loads(text)["crossovers"]
+    return measured

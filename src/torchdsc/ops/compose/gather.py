@@ -1,0 +1,153 @@
+"""Sparse library kernels over the selected pairs: no tokens x K x d tensor is kept.
+
+The (T, K) selection is a sparse T x M matrix with K entries a row. The latent values are a sampled product with it,
+outputs and input gradients a weighted sum of bank rows (embedding_bag), atom gradients the transposed sparse product,
+summed over segments of the pairs sorted by atom: deterministic on every device.
+"""
+
+import functools
+import warnings
+
+import torch
+from torch import Tensor
+
+from .norms import pair_scale, radial
+
+# Selections up to which plain gathered rows are quicker than setting up the sparse kernels (decoding).
+_FEW_PAIRS = 64
+# Bytes of gathered rows per chunk where no sampled product exists: about a core's level-two cache, and a GPU's share.
+_CHUNK_BYTES = {"cpu": 1 << 20, "other": 1 << 28}
+
+
+def forward(
+    x: Tensor, u: Tensor, v: Tensor, indices: Tensor, coefficients: Tensor, eps: float | None
+) -> tuple[Tensor, Tensor]:
+    """Equation (14): y (T, d_out) in the dtype of x and the latent values (T, K)."""
+    if indices.numel() <= _FEW_PAIRS:
+        return _forward_few(x, u, v, indices, coefficients, eps)
+    accumulated = coefficients.dtype
+    u, u_indices = _in_dtype(u, indices, accumulated)
+    v, v_indices = _in_dtype(v, indices, accumulated)
+    latent = _sampled_product(x.to(accumulated), u, u_indices)
+    scale_u, scale_v = pair_scale(u, u_indices, eps), pair_scale(v, v_indices, eps)
+    if scale_u is not None and scale_v is not None:
+        latent.mul_(scale_u)
+        coefficients = coefficients * scale_v
+    return _weighted_rows(latent * coefficients, v, v_indices).to(x.dtype), latent
+
+
+def backward(
+    grad: Tensor,
+    x: Tensor,
+    u: Tensor,
+    v: Tensor,
+    indices: Tensor,
+    coefficients: Tensor,
+    latent: Tensor,
+    eps: float | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, u, v and coefficients; those of the banks are dense."""
+    dtype, accumulated = x.dtype, coefficients.dtype
+    raw_u, raw_v = u, v
+    u, u_indices = _in_dtype(u, indices, accumulated)
+    v, v_indices = _in_dtype(v, indices, accumulated)
+    x, grad = x.to(accumulated), grad.to(accumulated)
+    scale_u, scale_v = pair_scale(u, u_indices, eps), pair_scale(v, v_indices, eps)
+    projected = _sampled_product(grad, v, v_indices)
+    if scale_v is not None:
+        projected.mul_(scale_v)
+    weight_u, weight_v = coefficients * projected, coefficients * latent
+    common = weight_u * latent
+    if scale_u is not None and scale_v is not None:
+        weight_u.mul_(scale_u)
+        weight_v.mul_(scale_v)
+    dx = _weighted_rows(weight_u, u, u_indices)
+    order, offsets = _segments(indices, raw_u.shape[0])
+    du = _segment_sum(weight_u, x, order, offsets, indices.shape[1])
+    dv = _segment_sum(weight_v, grad, order, offsets, indices.shape[1])
+    if eps is not None:
+        du -= radial(common, scale_u, indices, raw_u, eps)
+        dv -= radial(common, scale_v, indices, raw_v, eps)
+    return dx.to(dtype), du.to(dtype), dv.to(dtype), latent * projected
+
+
+def _forward_few(
+    x: Tensor, u: Tensor, v: Tensor, indices: Tensor, coefficients: Tensor, eps: float | None
+) -> tuple[Tensor, Tensor]:
+    tokens, top_k = indices.shape
+    flat = indices.reshape(-1)
+    rows_u = u.index_select(0, flat).to(coefficients.dtype).view(tokens, top_k, -1)
+    rows_v = v.index_select(0, flat).to(coefficients.dtype).view(tokens, top_k, -1)
+    latent = torch.bmm(rows_u, x.to(coefficients.dtype).unsqueeze(2)).squeeze(2)
+    weights = coefficients
+    if eps is not None:
+        latent = latent / torch.linalg.vector_norm(rows_u, dim=2).clamp_min_(eps)
+        weights = coefficients / torch.linalg.vector_norm(rows_v, dim=2).clamp_min_(eps)
+    y = torch.bmm((latent * weights).unsqueeze(1), rows_v).squeeze(1)
+    return y.to(x.dtype), latent
+
+
+def _in_dtype(atoms: Tensor, indices: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The bank in the accumulation dtype, cut down to the selected rows where those are fewer than its atoms."""
+    if atoms.dtype == dtype:
+        return atoms, indices
+    if indices.numel() >= atoms.shape[0]:
+        return atoms.to(dtype), indices
+    rows = atoms.index_select(0, indices.reshape(-1)).to(dtype)
+    return rows, torch.arange(indices.numel(), device=indices.device).view_as(indices)
+
+
+def _sampled_product(x: Tensor, atoms: Tensor, indices: Tensor) -> Tensor:
+    """``x_t . atoms_(t,k)`` of shape (T, K)."""
+    tokens, top_k = indices.shape
+    if x.device.type == "cpu" and _has_sampled_product():
+        starts = torch.arange(0, tokens * top_k + 1, top_k)
+        pattern = torch.sparse_csr_tensor(
+            starts, indices.reshape(-1), x.new_zeros(tokens * top_k), (tokens, atoms.shape[0]), check_invariants=False
+        )
+        product: Tensor = torch.sparse.sampled_addmm(pattern, x, atoms.t(), beta=0.0)
+        return product.values().view(tokens, top_k)
+    out = x.new_empty(tokens, top_k)
+    budget = _CHUNK_BYTES["cpu" if x.device.type == "cpu" else "other"]
+    chunk = max(1, budget // (top_k * atoms.shape[1] * atoms.element_size()))
+    for start in range(0, tokens, chunk):
+        rows = atoms[indices[start : start + chunk]]
+        torch.bmm(rows, x[start : start + chunk].unsqueeze(2), out=out[start : start + chunk].unsqueeze(2))
+    return out
+
+
+@functools.cache
+def _has_sampled_product() -> bool:
+    # Torch warns once a process that CSR tensors are in beta: nothing that a user of this library could act on.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            pattern = torch.sparse_csr_tensor(torch.tensor([0, 1]), torch.tensor([0]), torch.zeros(1), (1, 1))
+            torch.sparse.sampled_addmm(pattern, torch.ones(1, 1), torch.ones(1, 1), beta=0.0)
+        except RuntimeError:
+            return False
+    return True
+
+
+def _weighted_rows(weights: Tensor, atoms: Tensor, indices: Tensor) -> Tensor:
+    """``sum_k weights_tk atoms_(t,k)`` of shape (T, d)."""
+    return torch.nn.functional.embedding_bag(indices, atoms, per_sample_weights=weights, mode="sum")
+
+
+def _segments(indices: Tensor, num_atoms: int) -> tuple[Tensor, Tensor]:
+    """Order of the pairs by atom, and where each atom's pairs start: (T K,) and (M + 1,)."""
+    ordered, order = torch.sort(indices.reshape(-1), stable=True)
+    offsets = torch.searchsorted(ordered, torch.arange(num_atoms + 1, device=indices.device))
+    return order, offsets
+
+
+def _segment_sum(weights: Tensor, tokens: Tensor, order: Tensor, offsets: Tensor, top_k: int) -> Tensor:
+    """Transposed sparse product ``sum_(t,k -> j) weights_tk tokens_t`` of shape (M, d)."""
+    return torch.nn.functional.embedding_bag(
+        order // top_k,
+        tokens,
+        offsets,
+        per_sample_weights=weights.reshape(-1)[order],
+        mode="sum",
+        include_last_offset=True,
+    )

@@ -1,0 +1,53 @@
+"""The magnitude gate: from selected logits to coefficients, equation (5)."""
+
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+GateKind = Literal["sum", "mean", "none"]
+
+
+class Gate(NamedTuple):
+    """Coefficients z of shape (..., K) and signal strength S of shape (...), both in the dtype of the logits."""
+
+    coefficients: Tensor
+    strength: Tensor
+
+
+def gate(logits: Tensor, *, logit_clamp: float = 20.0, eps: float = 1e-6, kind: GateKind = "sum") -> Gate:
+    """Turn the selected raw logits into coefficients: ``z = alpha / (S + eps) tanh(S)``, equation (5).
+
+    ``alpha = softplus(clamp(logits, -tau, tau))`` and ``S = sum alpha``, so that the coefficients sum to less than
+    ``tanh(S) < 1``, equation (6). A row with a logit that is not finite comes out NaN, and only that row.
+
+    Args:
+        logits: Selected raw logits of shape (..., K), float32 or float64.
+        logit_clamp: tau > 0.
+        eps: Stability constant > 0.
+        kind: "sum" is the paper's ``tanh(S)``; "mean" takes ``tanh(S / K)``, which does not start saturated;
+            "none" leaves the magnitude gate out.
+
+    Returns:
+        The coefficients and the strength S.
+
+    Raises:
+        ValueError: If ``logit_clamp`` or ``eps`` is not positive, or ``kind`` is unknown.
+    """
+    if not logit_clamp > 0:
+        raise ValueError(f"logit_clamp must be > 0, got {logit_clamp}")
+    if not eps > 0:
+        raise ValueError(f"eps must be > 0, got {eps}")
+    # The threshold keeps softplus exact to rounding in float64; torch's default is off by 2e-9 at 20.
+    scores = functional.softplus(logits.clamp(-logit_clamp, logit_clamp), threshold=40.0)
+    scores = torch.where(logits.isfinite(), scores, torch.nan)
+    strength = scores.sum(-1)
+    shares = scores / (strength + eps).unsqueeze(-1)
+    if kind == "none":
+        return Gate(shares, strength)
+    if kind == "mean":
+        return Gate(shares * torch.tanh(strength / logits.shape[-1]).unsqueeze(-1), strength)
+    if kind == "sum":
+        return Gate(shares * torch.tanh(strength).unsqueeze(-1), strength)
+    raise ValueError(f"kind must be 'sum', 'mean' or 'none', got {kind!r}")

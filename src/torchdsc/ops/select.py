@@ -1,0 +1,179 @@
+"""Selection: top-K of the raw logits, and the statistics of the regularisers from the same pass."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+# Logits per chunk: what a pass reads twice should still be in cache the second time.
+_CHUNK = {"cpu": 1 << 19, "other": 1 << 28}
+
+
+class Selection(NamedTuple):
+    """What a router's logits (T, M) give.
+
+    Attributes:
+        logits: The K largest raw logits of each token, sorted, of shape (T, K).
+        indices: Their atoms, int64 of shape (T, K).
+        log_normalizer: ``logsumexp`` of each token's clamped logits, of shape (T,); empty without statistics.
+        probability_sum: Sum over counted tokens of ``softmax`` of the clamped logits, of shape (M,); empty likewise.
+    """
+
+    logits: Tensor
+    indices: Tensor
+    log_normalizer: Tensor
+    probability_sum: Tensor
+
+
+def select(
+    logits: Tensor, top_k: int, *, logit_clamp: float, statistics: bool = True, token_mask: Tensor | None = None
+) -> Selection:
+    """Select each token's top-K atoms, and sum up what equations (9) and (12) need, in one pass over the logits.
+
+    Clamp and softplus are monotone, so that top-K is taken on raw logits. Statistics are those of the clamped ones.
+
+    Args:
+        logits: Router logits of shape (T, M), float32 or float64.
+        top_k: K, with 1 <= K <= M.
+        logit_clamp: tau > 0.
+        statistics: Whether to compute the last two results.
+        token_mask: Optional bool of shape (T,); tokens that are False are left out of ``probability_sum``.
+
+    Returns:
+        The selection; differentiable in ``logits`` through all but ``indices``.
+
+    Raises:
+        ValueError: If ``top_k`` is outside [1, M], or ``token_mask`` has another shape than (T,).
+    """
+    if not 1 <= top_k <= logits.shape[-1]:
+        raise ValueError(f"top_k must be in [1, num_atoms = {logits.shape[-1]}], got {top_k}")
+    if token_mask is not None and token_mask.shape != logits.shape[:1]:
+        raise ValueError(f"token_mask must have shape {tuple(logits.shape[:1])}, got {tuple(token_mask.shape)}")
+    weights = None if token_mask is None else token_mask.to(logits.dtype)
+    return Selection(*_select_op(logits, weights, top_k, logit_clamp, statistics))
+
+
+@torch.library.custom_op("torchdsc::select", mutates_args=())
+def _select_op(
+    logits: Tensor, weights: Tensor | None, top_k: int, logit_clamp: float, statistics: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    values, indices = logits.topk(top_k, dim=1)
+    if not statistics:
+        return values, indices, logits.new_empty(0), logits.new_empty(0)
+    tokens, num_atoms = logits.shape
+    log_normalizer, probability_sum = logits.new_empty(tokens), logits.new_zeros(num_atoms)
+    clamped = _beyond(logits, logit_clamp)
+    for rows in _chunks(logits):
+        chunk = logits[rows].clamp(-logit_clamp, logit_clamp) if clamped else logits[rows]
+        largest = values[rows, :1].clamp(-logit_clamp, logit_clamp) if clamped else values[rows, :1]
+        exponentials = torch.sub(chunk, largest).exp_()
+        total = exponentials.sum(1)
+        torch.add(total.log(), largest.squeeze(1), out=log_normalizer[rows])
+        share = total.reciprocal() if weights is None else weights[rows] / total
+        probability_sum.addmv_(exponentials.t(), share)
+    return values, indices, log_normalizer, probability_sum
+
+
+@_select_op.register_fake
+def _(
+    logits: Tensor, weights: Tensor | None, top_k: int, logit_clamp: float, statistics: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    tokens, num_atoms = logits.shape
+    return (
+        logits.new_empty(tokens, top_k),
+        logits.new_empty(tokens, top_k, dtype=torch.int64),
+        logits.new_empty(tokens if statistics else 0),
+        logits.new_empty(num_atoms if statistics else 0),
+    )
+
+
+@torch.library.custom_op("torchdsc::select_backward", mutates_args=())
+def _select_backward_op(
+    logits: Tensor,
+    weights: Tensor | None,
+    indices: Tensor,
+    log_normalizer: Tensor,
+    grad_values: Tensor,
+    grad_log_normalizer: Tensor,
+    grad_probability_sum: Tensor,
+    logit_clamp: float,
+) -> Tensor:
+    grad = torch.empty_like(logits)
+    clamped = _beyond(logits, logit_clamp)
+    for rows in _chunks(logits):
+        chunk = logits[rows].clamp(-logit_clamp, logit_clamp) if clamped else logits[rows]
+        out = torch.sub(chunk, log_normalizer[rows].unsqueeze(1), out=grad[rows]).exp_()
+        # d/dr of g . p and of h lse, with p the softmax: p (h + w (g - g . p)).
+        mean = torch.mv(out, grad_probability_sum)
+        if weights is None:
+            out *= grad_probability_sum + (grad_log_normalizer[rows] - mean).unsqueeze(1)
+        else:
+            weight = weights[rows]
+            constant = grad_log_normalizer[rows] - weight * mean
+            out *= torch.addr(constant.unsqueeze(1), weight, grad_probability_sum)
+        if clamped:
+            out.masked_fill_(logits[rows].abs() > logit_clamp, 0.0)
+    return grad.scatter_add_(1, indices, grad_values)
+
+
+@_select_backward_op.register_fake
+def _(
+    logits: Tensor,
+    weights: Tensor | None,
+    indices: Tensor,
+    log_normalizer: Tensor,
+    grad_values: Tensor,
+    grad_log_normalizer: Tensor,
+    grad_probability_sum: Tensor,
+    logit_clamp: float,
+) -> Tensor:
+    return torch.empty_like(logits)
+
+
+def _beyond(logits: Tensor, logit_clamp: float) -> bool:
+    """Whether clamping changes anything; on other devices than the CPU it is not worth waiting for the answer."""
+    if logits.device.type != "cpu" or logits.numel() == 0:
+        return logits.numel() > 0
+    low, high = torch.aminmax(logits)
+    return not (low >= -logit_clamp and high <= logit_clamp)
+
+
+def _chunks(logits: Tensor) -> list[slice]:
+    tokens, num_atoms = logits.shape
+    size = max(1, _CHUNK["cpu" if logits.device.type == "cpu" else "other"] // num_atoms)
+    return [slice(start, min(start + size, tokens)) for start in range(0, tokens, size)]
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    logits, weights, _, ctx.logit_clamp, ctx.statistics = inputs
+    _, indices, log_normalizer, _ = output
+    ctx.mark_non_differentiable(indices)
+    # Without statistics the gradient is that of a gather: the logits themselves are not needed.
+    ctx.shape = logits.shape
+    if ctx.statistics:
+        ctx.save_for_backward(indices, logits, weights, log_normalizer)
+    else:
+        ctx.save_for_backward(indices)
+
+
+def _backward(
+    ctx: Any, grad_values: Tensor, _: Tensor | None, grad_log_normalizer: Tensor, grad_probability_sum: Tensor
+) -> tuple[Tensor | None, ...]:
+    if not ctx.statistics:
+        (indices,) = ctx.saved_tensors
+        return grad_values.new_zeros(ctx.shape).scatter_add(1, indices, grad_values), None, None, None, None
+    indices, logits, weights, log_normalizer = ctx.saved_tensors
+    grad = _select_backward_op(
+        logits,
+        weights,
+        indices,
+        log_normalizer,
+        grad_values,
+        grad_log_normalizer,
+        grad_probability_sum,
+        ctx.logit_clamp,
+    )
+    return grad, None, None, None, None
+
+
+_select_op.register_autograd(_backward, setup_context=_setup_context)
