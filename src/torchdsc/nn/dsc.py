@@ -53,6 +53,7 @@ class DSC(RoutedLayer):
     """
 
     bank: BasisBank
+    router: LinearRouter
 
     def __init__(
         self,
@@ -126,7 +127,11 @@ class DSC(RoutedLayer):
             eps=self.options.eps,
             impl=self.options.impl,
         )
-        y = (y * self.gamma).to(x.dtype).reshape(*x.shape[:-1], self.out_features)
+        y = y * self.gamma
+        if y.dtype != x.dtype:
+            y = y.to(x.dtype)
+        if x.dim() != 2:
+            y = y.reshape(*x.shape[:-1], self.out_features)
         if not collect:
             return y, None
         log_normalizer = selection.log_normalizer

@@ -55,19 +55,23 @@ class LinearRouter(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits of shape (..., M) for tokens of shape (..., d_in)."""
-        precise = torch.promote_types(x.dtype, torch.float32)
-        with torch.autocast(x.device.type, enabled=False):
-            x = x.to(precise)
-            if isinstance(self.norm, nn.LayerNorm):
-                weight, bias = self.norm.weight, self.norm.bias
-                x = functional.layer_norm(
-                    x,
-                    self.norm.normalized_shape,
-                    None if weight is None else weight.to(precise),
-                    None if bias is None else bias.to(precise),
-                    self.norm.eps,
-                )
-            return functional.linear(x, self.weight.to(precise), None if self.bias is None else self.bias.to(precise))
+        precise = x.dtype if x.dtype in (torch.float32, torch.float64) else torch.float32
+        if torch.is_autocast_enabled(x.device.type):
+            with torch.autocast(x.device.type, enabled=False):
+                return self._logits(x, precise)
+        return self._logits(x, precise)
+
+    def _logits(self, x: Tensor, precise: torch.dtype) -> Tensor:
+        def cast(tensor: Tensor | None) -> Tensor | None:
+            return tensor if tensor is None or tensor.dtype == precise else tensor.to(precise)
+
+        x = x if x.dtype == precise else x.to(precise)
+        norm = self.norm
+        if isinstance(norm, nn.LayerNorm):
+            x = functional.layer_norm(x, norm.normalized_shape, cast(norm.weight), cast(norm.bias), norm.eps)
+        weight = cast(self.weight)
+        assert weight is not None
+        return functional.linear(x, weight, cast(self.bias))
 
     def extra_repr(self) -> str:
         """Sizes, for ``print(model)``."""

@@ -162,7 +162,7 @@ class RoutedLayer(nn.Module):
             if not torch.is_autocast_enabled(x.device.type) or not x.is_floating_point():
                 raise TypeError(f"x must have the dtype of the parameters, {dtype}, got {x.dtype}")
             x = x.to(dtype)
-        return x.reshape(-1, in_features)
+        return x if x.dim() == 2 else x.reshape(-1, in_features)
 
 
 def sum_statistics(

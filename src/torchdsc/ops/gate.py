@@ -40,14 +40,16 @@ def gate(logits: Tensor, *, logit_clamp: float = 20.0, eps: float = 1e-6, kind: 
     if not eps > 0:
         raise ValueError(f"eps must be > 0, got {eps}")
     # The threshold keeps softplus exact to rounding in float64; torch's default is off by 2e-9 at 20.
-    scores = functional.softplus(logits.clamp(-logit_clamp, logit_clamp), threshold=40.0)
-    scores = torch.where(logits.isfinite(), scores, torch.nan)
-    strength = scores.sum(-1)
-    shares = scores / (strength + eps).unsqueeze(-1)
-    if kind == "none":
-        return Gate(shares, strength)
-    if kind == "mean":
-        return Gate(shares * torch.tanh(strength / logits.shape[-1]).unsqueeze(-1), strength)
+    scores = functional.softplus(logits.clamp(-logit_clamp, logit_clamp), 1.0, 40.0)
+    # Adding nothing of the raw logits makes the scores of infinite ones NaN.
+    scores = torch.add(scores, logits, alpha=0.0)
+    strength = scores.sum(-1, keepdim=True)
     if kind == "sum":
-        return Gate(shares * torch.tanh(strength).unsqueeze(-1), strength)
-    raise ValueError(f"kind must be 'sum', 'mean' or 'none', got {kind!r}")
+        factor = torch.tanh(strength) / (strength + eps)
+    elif kind == "mean":
+        factor = torch.tanh(strength / logits.shape[-1]) / (strength + eps)
+    elif kind == "none":
+        factor = 1.0 / (strength + eps)
+    else:
+        raise ValueError(f"kind must be 'sum', 'mean' or 'none', got {kind!r}")
+    return Gate(scores * factor, strength.squeeze(-1))

@@ -49,6 +49,9 @@ def select(
         raise ValueError(f"top_k must be in [1, num_atoms = {logits.shape[-1]}], got {top_k}")
     if token_mask is not None and token_mask.shape != logits.shape[:1]:
         raise ValueError(f"token_mask must have shape {tuple(logits.shape[:1])}, got {tuple(token_mask.shape)}")
+    if not statistics and not torch.is_grad_enabled():
+        empty = logits.new_empty(0)
+        return Selection(*logits.topk(top_k, dim=1), empty, empty)
     weights = None if token_mask is None else token_mask.to(logits.dtype)
     return Selection(*_select_op(logits, weights, top_k, logit_clamp, statistics))
 

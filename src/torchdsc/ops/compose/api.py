@@ -5,7 +5,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .contract import compose_op
+from .contract import run
 from .crossover import IMPLEMENTATIONS
 
 Implementation = Literal["auto", "reference", "gather", "dense", "triton"]
@@ -52,19 +52,14 @@ def compose(
         raise ValueError(f"impl must be one of {('auto', *IMPLEMENTATIONS)}, got {impl!r}")
     if impl == "triton":
         raise NotImplementedError("impl='triton' is not available in this version; use 'auto', 'gather' or 'dense'")
+    accumulated = x.dtype if x.dtype in (torch.float32, torch.float64) else torch.float32
+    if coefficients.dtype != accumulated:
+        coefficients = coefficients.to(accumulated)
+    if x.dim() == 2:
+        return run(x, u, v, indices, coefficients, eps, impl)
     top_k = indices.shape[-1]
-    accumulated = torch.promote_types(x.dtype, torch.float32)
-    y: Tensor
-    y, _ = compose_op(
-        x.reshape(-1, x.shape[-1]),
-        u,
-        v,
-        indices.reshape(-1, top_k),
-        coefficients.to(accumulated).reshape(-1, top_k),
-        eps,
-        impl,
-    )
-    return y.reshape(*x.shape[:-1], v.shape[-1])
+    flat = x.reshape(-1, x.shape[-1]), u, v, indices.reshape(-1, top_k), coefficients.reshape(-1, top_k)
+    return run(*flat, eps, impl).reshape(*x.shape[:-1], v.shape[-1])
 
 
 def _check_shapes(x: Tensor, u: Tensor, v: Tensor, indices: Tensor, coefficients: Tensor) -> None:

@@ -24,14 +24,30 @@ _BACKWARD: dict[str, Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]] = {
 }
 
 
+def run(
+    x: Tensor, u: Tensor, v: Tensor, indices: Tensor, coefficients: Tensor, eps: float | None, impl: str
+) -> Tensor:
+    """Call the operator, or in plain inference its implementation: dispatch would cost more than a token's work."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or type(x) is not Tensor:
+        y: Tensor = compose_op(x, u, v, indices, coefficients, eps, impl)[0]
+        return y
+    return _forward(x, u, v, indices, coefficients, eps, impl)[0]
+
+
+def _forward(
+    x: Tensor, u: Tensor, v: Tensor, indices: Tensor, coefficients: Tensor, eps: float | None, impl: str
+) -> tuple[Tensor, Tensor]:
+    if x.shape[0] == 0:
+        return x.new_empty(0, v.shape[1]), torch.empty_like(coefficients)
+    return _FORWARD[_resolve(impl, x, u, indices)](x, u, v, indices, coefficients, eps)
+
+
 @torch.library.custom_op("torchdsc::compose", mutates_args=())
 def compose_op(
     x: Tensor, u: Tensor, v: Tensor, indices: Tensor, coefficients: Tensor, eps: float | None, impl: str
 ) -> tuple[Tensor, Tensor]:
     """Run the chosen implementation; returns y (T, d_out) and the latent values x . u_k (T, K)."""
-    if x.shape[0] == 0:
-        return x.new_empty(0, v.shape[1]), torch.empty_like(coefficients)
-    return _FORWARD[_resolve(impl, x, u, indices)](x, u, v, indices, coefficients, eps)
+    return _forward(x, u, v, indices, coefficients, eps, impl)
 
 
 @compose_op.register_fake
@@ -78,7 +94,7 @@ def _(
 def _resolve(impl: str, x: Tensor, u: Tensor, indices: Tensor) -> str:
     if impl != "auto":
         return impl
-    return choose_implementation(x.shape[0], u.shape[0], indices.shape[1], x.shape[1], x.device)
+    return choose_implementation(x.shape[0], u.shape[0], indices.shape[1], x.shape[1], x.device.type)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

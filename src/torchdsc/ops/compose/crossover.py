@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+# A share of selected atoms so small that the masked product was never the quicker.
+_LEAST_RATIO = 0.02
 IMPLEMENTATIONS = ("reference", "gather", "dense", "triton")
 
 
@@ -21,13 +23,14 @@ def choose_implementation(num_tokens: int, num_atoms: int, top_k: int, width: in
         num_atoms: M, atoms in the bank.
         top_k: K, atoms composed per token.
         width: d_in, features of the input.
-        device: Where the call runs. Devices without a measurement use "gather".
+        device: Device, or its type, where the call runs. Devices without a measurement use "gather".
 
     Returns:
         "gather" or "dense".
     """
-    points = _crossovers().get(torch.device(device).type, [])
-    if not points or num_tokens == 0:
+    points = _crossovers().get(device if isinstance(device, str) else device.type, [])
+    # No measured crossover lies below this ratio, and most calls are settled here.
+    if not points or num_tokens == 0 or top_k < _LEAST_RATIO * num_atoms:
         return "gather"
 
     def distance(point: dict[str, Any]) -> float:

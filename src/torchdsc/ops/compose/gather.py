@@ -74,17 +74,20 @@ def backward(
 def _forward_few(
     x: Tensor, u: Tensor, v: Tensor, indices: Tensor, coefficients: Tensor, eps: float | None
 ) -> tuple[Tensor, Tensor]:
+    # Small operations cost their call, not their work: there are as few as can be.
     tokens, top_k = indices.shape
     flat = indices.reshape(-1)
-    rows_u = u.index_select(0, flat).to(coefficients.dtype).view(tokens, top_k, -1)
-    rows_v = v.index_select(0, flat).to(coefficients.dtype).view(tokens, top_k, -1)
-    latent = torch.bmm(rows_u, x.to(coefficients.dtype).unsqueeze(2)).squeeze(2)
+    rows_u, rows_v = u.index_select(0, flat), v.index_select(0, flat)
+    dtype = coefficients.dtype
+    if x.dtype != dtype:
+        x, rows_u, rows_v = x.to(dtype), rows_u.to(dtype), rows_v.to(dtype)
+    latent = torch.bmm(rows_u.view(tokens, top_k, -1), x.unsqueeze(2)).squeeze(2)
     weights = coefficients
     if eps is not None:
-        latent = latent / torch.linalg.vector_norm(rows_u, dim=2).clamp_min_(eps)
-        weights = coefficients / torch.linalg.vector_norm(rows_v, dim=2).clamp_min_(eps)
-    y = torch.bmm((latent * weights).unsqueeze(1), rows_v).squeeze(1)
-    return y.to(x.dtype), latent
+        latent = latent / rows_u.norm(dim=1).clamp_min_(eps).view(tokens, top_k)
+        weights = coefficients / rows_v.norm(dim=1).clamp_min_(eps).view(tokens, top_k)
+    y = torch.bmm((latent * weights).unsqueeze(1), rows_v.view(tokens, top_k, -1)).squeeze(1)
+    return y.to(u.dtype), latent
 
 
 def _in_dtype(atoms: Tensor, indices: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -100,7 +103,8 @@ def _in_dtype(atoms: Tensor, indices: Tensor, dtype: torch.dtype) -> tuple[Tenso
 def _sampled_product(x: Tensor, atoms: Tensor, indices: Tensor) -> Tensor:
     """``x_t . atoms_(t,k)`` of shape (T, K)."""
     tokens, top_k = indices.shape
-    if x.device.type == "cpu" and _has_sampled_product():
+    # The sampled product refuses patterns with more entries a row than columns.
+    if x.device.type == "cpu" and top_k <= atoms.shape[0] and _has_sampled_product():
         starts = torch.arange(0, tokens * top_k + 1, top_k)
         pattern = torch.sparse_csr_tensor(
             starts, indices.reshape(-1), x.new_zeros(tokens * top_k), (tokens, atoms.shape[0]), check_invariants=False

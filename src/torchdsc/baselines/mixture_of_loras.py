@@ -1,0 +1,99 @@
+"""Mixture-of-LoRAs: DSC without unit norms and magnitude gate, with atoms bound together in experts of rank r."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from torchdsc.nn import RegularizerWeights, RoutedLayer, RoutingStatistics
+from torchdsc.nn.options import RouterNorm
+from torchdsc.nn.statistics import check_token_mask
+from torchdsc.ops import compose
+from torchdsc.ops.compose.api import Implementation
+
+from .router import SoftmaxRouter
+
+
+class MixtureOfLoRAs(RoutedLayer):
+    """``y = scale sum_{e in top-k} p_e (x A_e^T) B_e`` with A_e, B_e of rank r: the update alone, for a residual.
+
+    At r = 1 it is the null hypothesis of DSC. It runs on the same operation, without normalisation.
+
+    Args:
+        in_features: d_in.
+        out_features: d_out; ``in_features`` by default.
+        num_experts: N.
+        rank: r >= 1.
+        top_k: Experts per token.
+        scale: Constant factor, LoRA's alpha / r.
+        normalize_weights: Divide the selected softmax weights by their sum.
+        router_norm: LayerNorm before the router.
+        aux_weight: Weight of the load balance N sum_j P_j f_j.
+        z_weight: Weight of the router z-loss.
+        impl: Implementation of the composition.
+        device: Where the parameters live.
+        dtype: Their dtype.
+
+    Attributes:
+        down: A, of shape (N r, d_in), Kaiming uniform at the start.
+        up: B, of shape (N r, d_out), zero at the start as in LoRA.
+
+    Raises:
+        ValueError: On an argument out of its range.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int | None = None,
+        *,
+        num_experts: int,
+        rank: int,
+        top_k: int = 2,
+        scale: float = 1.0,
+        normalize_weights: bool = True,
+        router_norm: RouterNorm = "none",
+        aux_weight: float = 0.01,
+        z_weight: float = 1e-4,
+        impl: Implementation = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if rank < 1:
+            raise ValueError(f"rank must be >= 1, got {rank}")
+        self.in_features = in_features
+        self.out_features = in_features if out_features is None else out_features
+        self.rank, self.scale, self.impl = rank, scale, impl
+        self.regularizers = RegularizerWeights(aux=aux_weight, z=z_weight)
+        self.router = SoftmaxRouter(
+            in_features,
+            num_experts,
+            top_k,
+            normalize_weights=normalize_weights,
+            norm=router_norm,
+            device=device,
+            dtype=dtype,
+        )
+        self.down = nn.Parameter(torch.empty(num_experts * rank, in_features, device=device, dtype=dtype))
+        self.up = nn.Parameter(torch.empty(num_experts * rank, self.out_features, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Kaiming uniform ``down``, zero ``up``."""
+        nn.init.kaiming_uniform_(self.down, a=math.sqrt(5))
+        nn.init.zeros_(self.up)
+
+    def forward_with_statistics(
+        self, x: Tensor, token_mask: Tensor | None = None
+    ) -> tuple[Tensor, RoutingStatistics | None]:
+        """See :class:`torchdsc.nn.RoutedLayer`."""
+        flat = self._flatten(x, self.in_features, self.down.dtype)
+        collect = self.training and self.regularizers.need_tokens
+        choice = self.router(flat, check_token_mask(token_mask, x), collect)
+        # Expert e is the atoms e r ... e r + r - 1.
+        offsets = torch.arange(self.rank, device=flat.device)
+        indices = (choice.indices.unsqueeze(-1) * self.rank + offsets).flatten(1)
+        coefficients = (choice.weights * self.scale).repeat_interleave(self.rank, dim=1)
+        y = compose(flat, self.down, self.up, indices, coefficients, eps=None, impl=self.impl)
+        return y.to(x.dtype).reshape(*x.shape[:-1], self.out_features), choice.statistics

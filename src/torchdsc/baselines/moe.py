@@ -1,0 +1,166 @@
+"""Standard Mixture-of-Experts on the fastest expert kernel that transformers has."""
+
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from torchdsc.nn import RegularizerWeights, RoutedLayer, RoutingStatistics
+from torchdsc.nn.options import RouterNorm
+from torchdsc.nn.statistics import check_token_mask
+
+from .router import SoftmaxRouter
+
+ExpertKernel = Literal["auto", "eager", "batched_mm", "grouped_mm"]
+
+# Pairs of token and expert up to which gathering whole experts was measured to be quicker than sorting tokens.
+_FEW_PAIRS = 4
+
+
+class StandardMoE(RoutedLayer):
+    """``y = sum_{e in top-k} p_e gelu(x W_1e) W_2e``, experts without biases.
+
+    Regularised by the load balance N sum_j P_j f_j (k when uniform) and the router z-loss, collected by
+    :func:`torchdsc.regularization` like those of DSC.
+
+    Args:
+        in_features: d.
+        hidden_features: Width h of an expert.
+        num_experts: N.
+        top_k: Experts per token.
+        normalize_weights: Divide the selected softmax weights by their sum (the published run leaves them raw).
+        jitter: Standard deviation of noise on the router's logits in training.
+        router_norm: LayerNorm before the router.
+        aux_weight: Weight of the load balance.
+        z_weight: Weight of the z-loss.
+        impl: Expert kernel: "grouped_mm" and "batched_mm" are those of transformers, "eager" is a loop over experts
+            over their own tokens; "auto" takes the fastest for the number of tokens and the device.
+        device: Where the parameters live.
+        dtype: Their dtype.
+
+    Raises:
+        ValueError: On an argument out of its range.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        hidden_features: int,
+        num_experts: int,
+        top_k: int = 2,
+        *,
+        normalize_weights: bool = True,
+        jitter: float = 0.0,
+        router_norm: RouterNorm = "none",
+        aux_weight: float = 0.01,
+        z_weight: float = 1e-4,
+        impl: ExpertKernel = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        for name, size in (("in_features", in_features), ("hidden_features", hidden_features)):
+            if size < 1:
+                raise ValueError(f"{name} must be >= 1, got {size}")
+        if impl not in get_args(ExpertKernel):
+            raise ValueError(f"impl must be one of {get_args(ExpertKernel)}, got {impl!r}")
+        self.in_features, self.impl = in_features, impl
+        self.regularizers = RegularizerWeights(aux=aux_weight, z=z_weight)
+        self.router = SoftmaxRouter(
+            in_features,
+            num_experts,
+            top_k,
+            normalize_weights=normalize_weights,
+            jitter=jitter,
+            norm=router_norm,
+            device=device,
+            dtype=dtype,
+        )
+        self.experts = Experts(num_experts, in_features, hidden_features, device=device, dtype=dtype)
+
+    def forward_with_statistics(
+        self, x: Tensor, token_mask: Tensor | None = None
+    ) -> tuple[Tensor, RoutingStatistics | None]:
+        """See :class:`torchdsc.nn.RoutedLayer`."""
+        flat = self._flatten(x, self.in_features, self.experts.up_proj.dtype)
+        collect = self.training and self.regularizers.need_tokens
+        choice = self.router(flat, check_token_mask(token_mask, x), collect)
+        y = self.experts(flat, choice.indices, choice.weights.to(flat.dtype), self._kernel(choice.indices))
+        return y.to(x.dtype).reshape(x.shape), choice.statistics
+
+    def _kernel(self, indices: Tensor) -> str:
+        if self.impl != "auto":
+            return self.impl
+        if indices.numel() <= _FEW_PAIRS and not torch.compiler.is_compiling():
+            return "batched_mm"
+        return "eager" if indices.device.type == "cpu" and not torch.compiler.is_compiling() else "grouped_mm"
+
+
+class _KernelInterface:
+    """The names that transformers' expert kernels read."""
+
+    has_gate = False
+    has_bias = False
+    has_post_expert_norm = False
+    is_transposed = False
+    _is_expert_parallel = False
+
+    def act_fn(self, x: Tensor) -> Tensor:
+        return functional.gelu(x)
+
+
+class _PaddedExperts(_KernelInterface):
+    def __init__(self, num_experts: int, up_proj: Tensor, down_proj: Tensor) -> None:
+        self.num_experts, self.up_proj, self.down_proj = num_experts, up_proj, down_proj
+
+
+class Experts(_KernelInterface, nn.Module):
+    """Weights of N experts, laid out as transformers' expert kernels want them.
+
+    ``up_proj`` is (N, h, d) and ``down_proj`` (N, d, h).
+    """
+
+    def __init__(self, num_experts: int, in_features: int, hidden_features: int, **factory: Any) -> None:
+        super().__init__()
+        self.num_experts = num_experts
+        self.up_proj = nn.Parameter(torch.empty(num_experts, hidden_features, in_features, **factory))
+        self.down_proj = nn.Parameter(torch.empty(num_experts, in_features, hidden_features, **factory))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Uniform within 1 / sqrt(fan in), as ``nn.Linear``."""
+        for weight in (self.up_proj, self.down_proj):
+            nn.init.uniform_(weight, -(weight.shape[-1] ** -0.5), weight.shape[-1] ** -0.5)
+
+    def forward(self, x: Tensor, indices: Tensor, weights: Tensor, kernel: str) -> Tensor:
+        """Tokens (T, d), their experts (T, k) and weights (T, k) to outputs (T, d)."""
+        if x.shape[0] == 0 or kernel == "eager":
+            return self._eager(x, indices, weights)
+        y: Tensor = _transformers_kernel(kernel)(self._aligned(kernel), x, indices, weights)
+        return y
+
+    def _aligned(self, kernel: str) -> Any:
+        """The grouped product wants rows in multiples of 16 bytes: widths such as 545 are filled up with zeros."""
+        missing = -self.up_proj.shape[1] % (16 // self.up_proj.element_size())
+        if kernel != "grouped_mm" or missing == 0:
+            return self
+        up_proj, down_proj = functional.pad(self.up_proj, (0, 0, 0, missing)), functional.pad(self.down_proj, (0, missing))
+        return _PaddedExperts(self.num_experts, up_proj, down_proj)
+
+    def _eager(self, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+        y = torch.zeros_like(x)
+        for expert in range(self.num_experts):
+            tokens, slot = torch.where(indices == expert)
+            hidden = functional.gelu(functional.linear(x[tokens], self.up_proj[expert]))
+            output = functional.linear(hidden, self.down_proj[expert]) * weights[tokens, slot].unsqueeze(1)
+            y = y.index_add(0, tokens, output.to(y.dtype))
+        return y
+
+
+def _transformers_kernel(name: str) -> Any:
+    try:
+        from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+    except ImportError as error:
+        raise ImportError(f"impl={name!r} needs transformers >= 5: pip install 'torchdsc[models]'") from error
+    return ALL_EXPERTS_FUNCTIONS[name]

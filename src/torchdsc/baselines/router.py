@@ -1,0 +1,80 @@
+"""The softmax top-k router of Mixture-of-Experts, with its regularisers' statistics."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from torchdsc.nn import LinearRouter, RoutingStatistics
+from torchdsc.nn.options import RouterNorm
+from torchdsc.nn.statistics import sum_statistics
+
+
+class ExpertChoice(NamedTuple):
+    """Selected experts (T, k), their weights (T, k), and the statistics where they were asked for."""
+
+    indices: Tensor
+    weights: Tensor
+    statistics: RoutingStatistics | None
+
+
+class SoftmaxRouter(nn.Module):
+    """``p = softmax(norm(x) W_r)``; the top-k experts of each token, weighted by p, renormalised or raw.
+
+    Args:
+        in_features: d.
+        num_experts: N.
+        top_k: Experts per token, 1 <= k <= N.
+        normalize_weights: Divide the selected weights by their sum.
+        jitter: Standard deviation of normal noise added to logits in training.
+        norm: LayerNorm before the router: "none", "layer" (parameter-free) or "layer_affine".
+        device: Where the parameters live.
+        dtype: Their dtype.
+
+    Raises:
+        ValueError: If ``top_k`` is outside [1, num_experts] or ``jitter`` negative.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        num_experts: int,
+        top_k: int,
+        *,
+        normalize_weights: bool = True,
+        jitter: float = 0.0,
+        norm: RouterNorm = "none",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if not 1 <= top_k <= num_experts:
+            raise ValueError(f"top_k must be in [1, num_experts = {num_experts}], got {top_k}")
+        if not jitter >= 0:
+            raise ValueError(f"jitter must be >= 0, got {jitter}")
+        self.top_k, self.normalize_weights, self.jitter = top_k, normalize_weights, jitter
+        self.linear = LinearRouter(in_features, num_experts, norm=norm, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor, token_mask: Tensor | None = None, collect: bool = False) -> ExpertChoice:
+        """Route tokens x of shape (T, d); weights and statistics are float32 (float64 for float64 input)."""
+        logits: Tensor = self.linear(x)
+        if self.training and self.jitter > 0:
+            logits = logits + self.jitter * torch.randn_like(logits)
+        log_normalizer = logits.logsumexp(-1)
+        probabilities = (logits - log_normalizer.unsqueeze(-1)).exp()
+        weights, indices = probabilities.topk(self.top_k, dim=-1)
+        # A token whose logits are not finite must not come out finite.
+        weights = torch.where(log_normalizer.isfinite().unsqueeze(-1), weights, torch.nan)
+        strength = weights.sum(-1)
+        if self.normalize_weights:
+            weights = weights / strength.unsqueeze(-1)
+        if not collect:
+            return ExpertChoice(indices, weights, None)
+        counted = torch.ones_like(strength) if token_mask is None else token_mask.to(strength.dtype)
+        load = counted.new_zeros(probabilities.shape[-1]).index_add(
+            0, indices.reshape(-1), counted.unsqueeze(1).expand_as(weights).reshape(-1)
+        )
+        probability_sum = probabilities.t() @ counted
+        return ExpertChoice(
+            indices, weights, sum_statistics(strength, log_normalizer, probability_sum, token_mask, load)
+        )

@@ -1,0 +1,15 @@
+"""DSCGPT: the paper's transformer as a Hugging Face model; importing this registers it with the Auto classes."""
+
+try:
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+except ImportError as error:
+    raise ImportError("torchdsc.models needs transformers >= 5: pip install 'torchdsc[models]'") from error
+
+from .configuration import DSCGPTConfig
+from .modeling import DSCGPTForCausalLM, DSCGPTModel, DSCGPTPreTrainedModel
+
+AutoConfig.register(DSCGPTConfig.model_type, DSCGPTConfig, exist_ok=True)
+AutoModel.register(DSCGPTConfig, DSCGPTModel, exist_ok=True)
+AutoModelForCausalLM.register(DSCGPTConfig, DSCGPTForCausalLM, exist_ok=True)
+
+__all__ = ["DSCGPTConfig", "DSCGPTForCausalLM", "DSCGPTModel", "DSCGPTPreTrainedModel"]

@@ -1,0 +1,96 @@
+"""Configuration of DSCGPT."""
+
+from typing import Any, Literal, get_args
+
+from transformers import PretrainedConfig
+
+from .feed_forward import FeedForwardKind, check_feed_forward
+
+ResidualInit = Literal["gpt2", "published", "none"]
+
+
+class DSCGPTConfig(PretrainedConfig):
+    """A GPT of pre-norm blocks with learned positions, bias-free linears and a feed-forward layer of choice.
+
+    The defaults are the paper's DSC model.
+
+    Args:
+        vocab_size: Tokens.
+        hidden_size: d.
+        num_hidden_layers: Blocks.
+        num_attention_heads: Heads; must divide ``hidden_size``.
+        max_position_embeddings: Longest sequence.
+        feed_forward: "dense", "moe", "mixture_of_loras" or "dsc".
+        intermediate_size: Width of the dense layer, of one MoE expert, or of the static layer beside the update of
+            DSC and Mixture-of-LoRAs (0 leaves it out).
+        feed_forward_options: Further arguments of :class:`torchdsc.DSC` ("num_atoms" and "top_k" are required), of
+            :class:`torchdsc.baselines.StandardMoE` ("num_experts") or
+            :class:`torchdsc.baselines.MixtureOfLoRAs` ("num_experts" and "rank").
+        dropout: Of embeddings, attention weights and residual branches.
+        layer_norm_eps: Of every LayerNorm.
+        initializer_range: Standard deviation of initial weights.
+        residual_init: "gpt2" divides it by sqrt(2 layers) for all that writes into the residual stream; "published"
+            for the attention output and MoE experts alone, as the published run does; "none" nowhere.
+        tie_word_embeddings: Whether input and output embeddings are one.
+        use_cache: Whether generation keeps keys and values.
+        **kwargs: See ``PretrainedConfig``.
+
+    Raises:
+        ValueError: On a value out of its range, or an unknown or missing feed-forward option.
+    """
+
+    model_type = "dsc_gpt"
+    keys_to_ignore_at_inference = ["past_key_values", "regularization", "task_loss"]  # noqa: RUF012 (a contract of transformers)
+
+    def __init__(
+        self,
+        vocab_size: int = 50304,
+        hidden_size: int = 384,
+        num_hidden_layers: int = 6,
+        num_attention_heads: int = 6,
+        max_position_embeddings: int = 256,
+        feed_forward: FeedForwardKind = "dsc",
+        intermediate_size: int = 327,
+        feed_forward_options: dict[str, Any] | None = None,
+        dropout: float = 0.1,
+        layer_norm_eps: float = 1e-5,
+        initializer_range: float = 0.02,
+        residual_init: ResidualInit = "gpt2",
+        tie_word_embeddings: bool = True,
+        use_cache: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        if feed_forward_options is None:
+            feed_forward_options = {"num_atoms": 1523, "top_k": 4} if feed_forward == "dsc" else {}
+        for name, value in (
+            ("vocab_size", vocab_size),
+            ("hidden_size", hidden_size),
+            ("num_hidden_layers", num_hidden_layers),
+            ("num_attention_heads", num_attention_heads),
+            ("max_position_embeddings", max_position_embeddings),
+        ):
+            if value < 1:
+                raise ValueError(f"{name} must be >= 1, got {value}")
+        if hidden_size % num_attention_heads:
+            raise ValueError(
+                f"num_attention_heads must divide hidden_size = {hidden_size}, got {num_attention_heads}"
+            )
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout must be in [0, 1), got {dropout}")
+        if residual_init not in get_args(ResidualInit):
+            raise ValueError(f"residual_init must be one of {get_args(ResidualInit)}, got {residual_init!r}")
+        check_feed_forward(feed_forward, hidden_size, intermediate_size, feed_forward_options)
+        self.vocab_size = vocab_size
+        self.hidden_size = hidden_size
+        self.num_hidden_layers = num_hidden_layers
+        self.num_attention_heads = num_attention_heads
+        self.max_position_embeddings = max_position_embeddings
+        self.feed_forward = feed_forward
+        self.intermediate_size = intermediate_size
+        self.feed_forward_options = feed_forward_options
+        self.dropout = dropout
+        self.layer_norm_eps = layer_norm_eps
+        self.initializer_range = initializer_range
+        self.residual_init = residual_init
+        self.use_cache = use_cache
+        super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)

@@ -1,0 +1,60 @@
+"""The feed-forward layers that a DSCGPT chooses from."""
+
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from torchdsc.baselines import DenseFFN, MixtureOfLoRAs, StandardMoE
+from torchdsc.nn import DSC, DSCResidual
+
+FeedForwardKind = Literal["dense", "moe", "mixture_of_loras", "dsc"]
+
+
+def build_feed_forward(
+    kind: FeedForwardKind, hidden_size: int, intermediate_size: int, options: dict[str, Any]
+) -> nn.Module:
+    """Build one feed-forward layer.
+
+    Args:
+        kind: Which.
+        hidden_size: d.
+        intermediate_size: Width, see :class:`DSCGPTConfig`.
+        options: Further arguments, see :class:`DSCGPTConfig`.
+
+    Returns:
+        A module from (..., d) to (..., d).
+
+    Raises:
+        ValueError: On an unknown kind, or options that the layer refuses.
+    """
+    try:
+        if kind == "dense":
+            return DenseFFN(hidden_size, intermediate_size, **options)
+        if kind == "moe":
+            return StandardMoE(hidden_size, intermediate_size, **options)
+        if kind == "mixture_of_loras":
+            return DSCResidual(_static(hidden_size, intermediate_size), MixtureOfLoRAs(hidden_size, **options))
+        if kind == "dsc":
+            return DSCResidual(_static(hidden_size, intermediate_size), DSC(hidden_size, **options))
+    except TypeError as error:
+        raise ValueError(f"feed_forward_options do not fit feed_forward={kind!r}: {error}") from error
+    raise ValueError(f"feed_forward must be one of {get_args(FeedForwardKind)}, got {kind!r}")
+
+
+def check_feed_forward(kind: FeedForwardKind, hidden_size: int, intermediate_size: int, options: dict[str, Any]) -> None:
+    """Raise what :func:`build_feed_forward` would, at no cost."""
+    with torch.device("meta"):
+        build_feed_forward(kind, hidden_size, intermediate_size, options)
+
+
+class NoFeedForward(nn.Module):
+    """The static layer of width 0: contributes nothing."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Zeros of the shape of ``x``."""
+        return torch.zeros_like(x)
+
+
+def _static(hidden_size: int, intermediate_size: int) -> nn.Module:
+    return DenseFFN(hidden_size, intermediate_size) if intermediate_size > 0 else NoFeedForward()

@@ -1,0 +1,56 @@
+"""Initial weights of DSCGPT."""
+
+from torch import nn
+from transformers import initialization as init
+
+from torchdsc.baselines import MixtureOfLoRAs
+from torchdsc.baselines.moe import Experts
+from torchdsc.nn import DSC, BasisBank, LinearRouter
+
+from .configuration import DSCGPTConfig
+
+
+def initialize(module: nn.Module, config: DSCGPTConfig) -> None:
+    """Initialise the parameters that ``module`` itself owns and that no checkpoint has filled.
+
+    Normal of standard deviation ``initializer_range``, less into the residual stream (``residual_init``); LayerNorms
+    to the identity; atoms, routers, gamma and LoRA factors as their own modules do.
+
+    Args:
+        module: Any module of the model.
+        config: The model's configuration.
+    """
+    std = config.initializer_range
+    residual_std = std if config.residual_init == "none" else std / (2 * config.num_hidden_layers) ** 0.5
+    if isinstance(module, nn.Linear | nn.Embedding):
+        small = getattr(module, "_writes_residual", None)
+        into_residual = small == "always" or (small == "feed_forward" and config.residual_init == "gpt2")
+        init.normal_(module.weight, std=residual_std if into_residual else std)
+    elif isinstance(module, Experts):
+        init.normal_(module.up_proj, std=std)
+        init.normal_(module.down_proj, std=residual_std)
+    elif isinstance(module, nn.LayerNorm) and module.elementwise_affine:
+        init.ones_(module.weight)
+        init.zeros_(module.bias)
+    elif isinstance(module, LinearRouter):
+        init.normal_(module.weight, std=std)
+        if module.bias is not None:
+            init.zeros_(module.bias)
+    elif isinstance(module, BasisBank):
+        fresh = BasisBank(module.num_atoms, module.in_features, module.out_features, init_norm=module.init_norm)
+        init.copy_(module.u, fresh.u)
+        init.copy_(module.v, fresh.v)
+    elif isinstance(module, DSC):
+        init.constant_(module.gamma, module.options.gamma_init)
+    elif isinstance(module, MixtureOfLoRAs):
+        init.kaiming_uniform_(module.down, a=5**0.5)
+        init.zeros_(module.up)
+
+
+def mark_residual_writers(block: nn.Module) -> None:
+    """Note on the linear layers of a block which of them write into the residual stream."""
+    for name, module in block.named_modules():
+        if name == "attention.out_proj":
+            module._writes_residual = "always"  # type: ignore[assignment]
+        elif name in ("feed_forward.down", "feed_forward.base.down"):
+            module._writes_residual = "feed_forward"  # type: ignore[assignment]

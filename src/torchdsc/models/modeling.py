@@ -1,0 +1,369 @@
+"""DSCGPT in Hugging Face form."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from torchdsc.losses import Regularization, regularization_of
+from torchdsc.nn import RoutedLayer, RoutingStatistics
+
+from .configuration import DSCGPTConfig
+from .feed_forward import build_feed_forward
+from .initialization import initialize, mark_residual_writers
+
+Statistics = tuple[RoutingStatistics | None, ...]
+
+
+@dataclass
+class DSCGPTModelOutput(BaseModelOutputWithPast):
+    """Hidden states, cache, and in training the routing statistics of each block."""
+
+    routing_statistics: Statistics | None = None
+
+
+@dataclass
+class DSCGPTOutput(CausalLMOutputWithPast):
+    """A causal LM's output; ``loss`` is ``task_loss`` and in training the weighted regularisers.
+
+    ``regularization`` holds their detached values by name.
+    """
+
+    task_loss: Tensor | None = None
+    regularization: dict[str, Tensor] | None = None
+
+
+class DSCGPTAttention(nn.Module):
+    """Causal self-attention on transformers' attention functions (SDPA by default), with a key-value cache."""
+
+    def __init__(self, config: DSCGPTConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.config, self.layer_idx = config, layer_idx
+        self.head_dim = config.hidden_size // config.num_attention_heads
+        self.scaling = self.head_dim**-0.5
+        self.is_causal = True
+        self.qkv_proj = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=False)
+        self.out_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+
+    def forward(
+        self, hidden_states: Tensor, attention_mask: Tensor | None, past_key_values: Cache | None, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """Hidden states (B, T, d) to (B, T, d), and the attention weights where the implementation gives them."""
+        shape = (*hidden_states.shape[:-1], -1, self.head_dim)
+        query, key, value = (t.view(shape).transpose(1, 2) for t in self.qkv_proj(hidden_states).chunk(3, dim=-1))
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+        attend: Callable[..., tuple[Tensor, Tensor | None]] = sdpa_attention_forward
+        if self.config._attn_implementation != "sdpa":
+            attend = ALL_ATTENTION_FUNCTIONS.get(self.config._attn_implementation, eager_attention_forward)
+        dropout = self.config.dropout if self.training else 0.0
+        output, weights = attend(
+            self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
+        )
+        return self.out_proj(output.reshape(hidden_states.shape)), weights
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor]:
+    """Attention written out, for ``output_attentions``: heads first in, heads third out."""
+    scores = query @ key.transpose(2, 3) * scaling
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    weights = nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    dropped = nn.functional.dropout(weights, dropout, module.training)
+    return (dropped @ value).transpose(1, 2).contiguous(), weights
+
+
+class DSCGPTBlock(GradientCheckpointingLayer):
+    """Pre-norm block. It returns its routing statistics, so that they come through a checkpoint with their graph."""
+
+    def __init__(self, config: DSCGPTConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.attention = DSCGPTAttention(config, layer_idx)
+        self.feed_forward_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.feed_forward = build_feed_forward(
+            config.feed_forward, config.hidden_size, config.intermediate_size, config.feed_forward_options
+        )
+        self.dropout = nn.Dropout(config.dropout)
+        mark_residual_writers(self)
+
+    @property
+    def routed_layer(self) -> RoutedLayer | None:
+        """The layer that routes, if this block has one."""
+        layer = getattr(self.feed_forward, "dsc", self.feed_forward)
+        return layer if isinstance(layer, RoutedLayer) else None
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        token_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, RoutingStatistics | None]:
+        """Hidden states (B, T, d) to (B, T, d), and the statistics."""
+        attended, _ = self.attention(self.attention_norm(hidden_states), attention_mask, past_key_values, **kwargs)
+        hidden_states = hidden_states + self.dropout(attended)
+        normed, statistics = self.feed_forward_norm(hidden_states), None
+        if self.routed_layer is None:
+            update = self.feed_forward(normed)
+        else:
+            update, statistics = self.feed_forward.forward_with_statistics(normed, token_mask)
+        return hidden_states + self.dropout(update), statistics
+
+
+class DSCGPTPreTrainedModel(PreTrainedModel):
+    """What the Hugging Face machinery needs to know of DSCGPT."""
+
+    config_class = DSCGPTConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["DSCGPTBlock"]  # noqa: RUF012 (a contract of transformers)
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _supports_sdpa = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        initialize(module, self.config)
+
+
+class DSCGPTModel(DSCGPTPreTrainedModel):
+    """Embeddings, blocks and final norm."""
+
+    def __init__(self, config: DSCGPTConfig) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.dropout = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(DSCGPTBlock(config, i) for i in range(config.num_hidden_layers))
+        self.final_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The token embedding."""
+        return self.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace the token embedding."""
+        self.embed_tokens = value
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        **kwargs: Any,
+    ) -> DSCGPTModelOutput:
+        """Tokens (B, T) to hidden states (B, T, d).
+
+        Args:
+            input_ids: Tokens of shape (B, T).
+            attention_mask: Shape (B, past + T); 0 is padding, which does not count in the regularisers either.
+            position_ids: Shape (B, T) or (1, T); counted from the cache by default.
+            past_key_values: Key-value cache.
+            inputs_embeds: Embeddings of shape (B, T, d) in place of ``input_ids``.
+            use_cache: Whether to return a cache.
+            output_hidden_states: Whether to return the hidden states before each block and after the last.
+            **kwargs: Passed on to the attention function.
+
+        Raises:
+            ValueError: If not exactly one of ``input_ids`` and ``inputs_embeds`` is given, or a sequence is longer
+                than the positions.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("exactly one of input_ids and inputs_embeds must be given")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        batch, length = inputs_embeds.shape[:2]
+        use_cache = self.config.use_cache if use_cache is None else use_cache
+        if self.training:
+            use_cache = False
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+        if position_ids is None:
+            position_ids = (torch.arange(length, device=inputs_embeds.device) + seen).unsqueeze(0)
+        if isinstance(seen, int) and seen + length > self.config.max_position_embeddings:
+            raise ValueError(
+                f"a sequence must have at most max_position_embeddings = {self.config.max_position_embeddings} "
+                f"tokens, got {seen + length}"
+            )
+        causal_mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+        )
+        is_token_mask = attention_mask is not None and attention_mask.shape == (batch, length)
+        token_mask = attention_mask.bool() if is_token_mask and attention_mask is not None else None
+        hidden_states = self.dropout(inputs_embeds + self.embed_positions(position_ids))
+        collected: list[RoutingStatistics | None] = []
+        all_hidden = [hidden_states]
+        for block in self.blocks:
+            hidden_states, statistics = block(
+                hidden_states,
+                attention_mask=causal_mask,
+                token_mask=token_mask,
+                past_key_values=past_key_values,
+                **kwargs,
+            )
+            collected.append(statistics)
+            all_hidden.append(hidden_states)
+        hidden_states = self.final_norm(hidden_states)
+        return DSCGPTModelOutput(
+            last_hidden_state=hidden_states,
+            past_key_values=past_key_values if use_cache else None,
+            hidden_states=(*all_hidden[:-1], hidden_states) if output_hidden_states else None,
+            routing_statistics=tuple(collected) if self.training else None,
+        )
+
+
+class DSCGPTForCausalLM(DSCGPTPreTrainedModel, GenerationMixin):
+    """DSCGPT with a language-modelling head; in training its loss includes the regularisers.
+
+    Exact under transformers' Trainer: with ``num_items_in_batch`` their terms are sums over routed tokens divided by
+    it, and L_frame's share is that of the labelled tokens. Routed and labelled tokens differ where labels are masked:
+    the terms then weigh by routed over labelled tokens.
+    """
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012 (a contract of transformers)
+
+    def __init__(self, config: DSCGPTConfig) -> None:
+        super().__init__(config)
+        self.model = DSCGPTModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The head."""
+        return self.lm_head
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        """Replace the head."""
+        self.lm_head = new_embeddings
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        num_items_in_batch: Tensor | int | None = None,
+        shift_labels: Tensor | None = None,
+        **kwargs: Any,
+    ) -> DSCGPTOutput:
+        """Logits (B, T, V), and with labels the loss.
+
+        Args:
+            input_ids: See :meth:`DSCGPTModel.forward`, as for the next four.
+            attention_mask: See there.
+            position_ids: See there.
+            past_key_values: See there.
+            inputs_embeds: See there.
+            labels: Shape (B, T), shifted inside; -100 does not count.
+            use_cache: See :meth:`DSCGPTModel.forward`.
+            output_hidden_states: See :meth:`DSCGPTModel.forward`.
+            logits_to_keep: Positions, from the end, whose logits are computed; 0 for all.
+            num_items_in_batch: Labelled tokens of the whole optimizer step, as Trainer passes them.
+            shift_labels: Shape (B, T), shifted already: the token that follows each position. Used before ``labels``.
+            **kwargs: Passed on to the attention function.
+
+        Raises:
+            ValueError: If ``num_items_in_batch`` comes without labels: something took them out of the model (label
+                smoothing, a loss function of Trainer), and the regularisers would vanish.
+        """
+        has_labels = labels is not None or shift_labels is not None
+        layers = [block.routed_layer for block in self.model.blocks]
+        if self.training and num_items_in_batch is not None and not has_labels and any(layers):
+            raise ValueError(
+                "labels must reach the model in training, got num_items_in_batch without them: label smoothing and "
+                "compute_loss_func of Trainer take them out, and the regularisers with them"
+            )
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_hidden_states=output_hidden_states,
+            **kwargs,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        task_loss, total, terms = None, None, None
+        collected = [
+            (layer, statistics)
+            for layer, statistics in zip(layers, outputs.routing_statistics or (), strict=False)
+            if layer is not None and statistics is not None
+        ]
+        if has_labels:
+            task_loss = total = self.loss_function(
+                logits=logits,
+                labels=labels,
+                vocab_size=self.config.vocab_size,
+                num_items_in_batch=num_items_in_batch,
+                shift_labels=shift_labels,
+            )
+            if self.training:
+                targets = shift_labels if shift_labels is not None else labels[:, 1:]  # type: ignore[index]
+                terms = self._regularization(collected, targets, num_items_in_batch)
+                total = total + terms.total if terms is not None else total
+        else:
+            for layer, statistics in collected:
+                layer.statistics_log.add(statistics)
+        return DSCGPTOutput(
+            loss=total,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            task_loss=None if task_loss is None else task_loss.detach(),
+            regularization=None
+            if terms is None
+            else {"aux": terms.aux, "budget": terms.budget, "frame": terms.frame, "z": terms.z},
+        )
+
+    def _regularization(
+        self,
+        collected: list[tuple[RoutedLayer, RoutingStatistics]],
+        targets: Tensor,
+        num_items_in_batch: Tensor | int | None,
+    ) -> Regularization | None:
+        layers = [block.routed_layer for block in self.model.blocks if block.routed_layer is not None]
+        if not any(layer.regularizers.any for layer in layers):
+            return None
+        if num_items_in_batch is None:
+            return regularization_of(collected, frame_layers=layers)
+        share = (targets != -100).sum() / num_items_in_batch
+        return regularization_of(collected, num_tokens=num_items_in_batch, frame_share=share, frame_layers=layers)

@@ -1,0 +1,47 @@
+"""Fixtures and the time budget of slow tests."""
+
+import os
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# Seconds that the tests marked slow (compile, several processes, properties) may take together, summed over workers.
+SLOW_BUDGET = 600.0
+_slow_seconds = 0.0
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Folder of real files to test on: TORCHDSC_DATA, or ``shared/data`` beside the checkout."""
+    folder = Path(os.environ.get("TORCHDSC_DATA", ROOT.parent / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip(f"no real files at {folder}: set TORCHDSC_DATA")
+    return folder
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_call(item: pytest.Item):
+    """Add up the time of slow tests."""
+    start = time.perf_counter()
+    yield
+    if item.get_closest_marker("slow"):
+        global _slow_seconds
+        _slow_seconds += time.perf_counter() - start
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Fail the run when slow tests outgrow their budget, rather than let it creep."""
+    if _slow_seconds > SLOW_BUDGET:
+        reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+        if reporter is not None:
+            reporter.write_line(f"slow tests took {_slow_seconds:.0f} s, over their budget of {SLOW_BUDGET:.0f} s")
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED

@@ -1,0 +1,224 @@
+"""The ladder of the composition: literal loop, gradcheck, implementations, odd shapes, operator contract, errors."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from torchdsc.ops import compose
+from torchdsc.ops.compose import IMPLEMENTATIONS, choose_implementation
+
+AVAILABLE = ("reference", "gather", "dense", "auto")
+# tokens, atoms, top_k, d_in, d_out: none, one, K = 1, K = M, no powers of two, few pairs and many.
+SHAPES = [(0, 5, 2, 3, 4), (1, 7, 7, 5, 3), (63, 20, 1, 12, 9), (100, 30, 30, 17, 17), (300, 50, 4, 33, 20)]
+# Largest error against float64 relative to the largest entry, measured (5e-7, 8e-3) times two.
+TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-6, torch.bfloat16: 1.6e-2, torch.float16: 2e-3}
+
+
+def make_inputs(tokens, atoms, top_k, d_in, d_out, dtype=torch.float64, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    x, u, v = normal(tokens, d_in), normal(atoms, d_in), normal(atoms, d_out)
+    indices = torch.randint(atoms, (tokens, top_k), generator=generator)
+    coefficients = torch.rand(tokens, top_k, generator=generator, dtype=torch.float64)
+    coefficients = coefficients.to(torch.promote_types(dtype, torch.float32))
+    return [t.requires_grad_() for t in (x, u, v)] + [indices, coefficients.requires_grad_()]
+
+
+def literal_loop(x, u, v, indices, coefficients, eps):
+    """Equations (3) and (14), token by token and atom by atom."""
+    rows = []
+    for t in range(x.shape[0]):
+        row = x.new_zeros(v.shape[1])
+        for k in range(indices.shape[1]):
+            j = indices[t, k]
+            u_j = u[j] / u[j].norm().clamp_min(eps) if eps is not None else u[j]
+            v_j = v[j] / v[j].norm().clamp_min(eps) if eps is not None else v[j]
+            row = row + coefficients[t, k] * (x[t] @ u_j) * v_j
+        rows.append(row)
+    return torch.stack(rows) if rows else x.new_zeros(0, v.shape[1])
+
+
+def output_and_gradients(function, inputs):
+    x, u, v, indices, coefficients = inputs
+    y = function(x, u, v, indices, coefficients)
+    weight = torch.linspace(-1, 1, y.numel(), dtype=torch.float64).view(y.shape).to(y.dtype)
+    return [y, *torch.autograd.grad(y, (x, u, v, coefficients), weight)]
+
+
+@pytest.mark.parametrize("eps", [1e-6, None, 4.0], ids=["unit", "raw", "under-eps"])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("impl", AVAILABLE)
+def test_equals_literal_loop_in_float64(impl, shape, eps):
+    inputs = make_inputs(*shape)
+    expected = output_and_gradients(lambda *a: literal_loop(*a, eps), inputs) if shape[0] else None
+    actual = output_and_gradients(lambda *a: compose(*a, eps=eps, impl=impl), inputs)
+    assert actual[0].shape == (shape[0], shape[4])
+    if expected is None:
+        assert all(not t.any() for t in actual)
+        return
+    for a, e in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", SHAPES[1:])
+@pytest.mark.parametrize("impl", AVAILABLE)
+def test_low_precision_against_float64(impl, shape, dtype):
+    low = make_inputs(*shape, dtype=dtype)
+    precise = [t.detach().double().requires_grad_() if t.is_floating_point() else t for t in low]
+    expected = output_and_gradients(lambda *a: compose(*a, impl="reference"), precise)
+    actual = output_and_gradients(lambda *a: compose(*a, impl=impl), low)
+    assert actual[0].dtype == dtype
+    for a, e in zip(actual, expected, strict=True):
+        assert (a.double() - e).abs().max() <= TOLERANCE[dtype] * e.abs().max()
+
+
+@pytest.mark.parametrize("impl", ["reference", "gather", "dense"])
+def test_gradcheck(impl):
+    x, u, v, indices, coefficients = make_inputs(5, 6, 3, 4, 3)
+    assert torch.autograd.gradcheck(
+        lambda x, u, v, c: compose(x, u, v, indices, c, impl=impl), (x, u, v, coefficients), eps=1e-6, atol=1e-7
+    )
+
+
+@pytest.mark.parametrize("impl", ["gather", "dense"])
+def test_strides_and_leading_dimensions(impl):
+    x, u, v, indices, coefficients = make_inputs(60, 20, 3, 12, 9)
+    expected = compose(x, u, v, indices, coefficients, impl="reference")
+    strided_x = torch.stack([x, x], 2)[..., 0]
+    strided_u = u.t().contiguous().t()
+    strided_indices = indices.t().contiguous().t()
+    actual = compose(strided_x, strided_u, v, strided_indices, coefficients, impl=impl)
+    torch.testing.assert_close(actual, expected)
+    shaped = compose(
+        x.view(3, 4, 5, -1), u, v, indices.view(3, 4, 5, -1), coefficients.view(3, 4, 5, -1), impl=impl
+    )
+    torch.testing.assert_close(shaped.view(60, -1), expected)
+
+
+@pytest.mark.parametrize("impl", ["gather", "dense"])
+def test_a_bad_token_spoils_only_its_own_row(impl):
+    x, u, v, indices, coefficients = (t.detach() for t in make_inputs(200, 20, 3, 12, 9))
+    coefficients[7] = torch.nan
+    y = compose(x, u, v, indices, coefficients, impl=impl)
+    assert y[7].isnan().all()
+    assert y[torch.arange(200) != 7].isfinite().all()
+
+
+def test_atoms_without_a_token_get_a_zero_gradient():
+    x, u, v, indices, coefficients = make_inputs(90, 20, 3, 12, 9)
+    indices = indices.clamp_max(10)
+    compose(x, u, v, indices, coefficients).sum().backward()
+    assert not u.grad[11:].any()
+    assert not v.grad[11:].any()
+    assert u.grad[:11].any(1).all()
+
+
+@pytest.mark.parametrize("shape", [(4, 9, 2, 5, 5), (40, 9, 3, 5, 4)])
+@pytest.mark.parametrize("impl", ["reference", "gather", "dense", "auto"])
+def test_opcheck(impl, shape):
+    inputs = make_inputs(*shape)
+    torch.library.opcheck(torch.ops.torchdsc.compose.default, (*inputs, 1e-6, impl))
+
+
+@pytest.mark.slow
+def test_compile_does_not_recompile_for_batch_sizes():
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(lambda *a: compose(*a), fullgraph=True, backend=counter, dynamic=True)
+    for tokens in (11, 40, 77, 300):
+        inputs = make_inputs(tokens, 20, 3, 12, 9)
+        expected = output_and_gradients(compose, inputs)
+        for a, e in zip(output_and_gradients(compiled, inputs), expected, strict=True):
+            torch.testing.assert_close(a, e)
+    assert counter.frame_count == 1
+
+
+def test_export():
+    class Module(torch.nn.Module):
+        def forward(self, x, u, v, indices, coefficients):
+            return compose(x, u, v, indices, coefficients)
+
+    inputs = tuple(t.detach() for t in make_inputs(9, 20, 3, 12, 9))
+    tokens = torch.export.Dim("tokens", min=2)
+    dynamic = ({0: tokens}, None, None, {0: tokens}, {0: tokens})
+    program = torch.export.export(Module(), inputs, dynamic_shapes=dynamic)
+    larger = tuple(t.detach() for t in make_inputs(50, 20, 3, 12, 9))
+    torch.testing.assert_close(program.module()(*larger), compose(*larger))
+
+
+def test_deterministic():
+    inputs = make_inputs(500, 30, 4, 16, 16, dtype=torch.float32)
+    first = output_and_gradients(lambda *a: compose(*a, impl="gather"), inputs)
+    second = output_and_gradients(lambda *a: compose(*a, impl="gather"), inputs)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.slow
+@settings(max_examples=60, deadline=None)
+@given(
+    tokens=st.integers(1, 70),
+    atoms=st.integers(1, 40),
+    top_k=st.integers(1, 9),
+    d_in=st.integers(1, 20),
+    d_out=st.integers(1, 20),
+    scale=st.sampled_from([1e-12, 1e-6, 1.0, 1e6]),
+    seed=st.integers(0, 2**31),
+)
+def test_property_implementations_agree(tokens, atoms, top_k, d_in, d_out, scale, seed):
+    x, u, v, indices, coefficients = make_inputs(tokens, atoms, top_k, d_in, d_out, seed=seed)
+    inputs = [x, (u * scale).detach().requires_grad_(), v, indices, coefficients]
+    expected = output_and_gradients(lambda *a: compose(*a, impl="reference"), inputs)
+    for impl in ("gather", "dense"):
+        for a, e in zip(output_and_gradients(lambda *a, i=impl: compose(*a, impl=i), inputs), expected, strict=True):
+            assert (a - e).abs().max() <= 1e-12 * e.abs().max().clamp_min(1.0)
+
+
+@pytest.mark.slow
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 2**31), atoms=st.integers(2, 40))
+def test_property_permuting_atoms_changes_nothing(seed, atoms):
+    x, u, v, indices, coefficients = make_inputs(20, atoms, 3, 8, 8, seed=seed)
+    permutation = torch.randperm(atoms, generator=torch.Generator().manual_seed(seed))
+    inverse = permutation.argsort()
+    y = compose(x, u, v, indices, coefficients)
+    permuted = compose(x, u[permutation], v[permutation], inverse[indices], coefficients)
+    torch.testing.assert_close(permuted, y, rtol=1e-12, atol=1e-12)
+
+
+def test_choice_follows_the_measured_crossovers():
+    assert choose_implementation(0, 10, 2, 4, "cpu") == "gather"
+    assert choose_implementation(4096, 1523, 4, 384, "cpu") == "gather"
+    assert choose_implementation(4096, 1523, 1523, 384, "cpu") == "dense"
+    assert choose_implementation(4096, 1523, 4, 384, "meta") == "gather"
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "match"),
+    [
+        ({"x": torch.zeros(6, 5)}, ValueError, r"x must have shape .* got \(6, 5\)"),
+        ({"u": torch.zeros(20)}, ValueError, r"u \(M, d_in\)"),
+        ({"v": torch.zeros(19, 9)}, ValueError, r"v must have shape .* got \(19, 9\)"),
+        ({"indices": torch.zeros(5, 3, dtype=torch.int64)}, ValueError, r"indices must have shape .* got \(5, 3\)"),
+        ({"indices": torch.zeros(6, 0, dtype=torch.int64)}, ValueError, "K >= 1"),
+        ({"indices": torch.zeros(6, 3, dtype=torch.int32)}, ValueError, "indices must be int64"),
+        ({"coefficients": torch.zeros(6, 2)}, ValueError, "coefficients must have the shape of indices"),
+        ({"x": torch.zeros(6, 12, dtype=torch.float64)}, TypeError, "one floating dtype"),
+        ({"eps": 0.0}, ValueError, "eps must be > 0"),
+        ({"impl": "fast"}, ValueError, "impl must be one of"),
+        ({"impl": "triton"}, NotImplementedError, "triton"),
+    ],
+)
+def test_errors(change, error, match):
+    x, u, v, indices, coefficients = (t.detach() for t in make_inputs(6, 20, 3, 12, 9, dtype=torch.float32))
+    arguments = {"x": x, "u": u, "v": v, "indices": indices, "coefficients": coefficients} | change
+    with pytest.raises(error, match=match):
+        compose(**arguments)
+
+
+def test_every_implementation_is_listed():
+    assert set(AVAILABLE) - {"auto"} == set(IMPLEMENTATIONS) - {"triton"}
