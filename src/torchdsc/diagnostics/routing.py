@@ -1,0 +1,111 @@
+"""Which atoms or experts a model's routed layers select, counted over the tokens that pass through it."""
+
+from dataclasses import asdict, dataclass
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from torchdsc.nn import DSC, RoutedLayer
+from torchdsc.ops import gate, select
+
+# Points of a load curve that a record keeps.
+_LOAD_POINTS = 200
+
+
+@dataclass(frozen=True)
+class LayerRouting:
+    """Routing of one layer.
+
+    Attributes:
+        num_atoms: Atoms or experts M.
+        utilization: Share of them selected at least once.
+        effective_atoms: ``exp`` of the entropy of the load: M when uniform.
+        strength: Mean signal strength S; None where there is no gate.
+        gate: Mean tanh(S); None likewise.
+        load: Shares of all selections, falling, at most 200 points evenly spaced over the atoms.
+    """
+
+    num_atoms: int
+    utilization: float
+    effective_atoms: float
+    strength: float | None
+    gate: float | None
+    load: list[float]
+
+    def as_dict(self) -> dict[str, Any]:
+        """The fields, for JSON."""
+        return asdict(self)
+
+
+class RoutingMonitor:
+    """Counts the selections of every routed layer while it is entered.
+
+    Example::
+
+        with RoutingMonitor(model) as monitor:
+            model(input_ids)
+        monitor.layers()[0].utilization
+
+    Args:
+        model: Any module that holds routed layers.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._counters = [_Counter(module) for module in model.modules() if isinstance(module, RoutedLayer)]
+        self._handles: list[Any] = []
+
+    def __enter__(self) -> Self:
+        self._handles = [counter.layer.router.register_forward_hook(counter) for counter in self._counters]
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def layers(self) -> list[LayerRouting]:
+        """What has been counted, layer by layer; layers that saw no token are left out."""
+        return [counter.result() for counter in self._counters if counter.tokens]
+
+
+class _Counter:
+    def __init__(self, layer: RoutedLayer) -> None:
+        self.layer = layer
+        self.tokens = 0
+        self.counts: Tensor | None = None
+        self.strength_sum, self.gate_sum = 0.0, 0.0
+
+    @torch.no_grad()
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if isinstance(self.layer, DSC):
+            options = self.layer.options
+            logits = output.detach().reshape(-1, options.num_atoms)
+            selection = select(logits, options.top_k, logit_clamp=options.logit_clamp, statistics=False)
+            strength = gate(selection.logits, logit_clamp=options.logit_clamp, eps=options.eps).strength
+            self.strength_sum += float(strength.sum())
+            self.gate_sum += float(strength.tanh().sum())
+            indices, num_atoms = selection.indices, options.num_atoms
+        else:
+            indices, num_atoms = output.indices, module.linear.num_atoms  # type: ignore[union-attr]
+        counts = torch.bincount(indices.reshape(-1), minlength=int(num_atoms)).cpu()  # type: ignore[arg-type]
+        self.counts = counts if self.counts is None else self.counts + counts
+        self.tokens += indices.shape[0]
+
+    def result(self) -> LayerRouting:
+        assert self.counts is not None
+        share = self.counts.double() / self.counts.sum()
+        load = share.sort(descending=True).values
+        points = torch.linspace(0, len(load) - 1, min(_LOAD_POINTS, len(load))).round().long()
+        has_gate = isinstance(self.layer, DSC)
+        return LayerRouting(
+            num_atoms=len(share),
+            utilization=float((share > 0).double().mean()),
+            effective_atoms=float(torch.special.entr(share).sum().exp()),
+            strength=self.strength_sum / self.tokens if has_gate else None,
+            gate=self.gate_sum / self.tokens if has_gate else None,
+            load=load[points].tolist(),
+        )
