@@ -14,7 +14,8 @@ from .router import SoftmaxRouter
 
 ExpertKernel = Literal["auto", "eager", "batched_mm", "grouped_mm"]
 
-# Pairs of token and expert up to which gathering whole experts was measured to be quicker than sorting tokens.
+# Pairs of token and expert up to which a GPU gathers whole experts instead of sorting tokens. On a CPU the loop over
+# experts was measured to be as fast as the grouped product at 4,096 tokens, and four times as fast at one.
 _FEW_PAIRS = 4
 
 
@@ -92,9 +93,11 @@ class StandardMoE(RoutedLayer):
     def _kernel(self, indices: Tensor) -> str:
         if self.impl != "auto":
             return self.impl
-        if indices.numel() <= _FEW_PAIRS and not torch.compiler.is_compiling():
-            return "batched_mm"
-        return "eager" if indices.device.type == "cpu" and not torch.compiler.is_compiling() else "grouped_mm"
+        if torch.compiler.is_compiling():
+            return "grouped_mm"
+        if indices.device.type == "cpu":
+            return "eager"
+        return "batched_mm" if indices.numel() <= _FEW_PAIRS else "grouped_mm"
 
 
 class _KernelInterface:
@@ -145,7 +148,10 @@ class Experts(_KernelInterface, nn.Module):
         missing = -self.up_proj.shape[1] % (16 // self.up_proj.element_size())
         if kernel != "grouped_mm" or missing == 0:
             return self
-        up_proj, down_proj = functional.pad(self.up_proj, (0, 0, 0, missing)), functional.pad(self.down_proj, (0, missing))
+        up_proj, down_proj = (
+            functional.pad(self.up_proj, (0, 0, 0, missing)),
+            functional.pad(self.down_proj, (0, missing)),
+        )
         return _PaddedExperts(self.num_experts, up_proj, down_proj)
 
     def _eager(self, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:

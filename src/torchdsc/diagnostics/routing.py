@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from torchdsc.nn import DSC, RoutedLayer
-from torchdsc.ops import gate, select
+from torchdsc.ops import gate
 
 # Points of a load curve that a record keeps.
 _LOAD_POINTS = 200
@@ -84,11 +84,11 @@ class _Counter:
         if isinstance(self.layer, DSC):
             options = self.layer.options
             logits = output.detach().reshape(-1, options.num_atoms)
-            selection = select(logits, options.top_k, logit_clamp=options.logit_clamp, statistics=False)
-            strength = gate(selection.logits, logit_clamp=options.logit_clamp, eps=options.eps).strength
+            top_logits, indices = logits.topk(options.top_k)
+            strength = gate(top_logits, logit_clamp=options.logit_clamp, eps=options.eps).strength
             self.strength_sum += float(strength.sum())
             self.gate_sum += float(strength.tanh().sum())
-            indices, num_atoms = selection.indices, options.num_atoms
+            num_atoms = options.num_atoms
         else:
             indices, num_atoms = output.indices, module.linear.num_atoms  # type: ignore[union-attr]
         counts = torch.bincount(indices.reshape(-1), minlength=int(num_atoms)).cpu()  # type: ignore[arg-type]

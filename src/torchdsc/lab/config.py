@@ -54,6 +54,8 @@ class ExperimentConfig:
         test_windows: Test windows, looked at once at the end.
         eval_batch_size: Sequences of an evaluation batch, and of the latency measurement.
         latency_rounds: Rounds of the latency measurement.
+        precision: Of autocast in training; fp32 for none.
+        compile: Whether to train through torch.compile.
         overrides: By method: learning_rate, router_lr_multiplier, weight_decay, and feed_forward, further options of
             its layer.
     """
@@ -93,6 +95,8 @@ class ExperimentConfig:
     test_windows: int = 128
     eval_batch_size: int = 16
     latency_rounds: int = 20
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    compile: bool = False
     overrides: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

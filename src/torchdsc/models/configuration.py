@@ -72,9 +72,7 @@ class DSCGPTConfig(PretrainedConfig):
             if value < 1:
                 raise ValueError(f"{name} must be >= 1, got {value}")
         if hidden_size % num_attention_heads:
-            raise ValueError(
-                f"num_attention_heads must divide hidden_size = {hidden_size}, got {num_attention_heads}"
-            )
+            raise ValueError(f"num_attention_heads must divide hidden_size = {hidden_size}, got {num_attention_heads}")
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), got {dropout}")
         if residual_init not in get_args(ResidualInit):

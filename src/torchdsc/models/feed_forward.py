@@ -42,7 +42,9 @@ def build_feed_forward(
     raise ValueError(f"feed_forward must be one of {get_args(FeedForwardKind)}, got {kind!r}")
 
 
-def check_feed_forward(kind: FeedForwardKind, hidden_size: int, intermediate_size: int, options: dict[str, Any]) -> None:
+def check_feed_forward(
+    kind: FeedForwardKind, hidden_size: int, intermediate_size: int, options: dict[str, Any]
+) -> None:
     """Raise what :func:`build_feed_forward` would, at no cost."""
     with torch.device("meta"):
         build_feed_forward(kind, hidden_size, intermediate_size, options)

@@ -107,26 +107,19 @@ class DSC(RoutedLayer):
         self, x: Tensor, token_mask: Tensor | None = None
     ) -> tuple[Tensor, RoutingStatistics | None]:
         """See :class:`RoutedLayer`."""
+        options = self.options
         flat, mask = self._tokens(x), check_token_mask(token_mask, x)
         collect = self.training and self.regularizers.need_tokens
         logits = self.router(flat)
-        selection = select(
-            logits,
-            self.options.top_k,
-            logit_clamp=self.options.logit_clamp,
-            statistics=collect and self.regularizers.need_logits,
-            token_mask=mask,
-        )
-        coefficients, strength = self._gate(selection.logits)
-        y = compose(
-            flat,
-            self.bank.u,
-            self.bank.v,
-            selection.indices,
-            coefficients,
-            eps=self.options.eps,
-            impl=self.options.impl,
-        )
+        if collect and self.regularizers.need_logits:
+            top_logits, indices, log_normalizer, probability_sum = select(
+                logits, options.top_k, logit_clamp=options.logit_clamp, token_mask=mask
+            )
+        else:
+            top_logits, indices = logits.topk(options.top_k)
+            log_normalizer = probability_sum = logits.new_empty(0) if collect else logits
+        coefficients, strength = self._gate(top_logits)
+        y = compose(flat, self.bank.u, self.bank.v, indices, coefficients, eps=options.eps, impl=options.impl)
         y = y * self.gamma
         if y.dtype != x.dtype:
             y = y.to(x.dtype)
@@ -134,21 +127,20 @@ class DSC(RoutedLayer):
             y = y.reshape(*x.shape[:-1], self.out_features)
         if not collect:
             return y, None
-        log_normalizer = selection.log_normalizer
-        if self.options.z_loss_on_raw_logits and self.regularizers.z > 0:
+        if options.z_loss_on_raw_logits and self.regularizers.z > 0:
             log_normalizer = logits.logsumexp(-1)
-        return y, sum_statistics(strength, log_normalizer, selection.probability_sum, mask)
+        return y, sum_statistics(strength, log_normalizer, probability_sum, mask)
 
     def route(self, x: Tensor) -> Routing:
         """What is selected for tokens x of shape (..., d_in), and with which coefficients."""
         logits = self.router(self._tokens(x))
-        selection = select(logits, self.options.top_k, logit_clamp=self.options.logit_clamp, statistics=False)
-        coefficients, strength = self._gate(selection.logits)
+        top_logits, indices = logits.topk(self.options.top_k)
+        coefficients, strength = self._gate(top_logits)
         shape = (*x.shape[:-1], self.options.top_k)
         return Routing(
-            selection.indices.reshape(shape),
+            indices.reshape(shape),
             coefficients.reshape(shape),
-            selection.logits.reshape(shape),
+            top_logits.reshape(shape),
             strength.reshape(x.shape[:-1]),
         )
 

@@ -15,8 +15,8 @@ class Selection(NamedTuple):
     Attributes:
         logits: The K largest raw logits of each token, sorted, of shape (T, K).
         indices: Their atoms, int64 of shape (T, K).
-        log_normalizer: ``logsumexp`` of each token's clamped logits, of shape (T,); empty without statistics.
-        probability_sum: Sum over counted tokens of ``softmax`` of the clamped logits, of shape (M,); empty likewise.
+        log_normalizer: ``logsumexp`` of each token's clamped logits, of shape (T,).
+        probability_sum: Sum over counted tokens of ``softmax`` of the clamped logits, of shape (M,).
     """
 
     logits: Tensor
@@ -25,18 +25,16 @@ class Selection(NamedTuple):
     probability_sum: Tensor
 
 
-def select(
-    logits: Tensor, top_k: int, *, logit_clamp: float, statistics: bool = True, token_mask: Tensor | None = None
-) -> Selection:
+def select(logits: Tensor, top_k: int, *, logit_clamp: float, token_mask: Tensor | None = None) -> Selection:
     """Select each token's top-K atoms, and sum up what equations (9) and (12) need, in one pass over the logits.
 
     Clamp and softplus are monotone, so that top-K is taken on raw logits. Statistics are those of the clamped ones.
+    Where no statistics are needed, ``logits.topk`` is all there is to do.
 
     Args:
         logits: Router logits of shape (T, M), float32 or float64.
         top_k: K, with 1 <= K <= M.
         logit_clamp: tau > 0.
-        statistics: Whether to compute the last two results.
         token_mask: Optional bool of shape (T,); tokens that are False are left out of ``probability_sum``.
 
     Returns:
@@ -49,20 +47,15 @@ def select(
         raise ValueError(f"top_k must be in [1, num_atoms = {logits.shape[-1]}], got {top_k}")
     if token_mask is not None and token_mask.shape != logits.shape[:1]:
         raise ValueError(f"token_mask must have shape {tuple(logits.shape[:1])}, got {tuple(token_mask.shape)}")
-    if not statistics and not torch.is_grad_enabled():
-        empty = logits.new_empty(0)
-        return Selection(*logits.topk(top_k, dim=1), empty, empty)
     weights = None if token_mask is None else token_mask.to(logits.dtype)
-    return Selection(*_select_op(logits, weights, top_k, logit_clamp, statistics))
+    return Selection(*_select_op(logits, weights, top_k, logit_clamp))
 
 
 @torch.library.custom_op("torchdsc::select", mutates_args=())
 def _select_op(
-    logits: Tensor, weights: Tensor | None, top_k: int, logit_clamp: float, statistics: bool
+    logits: Tensor, weights: Tensor | None, top_k: int, logit_clamp: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     values, indices = logits.topk(top_k, dim=1)
-    if not statistics:
-        return values, indices, logits.new_empty(0), logits.new_empty(0)
     tokens, num_atoms = logits.shape
     log_normalizer, probability_sum = logits.new_empty(tokens), logits.new_zeros(num_atoms)
     clamped = _beyond(logits, logit_clamp)
@@ -78,15 +71,13 @@ def _select_op(
 
 
 @_select_op.register_fake
-def _(
-    logits: Tensor, weights: Tensor | None, top_k: int, logit_clamp: float, statistics: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _(logits: Tensor, weights: Tensor | None, top_k: int, logit_clamp: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     tokens, num_atoms = logits.shape
     return (
         logits.new_empty(tokens, top_k),
         logits.new_empty(tokens, top_k, dtype=torch.int64),
-        logits.new_empty(tokens if statistics else 0),
-        logits.new_empty(num_atoms if statistics else 0),
+        logits.new_empty(tokens),
+        logits.new_empty(num_atoms),
     )
 
 
@@ -148,23 +139,15 @@ def _chunks(logits: Tensor) -> list[slice]:
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    logits, weights, _, ctx.logit_clamp, ctx.statistics = inputs
+    logits, weights, _, ctx.logit_clamp = inputs
     _, indices, log_normalizer, _ = output
     ctx.mark_non_differentiable(indices)
-    # Without statistics the gradient is that of a gather: the logits themselves are not needed.
-    ctx.shape = logits.shape
-    if ctx.statistics:
-        ctx.save_for_backward(indices, logits, weights, log_normalizer)
-    else:
-        ctx.save_for_backward(indices)
+    ctx.save_for_backward(indices, logits, weights, log_normalizer)
 
 
 def _backward(
     ctx: Any, grad_values: Tensor, _: Tensor | None, grad_log_normalizer: Tensor, grad_probability_sum: Tensor
 ) -> tuple[Tensor | None, ...]:
-    if not ctx.statistics:
-        (indices,) = ctx.saved_tensors
-        return grad_values.new_zeros(ctx.shape).scatter_add(1, indices, grad_values), None, None, None, None
     indices, logits, weights, log_normalizer = ctx.saved_tensors
     grad = _select_backward_op(
         logits,
@@ -176,7 +159,7 @@ def _backward(
         grad_probability_sum,
         ctx.logit_clamp,
     )
-    return grad, None, None, None, None
+    return grad, None, None, None
 
 
 _select_op.register_autograd(_backward, setup_context=_setup_context)

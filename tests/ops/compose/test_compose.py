@@ -94,9 +94,7 @@ def test_strides_and_leading_dimensions(impl):
     strided_indices = indices.t().contiguous().t()
     actual = compose(strided_x, strided_u, v, strided_indices, coefficients, impl=impl)
     torch.testing.assert_close(actual, expected)
-    shaped = compose(
-        x.view(3, 4, 5, -1), u, v, indices.view(3, 4, 5, -1), coefficients.view(3, 4, 5, -1), impl=impl
-    )
+    shaped = compose(x.view(3, 4, 5, -1), u, v, indices.view(3, 4, 5, -1), coefficients.view(3, 4, 5, -1), impl=impl)
     torch.testing.assert_close(shaped.view(60, -1), expected)
 
 

@@ -24,9 +24,7 @@ _BACKWARD: dict[str, Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]] = {
 }
 
 
-def run(
-    x: Tensor, u: Tensor, v: Tensor, indices: Tensor, coefficients: Tensor, eps: float | None, impl: str
-) -> Tensor:
+def run(x: Tensor, u: Tensor, v: Tensor, indices: Tensor, coefficients: Tensor, eps: float | None, impl: str) -> Tensor:
     """Call the operator, or in plain inference its implementation: dispatch would cost more than a token's work."""
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or type(x) is not Tensor:
         y: Tensor = compose_op(x, u, v, indices, coefficients, eps, impl)[0]

@@ -81,13 +81,17 @@ def _forward_few(
     dtype = coefficients.dtype
     if x.dtype != dtype:
         x, rows_u, rows_v = x.to(dtype), rows_u.to(dtype), rows_v.to(dtype)
-    latent = torch.bmm(rows_u.view(tokens, top_k, -1), x.unsqueeze(2)).squeeze(2)
-    weights = coefficients
+    latent = rows_u @ x[0] if tokens == 1 else torch.bmm(rows_u.view(tokens, top_k, -1), x.unsqueeze(2)).view(-1)
+    weights = coefficients.reshape(-1)
     if eps is not None:
-        latent = latent / rows_u.norm(dim=1).clamp_min_(eps).view(tokens, top_k)
-        weights = coefficients / rows_v.norm(dim=1).clamp_min_(eps).view(tokens, top_k)
-    y = torch.bmm((latent * weights).unsqueeze(1), rows_v.view(tokens, top_k, -1)).squeeze(1)
-    return y.to(u.dtype), latent
+        latent = latent / torch.linalg.vector_norm(rows_u, dim=1).clamp_min_(eps)
+        weights = weights / torch.linalg.vector_norm(rows_v, dim=1).clamp_min_(eps)
+    weights = weights * latent
+    if tokens == 1:
+        y = (weights @ rows_v).unsqueeze(0)
+    else:
+        y = torch.bmm(weights.view(tokens, 1, top_k), rows_v.view(tokens, top_k, -1)).squeeze(1)
+    return y if y.dtype == u.dtype else y.to(u.dtype), latent.view(tokens, top_k)
 
 
 def _in_dtype(atoms: Tensor, indices: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

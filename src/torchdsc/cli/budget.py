@@ -1,0 +1,47 @@
+"""``torchdsc budget``."""
+
+import json
+from dataclasses import asdict
+
+from jsonargparse import ArgumentParser
+from rich.console import Console
+from rich.table import Table
+
+from torchdsc.lab.budget import Budget, Plan, solve_all
+
+
+def run(arguments: list[str]) -> None:
+    """Print the widths of all four methods for a budget."""
+    parser = ArgumentParser(
+        prog="torchdsc budget", description="Solve each method's widths for total and active parameters."
+    )
+    parser.add_class_arguments(Budget, nested_key=None)
+    parser.add_argument("--top_k", type=int, default=4, help="K of DSC, and experts per token of Mixture-of-LoRAs")
+    parser.add_argument("--rank", type=int, default=1, help="of Mixture-of-LoRAs")
+    parser.add_argument("--experts_per_token", type=int, default=2, help="of MoE")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    options = parser.parse_args(arguments)
+    sizes = ("total", "active", "d_model", "n_layer", "vocab_size", "n_positions")
+    budget = Budget(**{name: options[name] for name in sizes})
+    plans = solve_all(budget, top_k=options.top_k, rank=options.rank, experts_per_token=options.experts_per_token)
+    if options.json:
+        print(json.dumps([asdict(plan) for plan in plans], indent=1))
+    else:
+        Console().print(_table(plans))
+
+
+def _table(plans: list[Plan]) -> Table:
+    table = Table("method", "widths", caption="miss: realised feed-forward parameters against the target")
+    for heading in ("total M", "miss", "active M", "miss"):
+        table.add_column(heading, justify="right")
+    for plan in plans:
+        miss_active = "" if plan.miss_active is None else f"{plan.miss_active:+.2%}"
+        table.add_row(
+            plan.method,
+            plan.description,
+            f"{plan.params_total / 1e6:.3f}",
+            f"{plan.miss_total:+.2%}",
+            f"{plan.params_active / 1e6:.3f}",
+            miss_active,
+        )
+    return table

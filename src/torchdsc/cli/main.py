@@ -1,0 +1,57 @@
+"""Entry point of ``torchdsc``: dispatches to a command, and turns errors of the user into a line."""
+
+import sys
+from collections.abc import Callable, Sequence
+from importlib import import_module
+
+# Command, the module that runs it (imported only when called), and its line of help.
+_COMMANDS = {
+    "compare": ("torchdsc.cli.compare", "train methods at equal budgets and compare them"),
+    "budget": ("torchdsc.cli.budget", "solve the widths of each method for a parameter budget"),
+    "train": ("torchdsc.cli.train", "train one method"),
+    "generate": ("torchdsc.cli.generate", "generate text with a trained model"),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run ``torchdsc COMMAND ...``.
+
+    Args:
+        arguments: Command line without the program's name; ``sys.argv`` by default.
+
+    Returns:
+        Exit status: 0, 1 when interrupted, 2 on an error of the user.
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_usage())
+        return 0 if arguments else 2
+    if arguments[0] == "--version":
+        from torchdsc import __version__
+
+        print(f"torchdsc {__version__}")
+        return 0
+    if arguments[0] not in _COMMANDS:
+        print(f"torchdsc: command must be one of {', '.join(_COMMANDS)}, got {arguments[0]!r}", file=sys.stderr)
+        return 2
+    return _run(arguments[0], arguments[1:])
+
+
+def _run(command: str, arguments: list[str]) -> int:
+    try:
+        run: Callable[[list[str]], None] = import_module(_COMMANDS[command][0]).run
+        run(arguments)
+    except KeyboardInterrupt:
+        print(f"\ntorchdsc {command}: interrupted; the same command goes on where it stopped", file=sys.stderr)
+        return 1
+    except (ValueError, OSError, ImportError) as error:
+        print(f"torchdsc {command}: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _usage() -> str:
+    lines = [f"  {name:<10}{help_line}" for name, (_, help_line) in _COMMANDS.items()]
+    return (
+        "usage: torchdsc COMMAND [options]\n\n" + "\n".join(lines) + "\n\n`torchdsc COMMAND --help` explains a command."
+    )

@@ -1,0 +1,73 @@
+"""Text from a trained model."""
+
+from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer, set_seed
+
+from torchdsc.models import DSCGPTForCausalLM
+
+__all__ = ["generate"]
+
+
+def generate(
+    folder: Path,
+    prompt: str,
+    *,
+    max_new_tokens: int = 100,
+    temperature: float = 0.8,
+    top_p: float = 0.95,
+    seed: int = 42,
+) -> str:
+    """Continue a prompt with the model of a run.
+
+    Args:
+        folder: A run's folder, or the model's inside it; the tokenizer is looked for there and above.
+        prompt: Text to go on from.
+        max_new_tokens: Tokens to add, >= 1.
+        temperature: Of sampling; 0 takes the likeliest token.
+        top_p: Nucleus to sample from.
+        seed: Of sampling.
+
+    Returns:
+        Prompt and continuation.
+
+    Raises:
+        FileNotFoundError: If there is no model or tokenizer.
+        ValueError: If an argument is out of its range, or prompt and new tokens do not fit the positions.
+    """
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be >= 1, got {max_new_tokens}")
+    if temperature < 0:
+        raise ValueError(f"temperature must be >= 0, got {temperature}")
+    path = next((p for p in (folder / "model", folder) if (p / "config.json").is_file()), None)
+    if path is None:
+        raise FileNotFoundError(f"no model in {folder}: a run's folder holds model/config.json")
+    tokenizer_path = next(
+        (p / "tokenizer" for p in (path, *path.resolve().parents[:2]) if (p / "tokenizer").is_dir()), None
+    )
+    if tokenizer_path is None:
+        raise FileNotFoundError(f"no folder tokenizer beside or above {path}")
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_path)
+    model = DSCGPTForCausalLM.from_pretrained(path).eval()
+    ids = torch.tensor([tokenizer(prompt)["input_ids"] or [tokenizer.eos_token_id]])
+    limit = model.config.max_position_embeddings
+    if ids.shape[1] + max_new_tokens > limit:
+        raise ValueError(
+            f"prompt and max_new_tokens must fit the model's {limit} positions, "
+            f"got {ids.shape[1]} tokens and {max_new_tokens}"
+        )
+    set_seed(seed)
+    sampling = (
+        {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature > 0 else {"do_sample": False}
+    )
+    output = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=max_new_tokens,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.eos_token_id,
+        **sampling,
+    )
+    text: str = tokenizer.decode(output[0], skip_special_tokens=True)
+    return text

@@ -1,0 +1,284 @@
+"""One training run: a method and a seed, from token files to a record."""
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainingArguments, set_seed
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.utils import logging as transformers_logging
+
+from torchdsc.models import DSCGPTConfig, DSCGPTForCausalLM
+
+from .budget import Plan, solve
+from .config import ExperimentConfig
+from .corpora import Corpus
+from .environment import command_line, commit, hardware, peak_memory_bytes, reset_peak_memory, versions
+from .tokenizers import write_atomically
+from .tokens import FixedWindows, RandomWindows, TokenSplits
+from .trainer import LabTrainer, QuietProgress
+
+__all__ = ["Data", "build_model", "make_plans", "train_run"]
+
+RECORD = "record.json"
+MODEL = "model"
+
+
+@dataclass(frozen=True)
+class Data:
+    """A prepared corpus and its tokens."""
+
+    corpus: Corpus
+    tokens: TokenSplits
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the embedding: the tokens, rounded up to a multiple of 64."""
+        return -(-self.tokens.vocab_size // 64) * 64
+
+
+def make_plans(config: ExperimentConfig, vocab_size: int) -> dict[str, Plan]:
+    """Solve the budget for every method of an experiment.
+
+    Args:
+        config: The experiment.
+        vocab_size: Rows of the embedding.
+
+    Returns:
+        Plans by method.
+
+    Raises:
+        ValueError: If a target is infeasible.
+    """
+    budget = config.budget(vocab_size)
+
+    def plan(method: Any, match: Plan | None) -> Plan:
+        top_k = config.experts_per_token if method == "moe" else config.top_k
+        options = config.of_method(method, "feed_forward")
+        return solve(method, budget, top_k=top_k, rank=config.rank, match=match, options=options)
+
+    match = None if config.match is None else plan(config.match, None)
+    return {m: match if match is not None and m == config.match else plan(m, match) for m in config.methods}
+
+
+def build_model(config: ExperimentConfig, plan: Plan, vocab_size: int) -> DSCGPTForCausalLM:
+    """The model of a plan, freshly initialised."""
+    model_config = DSCGPTConfig(
+        vocab_size=vocab_size,
+        hidden_size=config.d_model,
+        num_hidden_layers=config.n_layer,
+        num_attention_heads=config.n_head,
+        max_position_embeddings=config.window,
+        feed_forward=plan.method,
+        intermediate_size=plan.intermediate_size,
+        feed_forward_options=plan.options,
+        dropout=config.dropout,
+        residual_init=config.residual_init,
+    )
+    return DSCGPTForCausalLM(model_config)
+
+
+def train_run(
+    config: ExperimentConfig,
+    plan: Plan,
+    seed: int,
+    data: Data,
+    folder: Path,
+    *,
+    callbacks: list[Any] | None = None,
+    label: str | None = None,
+) -> dict[str, Any]:
+    """Train one method with one seed, or go on where it stopped, or return what a finished run recorded.
+
+    The folder ends with ``record.json`` and the final model; checkpoints are kept only while it trains.
+
+    Args:
+        config: The experiment.
+        plan: The method's widths.
+        seed: Of weights, dropout and windows.
+        data: Corpus and tokens.
+        folder: The run's own folder.
+        callbacks: Further Trainer callbacks.
+        label: What the progress bar says.
+
+    Returns:
+        The run's record, in the form of DESIGN.md; its latency is measured later, with those it is compared to.
+
+    Raises:
+        ValueError: If a split is shorter than a window.
+    """
+    record_file = folder / RECORD
+    if record_file.is_file():
+        record: dict[str, Any] = json.loads(record_file.read_text(encoding="utf-8"))
+        return record
+    folder.mkdir(parents=True, exist_ok=True)
+    _quiet()
+    set_seed(seed)
+    reset_peak_memory()
+    model = build_model(config, plan, data.vocab_size)
+    trainer = _trainer(config, plan.method, model, seed, data, folder, label or f"{plan.method} seed {seed}")
+    for callback in callbacks or []:
+        trainer.add_callback(callback)
+    trainer.train(resume_from_checkpoint=_last_checkpoint(folder))
+    if trainer.state.global_step < config.steps:
+        raise KeyboardInterrupt(f"stopped at step {trainer.state.global_step} of {config.steps}")
+    if not any(
+        entry.get("eval_loss") is not None and entry["step"] == config.steps for entry in trainer.state.log_history
+    ):
+        trainer.evaluate()
+    routing = getattr(trainer, "routing", [])
+    seconds = trainer.seconds
+    test = FixedWindows(data.tokens.test, config.window, config.test_windows)
+    history = list(trainer.state.log_history)
+    test_loss = trainer.evaluate(test)["eval_loss"]
+    model.save_pretrained(folder / MODEL)
+    record = {
+        **_measured(config, plan, seed, history, routing),
+        "test_loss": test_loss,
+        "train_seconds": seconds,
+        "peak_memory_bytes": peak_memory_bytes(),
+        "description": plan.description,
+        "config": {**config.as_dict(), "method": plan.method, "plan": _plan_dict(plan)},
+        "corpus": {"name": data.corpus.name, "sha256": data.corpus.sha256},
+        "versions": versions(),
+        "hardware": hardware(),
+        "commit": commit(),
+        "command": command_line(),
+    }
+    write_json(record_file, record)
+    _remove_checkpoints(folder)
+    return record
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON atomically."""
+    text = json.dumps(value, indent=1, allow_nan=True)
+    write_atomically(path, lambda file: _write(file, text))
+
+
+def _write(file: Any, text: str) -> None:
+    file.write(text.encode("utf-8"))
+
+
+def _trainer(
+    config: ExperimentConfig,
+    method: str,
+    model: DSCGPTForCausalLM,
+    seed: int,
+    data: Data,
+    folder: Path,
+    label: str,
+) -> LabTrainer:
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=config.steps,
+        per_device_train_batch_size=config.batch_size // config.accumulation,
+        gradient_accumulation_steps=config.accumulation,
+        per_device_eval_batch_size=config.eval_batch_size,
+        learning_rate=config.of_method(method, "learning_rate"),
+        lr_scheduler_type="cosine_with_min_lr",
+        lr_scheduler_kwargs={"min_lr_rate": config.min_lr_ratio},
+        warmup_steps=config.warmup_steps,
+        weight_decay=config.of_method(method, "weight_decay"),
+        adam_beta1=config.beta1,
+        adam_beta2=config.beta2,
+        max_grad_norm=config.max_grad_norm,
+        eval_strategy="steps",
+        eval_steps=config.eval_every,
+        save_strategy="steps",
+        save_steps=config.eval_every,
+        save_total_limit=2,
+        logging_steps=max(1, config.eval_every // 10),
+        seed=seed,
+        data_seed=seed,
+        bf16=config.precision == "bf16",
+        fp16=config.precision == "fp16",
+        torch_compile=config.compile,
+        report_to="none",
+        remove_unused_columns=False,
+        prediction_loss_only=True,
+        dataloader_pin_memory=torch.cuda.is_available(),
+    )
+    trainer = LabTrainer(
+        router_lr_multiplier=config.of_method(method, "router_lr_multiplier"),
+        model=model,
+        args=arguments,
+        train_dataset=RandomWindows(data.tokens.train, config.window, config.steps * config.batch_size, seed),
+        eval_dataset=FixedWindows(data.tokens.valid, config.window, config.eval_windows),
+    )
+    trainer.remove_callback(ProgressCallback)
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(QuietProgress(label))
+    return trainer
+
+
+def _measured(
+    config: ExperimentConfig, plan: Plan, seed: int, history: list[dict[str, Any]], routing: list[dict[str, Any]]
+) -> dict[str, Any]:
+    per_step = config.batch_size * config.window
+    curve = [
+        {"step": entry["step"], "tokens": entry["step"] * per_step, "val_loss": entry["eval_loss"]}
+        for entry in history
+        if "eval_loss" in entry
+    ]
+    losses = [point["val_loss"] for point in curve]
+    finite = [loss for loss in losses if loss == loss]
+    return {
+        "method": plan.method,
+        "seed": seed,
+        "params_total": plan.params_total,
+        "params_active": plan.params_active,
+        "tokens": config.steps * per_step,
+        "steps": config.steps,
+        "val_loss_best": min(finite, default=float("nan")),
+        "val_loss_final": losses[-1],
+        "curve": curve,
+        "train_curve": [
+            {"step": entry["step"], "loss": entry["loss"], "task_loss": entry.get("task_loss", entry["loss"])}
+            for entry in history
+            if "loss" in entry
+        ],
+        "routing": {
+            "history": [{"step": e["step"], **e["routing"]} for e in history if "routing" in e],
+            "layers": routing,
+        }
+        if routing
+        else None,
+    }
+
+
+def _plan_dict(plan: Plan) -> dict[str, Any]:
+    return {
+        "intermediate_size": plan.intermediate_size,
+        "options": plan.options,
+        "miss_total": plan.miss_total,
+        "miss_active": plan.miss_active,
+    }
+
+
+def _last_checkpoint(folder: Path) -> str | None:
+    """The newest complete checkpoint: Trainer writes its state last, so one without it was cut off."""
+    checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    complete = [path for path in checkpoints if _state(path) is not None]
+    return str(complete[-1]) if complete else None
+
+
+def _state(checkpoint: Path) -> dict[str, Any] | None:
+    try:
+        state: dict[str, Any] = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return state
+
+
+def _remove_checkpoints(folder: Path) -> None:
+    for checkpoint in folder.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+
+
+def _quiet() -> None:
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
