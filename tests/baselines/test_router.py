@@ -1,0 +1,83 @@
+import pytest
+import torch
+
+from torchdsc.baselines import SoftmaxRouter
+
+
+def make(num_experts=5, top_k=2, **options):
+    router = SoftmaxRouter(4, num_experts, top_k, dtype=torch.float64, **options)
+    torch.nn.init.normal_(router.linear.weight)
+    return router
+
+
+@pytest.fixture
+def x():
+    return torch.randn(9, 4, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("normalize_weights", [True, False])
+@pytest.mark.parametrize("norm", ["none", "layer"])
+def test_chooses_as_a_literal_sort_does(x, literal_choice, norm, normalize_weights):
+    router = make(norm=norm, normalize_weights=normalize_weights)
+    choice = router(x)
+    for t in range(len(x)):
+        experts, weights = zip(*literal_choice(router, x[t]), strict=True)
+        assert choice.indices[t].tolist() == list(experts)
+        torch.testing.assert_close(choice.weights[t], torch.stack(weights), rtol=1e-12, atol=0)
+
+
+def test_statistics_are_sums_over_counted_tokens(x):
+    router, mask = make(), torch.tensor([1, 0, 1, 1, 0, 1, 0, 0, 1]).bool()
+    statistics = router(x, mask, collect=True).statistics
+    logits = x[mask] @ router.linear.weight.T
+    probabilities = logits.softmax(-1)
+    top = probabilities.topk(2)
+    torch.testing.assert_close(statistics.num_tokens.item(), 5.0)
+    torch.testing.assert_close(statistics.probability_sum, probabilities.sum(0))
+    torch.testing.assert_close(statistics.strength_sum, top.values.sum())
+    torch.testing.assert_close(statistics.squared_log_normalizer_sum, logits.logsumexp(-1).square().sum())
+    torch.testing.assert_close(statistics.load, torch.bincount(top.indices.flatten(), minlength=5).double())
+
+
+def test_jitter_only_in_training_and_from_the_seed(x):
+    router = make(jitter=0.5)
+
+    def weights(seed):
+        torch.manual_seed(seed)
+        return router(x).weights
+
+    assert torch.equal(weights(1), weights(1))
+    assert not torch.equal(weights(1), weights(2))
+    router.eval()
+    assert torch.equal(weights(1), weights(2))
+
+
+def test_jitter_is_the_standard_deviation_on_logits():
+    router, x = make(2, 2, jitter=0.3, normalize_weights=False), torch.zeros(20_000, 4, dtype=torch.float64)
+    choice = router(x)
+    log_weights = choice.weights.log().gather(1, choice.indices)
+    assert (log_weights[:, 0] - log_weights[:, 1]).std().item() == pytest.approx(0.3 * 2**0.5, rel=0.02)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_routes_in_float32_also_under_autocast(dtype):
+    router = SoftmaxRouter(4, 5, 2, dtype=dtype)
+    x = torch.randn(9, 4, dtype=dtype)
+    with torch.autocast("cpu", torch.bfloat16):
+        choice = router(x, collect=True)
+    assert choice.weights.dtype == choice.statistics.probability_sum.dtype == torch.float32
+    assert torch.equal(choice.weights, router(x).weights)
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"top_k": 0}, r"top_k must be in \[1, num_experts = 5\], got 0"),
+        ({"top_k": 6}, r"top_k must be in \[1, num_experts = 5\], got 6"),
+        ({"jitter": -0.1}, "jitter must be >= 0, got -0.1"),
+        ({"jitter": float("nan")}, "jitter must be >= 0"),
+    ],
+)
+def test_errors(options, match):
+    with pytest.raises(ValueError, match=match):
+        make(**options)

@@ -1,0 +1,243 @@
+"""DSCGPT in training: its regularisers, checkpointing, compilation, and exactness under Trainer's accumulation."""
+
+import pytest
+import torch
+from torch.nn import functional
+
+from torchdsc import regularization
+from torchdsc.losses import frame_regularization
+from torchdsc.nn import RoutedLayer
+
+# Weights that make each term felt beside a task loss of about 10.
+WEIGHTS = {"aux_weight": 0.5, "z_weight": 0.1}
+DSC_WEIGHTS = {"budget_weight": 0.5, "frame_weight": 0.05, "budget": 5.0}
+# Linear in tokens, or independent of them: exact however a step is cut up.
+LINEAR = {"aux_weight": 0.0, "z_weight": 0.1}
+DSC_LINEAR = {"budget_weight": 0.0, "frame_weight": 0.05}
+
+
+def precise_loss(logits, labels, num_items_in_batch=None, shift_labels=None, **_):
+    """transformers' loss is float32 whatever the model is."""
+    total = functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
+    return total / ((labels[:, 1:] != -100).sum() if num_items_in_batch is None else num_items_in_batch)
+
+
+def gradients(model):
+    found = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    return found
+
+
+@pytest.fixture
+def make_training(make_model):
+    """A model in training with heavy regularisers, and a float64 loss where it is float64."""
+
+    def make(kind, *, linear=False, dtype=torch.float64, **changes):
+        options = LINEAR if linear else WEIGHTS
+        if kind == "dsc":
+            options = {**options, **(DSC_LINEAR if linear else DSC_WEIGHTS)}
+        model = make_model(kind, dtype=dtype, feed_forward_options=options if kind != "dense" else {}, **changes)
+        if dtype is torch.float64:
+            model.loss_function = precise_loss
+        return model.train()
+
+    return make
+
+
+@pytest.fixture
+def step():
+    """Four sequences of one optimizer step, of unequal labelled tokens; the last has none."""
+    input_ids = torch.randint(1, 61, (4, 12))
+    labels = input_ids.clone()
+    labels[0, :7], labels[1, 3:5], labels[3, :] = -100, -100, -100
+    return {"input_ids": input_ids, "labels": labels}
+
+
+class TestLoss:
+    def test_is_the_task_loss_in_evaluation(self, kind, make_training, input_ids):
+        output = make_training(kind).eval()(input_ids, labels=input_ids)
+        assert torch.equal(output.loss, output.task_loss)
+        assert output.regularization is None
+        assert not output.task_loss.requires_grad
+
+    def test_includes_the_regularisers_in_training(self, routed_kind, make_training, input_ids):
+        model = make_training(routed_kind)
+        output = model(input_ids, labels=input_ids)
+        options, terms = model.config.feed_forward_options, output.regularization
+        expected = sum(options.get(f"{name}_weight", 0.0) * value for name, value in terms.items())
+        torch.testing.assert_close(output.loss.detach() - output.task_loss, expected)
+        active = {"aux", "z"} if routed_kind != "dsc" else {"aux", "budget", "frame", "z"}
+        assert {name for name, value in terms.items() if value > 0} == active
+        assert not any(value.requires_grad for value in terms.values())
+
+    def test_of_a_dense_model_is_the_task_loss(self, make_training, input_ids):
+        output = make_training("dense")(input_ids, labels=input_ids)
+        assert torch.equal(output.loss.detach(), output.task_loss)
+
+    def test_padding_does_not_count_in_the_regularisers(self, routed_kind, make_training, input_ids):
+        model = make_training(routed_kind)
+        mask = torch.ones_like(input_ids)
+        mask[:, 8:] = 0
+        labels = input_ids.masked_fill(mask == 0, -100)
+        masked = model(input_ids, attention_mask=mask, labels=labels).loss
+        torch.testing.assert_close(masked, model(input_ids[:, :8], labels=labels[:, :8]).loss)
+
+    def test_shift_labels_are_labels_shifted_already(self, routed_kind, make_training, step):
+        model = make_training(routed_kind, dtype=torch.float32)
+        shifted = functional.pad(step["labels"][:, 1:], (0, 1), value=-100)
+        losses = [
+            model(step["input_ids"], num_items_in_batch=20, **labels).loss
+            for labels in ({"labels": step["labels"]}, {"labels": step["labels"], "shift_labels": shifted})
+        ]
+        torch.testing.assert_close(*losses)
+
+    def test_without_labels_the_terms_wait_to_be_collected(self, routed_kind, make_training, input_ids):
+        model = make_training(routed_kind)
+        output = model(input_ids, labels=input_ids)
+        assert not any(m.statistics_log.entries for m in model.modules() if isinstance(m, RoutedLayer))
+        model(input_ids)
+        torch.testing.assert_close(regularization(model).total, output.loss - output.task_loss)
+
+    def test_frame_alone(self, make_training, input_ids):
+        model = make_training("dsc", linear=True)
+        for block in model.model.blocks:
+            block.routed_layer.regularizers = type(block.routed_layer.regularizers)(frame=0.05)
+        output = model(input_ids, labels=input_ids)
+        torch.testing.assert_close(output.loss - output.task_loss, frame_regularization(model))
+
+
+class TestCheckpointing:
+    def test_not_reentrant_changes_no_gradient(self, kind, make_training, step):
+        model = make_training(kind)
+        model(**step).loss.backward()
+        expected = gradients(model)
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model(**step).loss.backward()
+        torch.testing.assert_close(gradients(model), expected, rtol=1e-12, atol=1e-14)
+
+    def test_reentrant_raises_where_regularisers_would_vanish(self, routed_kind, make_training, step):
+        model = make_training(routed_kind)
+        model.gradient_checkpointing_enable({"use_reentrant": True})
+        with pytest.raises(RuntimeError, match="reentrant checkpointing"):
+            model(**step)
+
+    def test_reentrant_is_fine_for_a_dense_model(self, make_training, step):
+        model = make_training("dense")
+        model(**step).loss.backward()
+        expected = gradients(model)
+        model.gradient_checkpointing_enable({"use_reentrant": True})
+        model(**step).loss.backward()
+        torch.testing.assert_close(gradients(model), expected)
+
+
+@pytest.mark.slow
+def test_compiles_to_one_graph(kind, make_training, step):
+    model = make_training(kind, dtype=torch.float32, num_hidden_layers=1)
+    loss = model(**step).loss
+    loss.backward()
+    expected = gradients(model)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True)(**step).loss
+    compiled.backward()
+    torch.testing.assert_close(compiled, loss)
+    torch.testing.assert_close(gradients(model), expected, rtol=1e-3, atol=1e-5)
+
+
+class TestAccumulation:
+    """With ``num_items_in_batch``, as Trainer passes it."""
+
+    @staticmethod
+    def pieces(step, accumulation):
+        chunks = [value.chunk(accumulation) for value in step.values()]
+        return [dict(zip(step, chunk, strict=True)) for chunk in zip(*chunks, strict=True)]
+
+    @pytest.mark.parametrize("accumulation", [2, 4])
+    def test_leaves_the_gradient_as_it_is(self, kind, accumulation, make_training, step):
+        model, items = make_training(kind, linear=True), (step["labels"][:, 1:] != -100).sum()
+        model(**step, num_items_in_batch=items).loss.backward()
+        expected = gradients(model)
+        for piece in self.pieces(step, accumulation):
+            model(**piece, num_items_in_batch=items).loss.backward()
+        torch.testing.assert_close(gradients(model), expected, rtol=1e-11, atol=1e-14)
+
+    def test_one_step_is_that_without_a_count(self, kind, make_training, input_ids):
+        """Where every routed token has a label, but for the last of each sequence."""
+        model = make_training(kind, linear=True)
+        plain = model(input_ids, labels=input_ids)
+        counted = model(input_ids, labels=input_ids, num_items_in_batch=33)
+        torch.testing.assert_close(counted.task_loss, plain.task_loss)
+        if kind == "dsc":
+            torch.testing.assert_close(counted.regularization["frame"], plain.regularization["frame"])
+        if kind != "dense":
+            torch.testing.assert_close(counted.regularization["z"], plain.regularization["z"] * 36 / 33)
+
+    def test_nonlinear_terms_are_the_token_weighted_mean(self, routed_kind, make_training, step):
+        model = make_training(routed_kind)
+        step["attention_mask"] = torch.ones_like(step["labels"])
+        step["attention_mask"][1, 5:] = 0
+        step["attention_mask"][2, 9:] = 0
+        routed = int(step["attention_mask"].sum())
+        means, weighted = [], []
+        for piece in self.pieces(step, 4):
+            share = int(piece["attention_mask"].sum()) / routed
+            # One counted token is no label, but the mean loss of none would be NaN.
+            plain = {**piece, "labels": piece["input_ids"]}
+            means.append({name: value * share for name, value in model(**plain).regularization.items()})
+            weighted.append(model(**piece, num_items_in_batch=routed).regularization)
+        for name in ("aux", "budget", "z"):
+            torch.testing.assert_close(sum(w[name] for w in weighted), sum(m[name] for m in means))
+
+
+class TestTrainer:
+    @pytest.fixture
+    def train(self, tmp_path):
+        """One optimizer step of the real Trainer; returns the parameters after it."""
+        pytest.importorskip("accelerate")
+        from transformers import Trainer, TrainingArguments
+
+        def run(model, step, accumulation=1, **options):
+            compute_loss_func = options.pop("compute_loss_func", None)
+            arguments = TrainingArguments(
+                output_dir=str(tmp_path),
+                per_device_train_batch_size=4 // accumulation,
+                gradient_accumulation_steps=accumulation,
+                max_steps=1,
+                optim="sgd",
+                learning_rate=0.1,
+                lr_scheduler_type="constant",
+                max_grad_norm=0.0,
+                report_to=[],
+                save_strategy="no",
+                disable_tqdm=True,
+                use_cpu=True,
+                **options,
+            )
+            examples = [{name: value[i] for name, value in step.items()} for i in range(4)]
+            trainer = Trainer(model, arguments, train_dataset=examples, compute_loss_func=compute_loss_func)
+            trainer.train()
+            return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+        return run
+
+    def test_accumulation_takes_the_same_step(self, routed_kind, make_training, step, train):
+        model = make_training(routed_kind, linear=True)
+        start = {name: value.clone() for name, value in model.state_dict().items()}
+        results = []
+        for accumulation in (1, 2, 4):
+            model.load_state_dict(start)
+            results.append(train(model, step, accumulation))
+        assert not torch.equal(results[0]["lm_head.weight" if False else "model.embed_tokens.weight"], start["model.embed_tokens.weight"])
+        for result in results[1:]:
+            torch.testing.assert_close(result, results[0], rtol=1e-11, atol=1e-13)
+
+    @pytest.mark.parametrize(
+        "options",
+        [{"label_smoothing_factor": 0.1}, {"compute_loss_func": lambda outputs, labels, **_: outputs.logits.sum()}],
+        ids=["label smoothing", "loss function"],
+    )
+    def test_options_that_take_the_labels_out_raise(self, options, routed_kind, make_training, step, train):
+        with pytest.raises(ValueError, match="labels must reach the model in training"):
+            train(make_training(routed_kind), step, **options)
+
+    def test_label_smoothing_is_fine_for_a_dense_model(self, make_training, step, train):
+        train(make_training("dense"), step, label_smoothing_factor=0.1)

@@ -1,0 +1,42 @@
+import math
+
+import pytest
+import torch
+
+from torchdsc import DSC, certified_spectral_bound, spectral_norm
+from torchdsc.bounds import frame_excess, welch_bound
+
+
+@pytest.mark.parametrize(("d_in", "d_out", "top_k"), [(9, 7, 3), (2, 8, 5), (8, 1, 4), (6, 6, 1)])
+def test_spectral_norm_equals_that_of_the_matrix(d_in, d_out, top_k):
+    layer = DSC(d_in, d_out, num_atoms=12, top_k=top_k).double()
+    torch.nn.init.normal_(layer.router.weight)
+    torch.nn.init.normal_(layer.gamma)
+    x = torch.randn(4, 5, d_in, dtype=torch.float64)
+    expected = torch.linalg.matrix_norm(layer.delta_weight(x).detach(), ord=2)
+    norms = spectral_norm(layer, x)
+    assert norms.shape == (4, 5)
+    torch.testing.assert_close(norms, expected, rtol=1e-12, atol=1e-14)
+    assert (norms < certified_spectral_bound(layer)).all()
+
+
+def test_certified_bound_is_the_largest_gamma():
+    layer = DSC(4, num_atoms=5, top_k=2)
+    with torch.no_grad():
+        layer.gamma.copy_(torch.tensor([0.5, -3.0, 1.0, 0.0]))
+    assert certified_spectral_bound(layer) == 3.0
+    assert math.isclose(certified_spectral_bound(DSC.basic(4, num_atoms=5, top_k=2, gamma_init=-0.2)), 0.2, rel_tol=1e-6)
+
+
+def test_welch_bound_of_the_paper():
+    assert math.isclose(welch_bound(1523, 384), 4517.44, abs_tol=0.01)
+    assert welch_bound(3, 8) == 0.0
+    layer = DSC(384, num_atoms=1523, top_k=4)
+    # An orthogonal init sits near the bound: 4523 against 4517.
+    assert 0 < frame_excess(layer.bank.u) < 10
+
+
+def test_frame_excess_is_zero_for_a_tight_frame_and_full_for_equal_rows():
+    basis = torch.eye(4)
+    assert abs(frame_excess(torch.cat([basis, basis * 3]))) < 1e-12
+    assert math.isclose(frame_excess(torch.ones(6, 3)), 30 - welch_bound(6, 3))
