@@ -3,18 +3,17 @@
 import json
 from dataclasses import asdict
 
-from jsonargparse import ArgumentParser
 from rich.console import Console
 from rich.table import Table
 
 from torchdsc.lab.budget import Budget, Plan, solve_all
 
+from .parsing import command_parser
+
 
 def run(arguments: list[str]) -> None:
     """Print the widths of all four methods for a budget."""
-    parser = ArgumentParser(
-        prog="torchdsc budget", description="Solve each method's widths for total and active parameters."
-    )
+    parser = command_parser("budget", "Solve each method's widths for total and active parameters.")
     parser.add_class_arguments(Budget, nested_key=None)
     parser.add_argument("--top_k", type=int, default=4, help="K of DSC, and experts per token of Mixture-of-LoRAs")
     parser.add_argument("--rank", type=int, default=1, help="of Mixture-of-LoRAs")

@@ -7,9 +7,7 @@ from .options import experiment_parser, parse_experiment
 
 def run(arguments: list[str]) -> None:
     """Train methods at equal budgets and compare them."""
-    parser = experiment_parser(
-        "torchdsc compare", "Train methods at equal parameter budgets and compare them.", "quick"
-    )
+    parser = experiment_parser("compare", "Train methods at equal parameter budgets and compare them.", "quick")
     parser.add_argument(
         "--output", type=str | None, default=None, help="folder of the experiment (default: runs/PRESET)"
     )

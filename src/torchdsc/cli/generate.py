@@ -2,13 +2,13 @@
 
 from pathlib import Path
 
-from jsonargparse import ArgumentParser
+from .parsing import command_parser
 
 
 def run(arguments: list[str]) -> None:
     """Generate text with a trained model."""
-    parser = ArgumentParser(prog="torchdsc generate", description="Generate text with a trained model.")
-    parser.add_argument("model", type=str, help="folder of a run, of its model, or of an experiment's run")
+    parser = command_parser("generate", "Generate text with a trained model.")
+    parser.add_argument("model", type=str, help="folder of a run, or of its model")
     parser.add_argument("--prompt", type=str, default="The ", help="text to go on from")
     parser.add_argument("--max_new_tokens", type=int, default=100, help="tokens to add")
     parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token")

@@ -11,6 +11,7 @@ _COMMANDS = {
     "train": ("torchdsc.cli.train", "train one method"),
     "generate": ("torchdsc.cli.generate", "generate text with a trained model"),
 }
+_RESUMABLE = ("compare", "train")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -39,13 +40,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(command: str, arguments: list[str]) -> int:
     try:
+        from .parsing import ArgumentError, describe
+    except ImportError as error:
+        print(f"torchdsc {command}: {error}", file=sys.stderr)
+        return 2
+    try:
         run: Callable[[list[str]], None] = import_module(_COMMANDS[command][0]).run
         run(arguments)
     except KeyboardInterrupt:
-        print(f"\ntorchdsc {command}: interrupted; the same command goes on where it stopped", file=sys.stderr)
+        further = "; the same command goes on from what is saved" if command in _RESUMABLE else ""
+        print(f"\ntorchdsc {command}: interrupted{further}", file=sys.stderr)
         return 1
+    except ArgumentError as error:
+        print(f"torchdsc {command}: {describe(error)} (see torchdsc {command} --help)", file=sys.stderr)
+        return 2
     except (ValueError, OSError, ImportError) as error:
-        print(f"torchdsc {command}: {error}", file=sys.stderr)
+        print(f"torchdsc {command}: {describe(error)}", file=sys.stderr)
         return 2
     return 0
 

@@ -3,24 +3,29 @@
 from dataclasses import replace
 from pathlib import Path
 
+from torchdsc.lab.config import METHODS
+
 from .options import experiment_parser, parse_experiment
 
 
 def run(arguments: list[str]) -> None:
     """Train one method with one seed."""
-    parser = experiment_parser("torchdsc train", "Train one method with one seed.", "quick")
-    parser.add_argument("--method", default="dsc", help="dense, moe, mixture_of_loras or dsc")
+    parser = experiment_parser("train", "Train one method with one seed.", "quick")
+    parser.add_argument("--method", default="dsc", choices=METHODS, help="feed-forward layer of the model")
     parser.add_argument("--seed", type=int, default=42, help="of weights, dropout and windows")
     parser.add_argument("--output", type=str | None, default=None, help="folder (default: runs/PRESET-METHOD-seedSEED)")
+    for argument in arguments:
+        if argument.partition("=")[0].rstrip("+") in ("--methods", "--seeds"):
+            raise ValueError(f"train takes one --method and one --seed, got {argument}")
     options, config = parse_experiment(parser, arguments)
     config = replace(config, methods=[options.method], seeds=[options.seed])
-    from torchdsc.lab.compare import open_folder, prepare_data
-    from torchdsc.lab.training import MODEL, make_plans, train_run
+    # Imported late: --help and wrong flags answer at once.
+    from torchdsc.lab.experiment import prepare
+    from torchdsc.lab.training import MODEL, train_run
 
     folder = Path(options.output or f"runs/{options.preset}-{options.method}-seed{options.seed}")
-    open_folder(folder, config)
-    data = prepare_data(config, folder)
-    plan = make_plans(config, data.vocab_size)[options.method]
+    data, plans = prepare(config, folder)
+    plan = plans[options.method]
     record = train_run(config, plan, options.seed, data, folder)
     print(
         f"{options.method}: {plan.description}; validation loss {record['val_loss_final']:.4f}, "

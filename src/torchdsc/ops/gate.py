@@ -1,12 +1,16 @@
 """The magnitude gate: from selected logits to coefficients, equation (5)."""
 
-from typing import Literal, NamedTuple
+from types import ModuleType
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from .native import FEW_PAIRS, module_for
+
 GateKind = Literal["sum", "mean", "none"]
+_KINDS = get_args(GateKind)
 
 
 class Gate(NamedTuple):
@@ -39,6 +43,12 @@ def gate(logits: Tensor, *, logit_clamp: float = 20.0, eps: float = 1e-6, kind: 
         raise ValueError(f"logit_clamp must be > 0, got {logit_clamp}")
     if not eps > 0:
         raise ValueError(f"eps must be > 0, got {eps}")
+    if kind not in _KINDS:
+        raise ValueError(f"kind must be one of {_KINDS}, got {kind!r}")
+    if logits.numel() <= FEW_PAIRS and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        native = module_for(logits)
+        if native is not None and logits.dim() > 0 and logits.numel() > 0:
+            return _gate_few(native, logits, logit_clamp, eps, kind)
     # The threshold keeps softplus exact to rounding in float64; torch's default is off by 2e-9 at 20.
     scores = functional.softplus(logits.clamp(-logit_clamp, logit_clamp), 1.0, 40.0)
     # Adding nothing of the raw logits makes the scores of infinite ones NaN.
@@ -48,8 +58,21 @@ def gate(logits: Tensor, *, logit_clamp: float = 20.0, eps: float = 1e-6, kind: 
         factor = torch.tanh(strength) / (strength + eps)
     elif kind == "mean":
         factor = torch.tanh(strength / logits.shape[-1]) / (strength + eps)
-    elif kind == "none":
-        factor = 1.0 / (strength + eps)
     else:
-        raise ValueError(f"kind must be 'sum', 'mean' or 'none', got {kind!r}")
+        factor = 1.0 / (strength + eps)
     return Gate(scores * factor, strength.squeeze(-1))
+
+
+def _gate_few(native: ModuleType, logits: Tensor, logit_clamp: float, eps: float, kind: GateKind) -> Gate:
+    coefficients, strength = torch.empty_like(logits), logits.new_empty(logits.shape[:-1])
+    native.gate(
+        logits.data_ptr(),
+        coefficients.data_ptr(),
+        strength.data_ptr(),
+        strength.numel(),
+        logits.shape[-1],
+        _KINDS.index(kind),
+        logit_clamp,
+        eps,
+    )
+    return Gate(coefficients, strength)

@@ -11,10 +11,10 @@ import warnings
 import torch
 from torch import Tensor
 
+from torchdsc.ops.native import FEW_PAIRS, module_for
+
 from .norms import pair_scale, radial
 
-# Selections up to which plain gathered rows are quicker than setting up the sparse kernels (decoding).
-_FEW_PAIRS = 64
 # Bytes of gathered rows per chunk where no sampled product exists: about a core's level-two cache, and a GPU's share.
 _CHUNK_BYTES = {"cpu": 1 << 20, "other": 1 << 28}
 
@@ -23,7 +23,7 @@ def forward(
     x: Tensor, u: Tensor, v: Tensor, indices: Tensor, coefficients: Tensor, eps: float | None
 ) -> tuple[Tensor, Tensor]:
     """Equation (14): y (T, d_out) in the dtype of x and the latent values (T, K)."""
-    if indices.numel() <= _FEW_PAIRS:
+    if indices.numel() <= FEW_PAIRS:
         return _forward_few(x, u, v, indices, coefficients, eps)
     accumulated = coefficients.dtype
     u, u_indices = _in_dtype(u, indices, accumulated)
@@ -76,6 +76,13 @@ def _forward_few(
 ) -> tuple[Tensor, Tensor]:
     # Small operations cost their call, not their work: there are as few as can be.
     tokens, top_k = indices.shape
+    native = module_for(x, u, v, indices, coefficients)
+    if native is not None and x.dtype == torch.float32:
+        y, latent = x.new_empty(tokens, v.shape[1]), torch.empty_like(coefficients)
+        addresses = [t.data_ptr() for t in (x, u, v, indices, coefficients, y, latent)]
+        sizes = tokens, top_k, u.shape[1], v.shape[1], u.shape[0]
+        native.compose(*addresses, *sizes, -1.0 if eps is None else eps)
+        return y, latent
     flat = indices.reshape(-1)
     rows_u, rows_v = u.index_select(0, flat), v.index_select(0, flat)
     dtype = coefficients.dtype
