@@ -12,6 +12,8 @@ from torchdsc.lab.environment import commit, hardware, versions
 from . import crossover, layer
 
 RESULTS = Path(__file__).parent / "results"
+# What auto takes follows from the measurement: not a condition for making it.
+CHOICE = "tests/ops/compose/test_crossover.py"
 # Benchmark, and the tests without which its figures mean nothing.
 BENCHMARKS = {
     "crossover": (crossover.measure, "tests/ops/compose"),
@@ -28,7 +30,7 @@ def main() -> int:
     options = parser.parse_args()
     for name in options.names:
         measure, tests = BENCHMARKS[name]
-        selection = ["-m", "not slow and not timing"]
+        selection = ["-m", "not slow", "--deselect", CHOICE]
         if subprocess.run([sys.executable, "-m", "pytest", *tests.split(), *selection], check=False).returncode:
             print(f"benchmarks: {name} is not timed: its tests fail", file=sys.stderr)
             return 1

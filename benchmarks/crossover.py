@@ -2,7 +2,7 @@
 
 import json
 from importlib import resources
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from torchdsc.ops import compose
 TOKENS = (16, 256, 4096)
 WIDTHS = (64, 384)
 RATIOS = (0.01, 0.03, 0.06, 0.12, 0.25, 0.5, 1.0)
-NUM_ATOMS = 512
+ATOMS = (512, 4096)
 
 
 def measure(rounds: int) -> dict[str, Any]:
@@ -22,29 +22,31 @@ def measure(rounds: int) -> dict[str, Any]:
     rounds = rounds or 9
     device = "cuda" if torch.cuda.is_available() else "cpu"
     rows, points = [], []
-    for tokens in TOKENS:
-        for width in WIDTHS:
-            quicker = []
-            for ratio in RATIOS:
-                row = _row(tokens, width, ratio, rounds, device)
-                rows.append(row)
-                quicker.append(row["dense_over_gather"])
-                print({key: row[key] for key in ("tokens", "width", "top_k", "dense_over_gather")})
-            points.append({"tokens": tokens, "width": width, "ratio": _crossover(quicker)})
+    for tokens, atoms, width in product(TOKENS, ATOMS, WIDTHS):
+        quicker: list[float] = []
+        for ratio in RATIOS:
+            # Past the crossover the rest is known, and gathering is slow.
+            if quicker and quicker[-1] < 0.7:
+                break
+            row = _row(tokens, atoms, width, ratio, rounds, device)
+            rows.append(row)
+            quicker.append(row["dense_over_gather"])
+            print({key: row[key] for key in ("tokens", "atoms", "width", "top_k", "dense_over_gather")}, flush=True)
+        points.append({"tokens": tokens, "atoms": atoms, "width": width, "ratio": _crossover(quicker)})
     path = Path(str(resources.files("torchdsc.ops.compose").joinpath("crossovers.json")))
     kept = json.loads(path.read_text(encoding="utf-8"))["crossovers"]
     measured = {"source": "python -m benchmarks crossover", "crossovers": {**kept, device: points}}
     path.write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")
-    return {"num_atoms": NUM_ATOMS, "rows": rows, "crossovers": points}
+    return {"rows": rows, "crossovers": points}
 
 
-def _row(tokens: int, width: int, ratio: float, rounds: int, device: str) -> dict[str, Any]:
-    top_k = max(1, round(ratio * NUM_ATOMS))
+def _row(tokens: int, atoms: int, width: int, ratio: float, rounds: int, device: str) -> dict[str, Any]:
+    top_k = max(1, round(ratio * atoms))
     x = torch.randn(tokens, width, device=device, requires_grad=True)
-    u = torch.randn(NUM_ATOMS, width, device=device, requires_grad=True)
-    v = torch.randn(NUM_ATOMS, width, device=device, requires_grad=True)
+    u = torch.randn(atoms, width, device=device, requires_grad=True)
+    v = torch.randn(atoms, width, device=device, requires_grad=True)
     coefficients = torch.rand(tokens, top_k, device=device, requires_grad=True)
-    indices = torch.rand(tokens, NUM_ATOMS, device=device).topk(top_k).indices
+    indices = torch.rand(tokens, atoms, device=device).topk(top_k).indices
 
     def step(impl: Any) -> Any:
         def call() -> None:
@@ -58,6 +60,7 @@ def _row(tokens: int, width: int, ratio: float, rounds: int, device: str) -> dic
     ratios = sorted(dense / gather for dense, gather in pairs)
     return {
         "tokens": tokens,
+        "atoms": atoms,
         "width": width,
         "top_k": top_k,
         "gather_ms": timings["gather"].median,
@@ -70,7 +73,7 @@ def _crossover(dense_over_gather: list[float]) -> float:
     """K / M at which the two cost the same, between the measured ratios; above 1 where gathering always wins."""
     if dense_over_gather[0] < 1:
         return RATIOS[0]
-    for (low, high), (before, after) in zip(pairwise(RATIOS), pairwise(dense_over_gather), strict=True):
+    for (low, high), (before, after) in zip(pairwise(RATIOS), pairwise(dense_over_gather), strict=False):
         if before >= 1 > after:
             return round(low + (high - low) * (before - 1) / (before - after), 3)
     return 2.0

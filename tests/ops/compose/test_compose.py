@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from torchdsc.ops import compose
-from torchdsc.ops.compose import IMPLEMENTATIONS, choose_implementation
+from torchdsc.ops.compose import IMPLEMENTATIONS
 
 AVAILABLE = ("reference", "gather", "dense", "auto")
 # tokens, atoms, top_k, d_in, d_out: none, one, K = 1, K = M, no powers of two, few pairs and many.
@@ -186,13 +186,6 @@ def test_property_permuting_atoms_changes_nothing(seed, atoms):
     y = compose(x, u, v, indices, coefficients)
     permuted = compose(x, u[permutation], v[permutation], inverse[indices], coefficients)
     torch.testing.assert_close(permuted, y, rtol=1e-12, atol=1e-12)
-
-
-def test_choice_follows_the_measured_crossovers():
-    assert choose_implementation(0, 10, 2, 4, "cpu") == "gather"
-    assert choose_implementation(4096, 1523, 4, 384, "cpu") == "gather"
-    assert choose_implementation(4096, 1523, 1523, 384, "cpu") == "dense"
-    assert choose_implementation(4096, 1523, 4, 384, "meta") == "gather"
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 from importlib import resources
 from typing import Any
 
@@ -16,7 +17,7 @@ def choose_implementation(num_tokens: int, num_atoms: int, top_k: int, width: in
     """Name the implementation that ``impl="auto"`` uses.
 
     The masked product costs ``num_tokens x num_atoms`` whatever K is, the gathered one ``num_tokens x top_k``: their
-    crossover is a ratio K / M, measured for several token counts and widths; the nearest measured point decides.
+    crossover is a ratio K / M, measured for several numbers of tokens and atoms and widths; the nearest point decides.
 
     Args:
         num_tokens: Tokens in the call.
@@ -34,8 +35,8 @@ def choose_implementation(num_tokens: int, num_atoms: int, top_k: int, width: in
         return "gather"
 
     def distance(point: dict[str, Any]) -> float:
-        tokens, features = num_tokens / point["tokens"], width / point["width"]
-        return float(max(tokens, 1 / tokens) + max(features, 1 / features))
+        factors = num_tokens / point["tokens"], num_atoms / point["atoms"], width / point["width"]
+        return sum(abs(math.log(factor)) for factor in factors)
 
     nearest = min(points, key=distance)
     return "dense" if top_k / num_atoms >= nearest["ratio"] else "gather"
