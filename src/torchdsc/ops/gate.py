@@ -45,9 +45,10 @@ def gate(logits: Tensor, *, logit_clamp: float = 20.0, eps: float = 1e-6, kind: 
         raise ValueError(f"eps must be > 0, got {eps}")
     if kind not in _KINDS:
         raise ValueError(f"kind must be one of {_KINDS}, got {kind!r}")
-    if logits.numel() <= FEW_PAIRS and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+    # The size is asked for last: under tracing it is a symbol that must not be tied to a range.
+    if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
         native = module_for(logits)
-        if native is not None and logits.dim() > 0 and logits.numel() > 0:
+        if native is not None and 0 < logits.numel() <= FEW_PAIRS and logits.dim() > 0:
             return _gate_few(native, logits, logit_clamp, eps, kind)
     # The threshold keeps softplus exact to rounding in float64; torch's default is off by 2e-9 at 20.
     scores = functional.softplus(logits.clamp(-logit_clamp, logit_clamp), 1.0, 40.0)

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from torchdsc.ops.native import FEW_PAIRS
+
 # A share of selected atoms so small that the masked product was never the quicker.
 _LEAST_RATIO = 0.02
 IMPLEMENTATIONS = ("reference", "gather", "dense", "triton")
@@ -31,7 +33,7 @@ def choose_implementation(num_tokens: int, num_atoms: int, top_k: int, width: in
     """
     points = _crossovers().get(device if isinstance(device, str) else device.type, [])
     # No measured crossover lies below this ratio, and most calls are settled here.
-    if not points or num_tokens == 0 or top_k < _LEAST_RATIO * num_atoms:
+    if not points or num_tokens * top_k <= FEW_PAIRS or top_k < _LEAST_RATIO * num_atoms:
         return "gather"
 
     def distance(point: dict[str, Any]) -> float:
