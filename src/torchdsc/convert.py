@@ -1,7 +1,9 @@
 """Conversion of existing models: DSC beside, or instead of, their feed-forward modules."""
 
+import inspect
 import re
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -30,7 +32,7 @@ def convert(
     Args:
         model: Any PyTorch or Hugging Face model whose targets map (..., d_in) to (..., d_out).
         target: Regular expression searched in module names, or a predicate of name and module. Modules inside a
-            target are not converted again.
+            target, and those converted by an earlier call, are not converted again.
         mode: "wrap" keeps the module as base, "replace" drops it.
         in_features: d_in; by default that of the first linear layer inside each target.
         out_features: d_out; by default that of the last one.
@@ -60,9 +62,15 @@ def convert(
     for name, layer in zip(names, layers, strict=True):
         base = model.get_submodule(name)
         converted = _Masked(DSCResidual(base, layer) if mode == "wrap" else layer)
+        converted.training = converted.module.training = base.training
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, converted)
-    model.register_forward_pre_hook(_pass_mask, with_kwargs=True)
+    _leave_fused_encoder(model)
+    if share_bank:
+        _declare_shared(model, layers[0].bank)
+    accepted = list(inspect.signature(model.forward).parameters)
+    position = accepted.index("attention_mask") if "attention_mask" in accepted else None
+    model.register_forward_pre_hook(partial(_pass_mask, position), with_kwargs=True)
     return names
 
 
@@ -85,11 +93,37 @@ class _Masked(nn.Module):
         return output
 
 
-def _pass_mask(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _pass_mask(position: int | None, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     mask = kwargs.get("attention_mask")
+    if position is not None and position < len(args):
+        mask = args[position]
     for module in model.modules():
         if isinstance(module, _Masked):
             module.token_mask = mask
+
+
+def _leave_fused_encoder(model: nn.Module) -> None:
+    """Torch's encoder reads the weights of its feed-forward layers past their modules in evaluation: not here."""
+    for module in model.modules():
+        if any(isinstance(inner, _Masked) for inner in module.modules()):
+            if isinstance(module, nn.TransformerEncoderLayer):
+                module.activation_relu_or_gelu = 0
+            elif isinstance(module, nn.TransformerEncoder):
+                module.use_nested_tensor = False
+
+
+def _declare_shared(model: nn.Module, bank: BasisBank) -> None:
+    """Transformers refuses to save tensors that share memory, unless the model names them."""
+    declared = getattr(model, "_tied_weights_keys", ())
+    if not isinstance(declared, dict | None):
+        return
+    tied = dict(declared or {})
+    for own in bank.parameters():
+        first, *others = (
+            name for name, parameter in model.named_parameters(remove_duplicate=False) if parameter is own
+        )
+        tied.update({re.escape(name): first for name in others})
+    model._tied_weights_keys = tied  # type: ignore[assignment]
 
 
 def _matches(model: nn.Module, target: str | Callable[[str, nn.Module], bool]) -> list[str]:
@@ -97,7 +131,7 @@ def _matches(model: nn.Module, target: str | Callable[[str, nn.Module], bool]) -
     for name, module in model.named_modules():
         inside = any(name.startswith(f"{outer}.") for outer in names)
         matched = re.search(target, name) is not None if isinstance(target, str) else target(name, module)
-        if name and matched and not inside:
+        if name and matched and not inside and not isinstance(module, _Masked):
             names.append(name)
     return names
 

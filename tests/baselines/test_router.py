@@ -59,6 +59,17 @@ def test_jitter_is_the_standard_deviation_on_logits():
     assert (log_weights[:, 0] - log_weights[:, 1]).std().item() == pytest.approx(0.3 * 2**0.5, rel=0.02)
 
 
+@pytest.mark.parametrize("normalize_weights", [True, False])
+def test_weights_of_tokens_that_are_not_finite_are_nan_and_only_those(x, normalize_weights):
+    router = make(normalize_weights=normalize_weights)
+    with torch.no_grad():  # One infinite logit: the other experts' share is 0.
+        router.linear.weight[:, 0] = torch.tensor([-1.0, -1.0, -1.0, 1.0, -1.0])
+    x[2, 1], x[5, 0] = torch.nan, torch.inf
+    weights = router(x).weights
+    assert weights.isnan().all(1).tolist() == [t in (2, 5) for t in range(9)]
+    assert weights.isnan().any(1).sum() == 2
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_routes_in_float32_also_under_autocast(dtype):
     router = SoftmaxRouter(4, 5, 2, dtype=dtype)

@@ -42,7 +42,9 @@ def make_config():
             "pad_token_id": 0,
         }
         return DSCGPTConfig(
-            feed_forward=kind, feed_forward_options={**options, **(feed_forward_options or {})}, **{**settings, **changes}
+            feed_forward=kind,
+            feed_forward_options={**options, **(feed_forward_options or {})},
+            **{**settings, **changes},
         )
 
     return make

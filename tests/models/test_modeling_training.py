@@ -1,5 +1,7 @@
 """DSCGPT in training: its regularisers, checkpointing, compilation, and exactness under Trainer's accumulation."""
 
+import copy
+
 import pytest
 import torch
 from torch.nn import functional
@@ -10,7 +12,7 @@ from torchdsc.nn import RoutedLayer
 
 # Weights that make each term felt beside a task loss of about 10.
 WEIGHTS = {"aux_weight": 0.5, "z_weight": 0.1}
-DSC_WEIGHTS = {"budget_weight": 0.5, "frame_weight": 0.05, "budget": 5.0}
+DSC_WEIGHTS = {"budget_weight": 0.5, "frame_weight": 0.05, "budget": 50.0}
 # Linear in tokens, or independent of them: exact however a step is cut up.
 LINEAR = {"aux_weight": 0.0, "z_weight": 0.1}
 DSC_LINEAR = {"budget_weight": 0.0, "frame_weight": 0.05}
@@ -85,11 +87,28 @@ class TestLoss:
     def test_shift_labels_are_labels_shifted_already(self, routed_kind, make_training, step):
         model = make_training(routed_kind, dtype=torch.float32)
         shifted = functional.pad(step["labels"][:, 1:], (0, 1), value=-100)
-        losses = [
-            model(step["input_ids"], num_items_in_batch=20, **labels).loss
-            for labels in ({"labels": step["labels"]}, {"labels": step["labels"], "shift_labels": shifted})
-        ]
-        torch.testing.assert_close(*losses)
+        expected = model(**step, num_items_in_batch=20).loss
+        # They come before labels, and do without them.
+        for labels in ({}, {"labels": torch.zeros_like(shifted)}):
+            actual = model(step["input_ids"], shift_labels=shifted, num_items_in_batch=20, **labels).loss
+            torch.testing.assert_close(actual, expected)
+
+    def test_under_autocast(self, kind, make_training, input_ids):
+        model = make_training(kind, dtype=torch.float32)
+        expected = model(input_ids, labels=input_ids)
+        with torch.autocast("cpu", torch.bfloat16):
+            output = model(input_ids, labels=input_ids)
+        assert output.loss.dtype == torch.float32
+        torch.testing.assert_close(output.loss, expected.loss, rtol=2e-2, atol=0)
+        output.loss.backward()
+        assert all(gradient.isfinite().all() for gradient in gradients(model).values())
+
+    def test_packed_sequences_do_not_see_each_other(self, kind, make_training, input_ids):
+        model = make_training(kind)
+        positions = torch.cat([torch.arange(7), torch.arange(5)]).unsqueeze(0)
+        packed = model(input_ids[:1], position_ids=positions).logits
+        torch.testing.assert_close(packed[:, :7], model(input_ids[:1, :7]).logits)
+        torch.testing.assert_close(packed[:, 7:], model(input_ids[:1, 7:]).logits)
 
     def test_without_labels_the_terms_wait_to_be_collected(self, routed_kind, make_training, input_ids):
         model = make_training(routed_kind)
@@ -131,13 +150,25 @@ class TestCheckpointing:
 
 
 @pytest.mark.slow
-def test_compiles_to_one_graph(kind, make_training, step):
+@pytest.mark.parametrize(
+    ("kind", "checkpointed", "backend"),
+    [
+        ("dense", False, "aot_eager"),
+        ("moe", False, "aot_eager"),
+        ("mixture_of_loras", False, "aot_eager"),
+        ("dsc", True, "aot_eager"),
+        ("dsc", False, "inductor"),
+    ],
+)
+def test_compiles_to_one_graph(kind, checkpointed, backend, make_training, step):
     model = make_training(kind, dtype=torch.float32, num_hidden_layers=1)
     loss = model(**step).loss
     loss.backward()
     expected = gradients(model)
+    if checkpointed:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     torch._dynamo.reset()
-    compiled = torch.compile(model, fullgraph=True)(**step).loss
+    compiled = torch.compile(model, fullgraph=True, backend=backend)(**step).loss
     compiled.backward()
     torch.testing.assert_close(compiled, loss)
     torch.testing.assert_close(gradients(model), expected, rtol=1e-3, atol=1e-5)
@@ -180,9 +211,7 @@ class TestAccumulation:
         means, weighted = [], []
         for piece in self.pieces(step, 4):
             share = int(piece["attention_mask"].sum()) / routed
-            # One counted token is no label, but the mean loss of none would be NaN.
-            plain = {**piece, "labels": piece["input_ids"]}
-            means.append({name: value * share for name, value in model(**plain).regularization.items()})
+            means.append({name: value * share for name, value in model(**piece).regularization.items()})
             weighted.append(model(**piece, num_items_in_batch=routed).regularization)
         for name in ("aux", "budget", "z"):
             torch.testing.assert_close(sum(w[name] for w in weighted), sum(m[name] for m in means))
@@ -190,13 +219,12 @@ class TestAccumulation:
 
 class TestTrainer:
     @pytest.fixture
-    def train(self, tmp_path):
-        """One optimizer step of the real Trainer; returns the parameters after it."""
+    def make_trainer(self, tmp_path):
+        """The real Trainer, for one optimizer step."""
         pytest.importorskip("accelerate")
         from transformers import Trainer, TrainingArguments
 
-        def run(model, step, accumulation=1, **options):
-            compute_loss_func = options.pop("compute_loss_func", None)
+        def make(model, step, accumulation=1, compute_loss_func=None, **options):
             arguments = TrainingArguments(
                 output_dir=str(tmp_path),
                 per_device_train_batch_size=4 // accumulation,
@@ -213,31 +241,44 @@ class TestTrainer:
                 **options,
             )
             examples = [{name: value[i] for name, value in step.items()} for i in range(4)]
-            trainer = Trainer(model, arguments, train_dataset=examples, compute_loss_func=compute_loss_func)
-            trainer.train()
-            return {name: p.detach().clone() for name, p in model.named_parameters()}
+            return Trainer(
+                model,
+                arguments,
+                train_dataset=examples,
+                eval_dataset=examples,
+                compute_loss_func=compute_loss_func,
+            )
 
-        return run
+        return make
 
-    def test_accumulation_takes_the_same_step(self, routed_kind, make_training, step, train):
+    def test_accumulation_takes_the_same_step(self, routed_kind, make_training, make_trainer, step):
         model = make_training(routed_kind, linear=True)
-        start = {name: value.clone() for name, value in model.state_dict().items()}
-        results = []
+        start, results = copy.deepcopy(model.state_dict()), []
         for accumulation in (1, 2, 4):
             model.load_state_dict(start)
-            results.append(train(model, step, accumulation))
-        assert not torch.equal(results[0]["lm_head.weight" if False else "model.embed_tokens.weight"], start["model.embed_tokens.weight"])
+            make_trainer(model, step, accumulation).train()
+            results.append(copy.deepcopy(model.state_dict()))
+        embedding = "model.embed_tokens.weight"
+        assert not torch.equal(results[0][embedding], start[embedding])
         for result in results[1:]:
             torch.testing.assert_close(result, results[0], rtol=1e-11, atol=1e-13)
+
+    def test_evaluates_the_task_loss_and_predicts_logits(self, kind, make_training, make_trainer, step):
+        model = make_training(kind)
+        trainer = make_trainer(model, step)
+        expected = model.eval()(**step)
+        assert trainer.evaluate()["eval_loss"] == pytest.approx(expected.task_loss.item(), rel=1e-6)
+        predictions = trainer.predict(trainer.eval_dataset).predictions
+        torch.testing.assert_close(torch.from_numpy(predictions), expected.logits.detach())
 
     @pytest.mark.parametrize(
         "options",
         [{"label_smoothing_factor": 0.1}, {"compute_loss_func": lambda outputs, labels, **_: outputs.logits.sum()}],
         ids=["label smoothing", "loss function"],
     )
-    def test_options_that_take_the_labels_out_raise(self, options, routed_kind, make_training, step, train):
+    def test_options_that_take_the_labels_out_raise(self, options, routed_kind, make_training, make_trainer, step):
         with pytest.raises(ValueError, match="labels must reach the model in training"):
-            train(make_training(routed_kind), step, **options)
+            make_trainer(make_training(routed_kind), step, **options).train()
 
-    def test_label_smoothing_is_fine_for_a_dense_model(self, make_training, step, train):
-        train(make_training("dense"), step, label_smoothing_factor=0.1)
+    def test_label_smoothing_is_fine_for_a_dense_model(self, make_training, make_trainer, step):
+        make_trainer(make_training("dense"), step, label_smoothing_factor=0.1).train()

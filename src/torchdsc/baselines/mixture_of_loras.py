@@ -1,6 +1,7 @@
 """Mixture-of-LoRAs: DSC without unit norms and magnitude gate, with atoms bound together in experts of rank r."""
 
 import math
+from typing import get_args
 
 import torch
 from torch import Tensor, nn
@@ -60,10 +61,13 @@ class MixtureOfLoRAs(RoutedLayer):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if rank < 1:
-            raise ValueError(f"rank must be >= 1, got {rank}")
-        self.in_features = in_features
-        self.out_features = in_features if out_features is None else out_features
+        out_features = in_features if out_features is None else out_features
+        for name, size in (("in_features", in_features), ("out_features", out_features), ("rank", rank)):
+            if size < 1:
+                raise ValueError(f"{name} must be >= 1, got {size}")
+        if impl not in get_args(Implementation):
+            raise ValueError(f"impl must be one of {get_args(Implementation)}, got {impl!r}")
+        self.in_features, self.out_features = in_features, out_features
         self.rank, self.scale, self.impl = rank, scale, impl
         self.regularizers = RegularizerWeights(aux=aux_weight, z=z_weight)
         self.router = SoftmaxRouter(

@@ -1,5 +1,6 @@
 """Standard Mixture-of-Experts on the fastest expert kernel that transformers has."""
 
+from collections.abc import Callable
 from typing import Any, Literal, get_args
 
 import torch
@@ -41,7 +42,7 @@ class StandardMoE(RoutedLayer):
         dtype: Their dtype.
 
     Raises:
-        ValueError: On an argument out of its range.
+        ValueError: On an argument out of its range; in a forward pass of float64 through "grouped_mm", which has none.
     """
 
     def __init__(
@@ -87,15 +88,19 @@ class StandardMoE(RoutedLayer):
         flat = self._flatten(x, self.in_features, self.experts.up_proj.dtype)
         collect = self.training and self.regularizers.need_tokens
         choice = self.router(flat, check_token_mask(token_mask, x), collect)
-        y = self.experts(flat, choice.indices, choice.weights.to(flat.dtype), self._kernel(choice.indices))
+        y = self.experts(flat, choice.indices, choice.weights.to(flat.dtype), self._kernel(flat, choice.indices))
         return y.to(x.dtype).reshape(x.shape), choice.statistics
 
-    def _kernel(self, indices: Tensor) -> str:
+    def _kernel(self, x: Tensor, indices: Tensor) -> str:
+        # Compiled, transformers has a grouped product of its own, for every dtype.
+        grouped = x.dtype != torch.float64 or torch.compiler.is_compiling()
         if self.impl != "auto":
+            if self.impl == "grouped_mm" and not grouped:
+                raise ValueError("impl='grouped_mm' has no float64 kernel, use 'eager' or 'batched_mm'")
             return self.impl
         if torch.compiler.is_compiling():
             return "grouped_mm"
-        if indices.device.type == "cpu":
+        if x.device.type == "cpu" or not grouped:
             return "eager"
         return "batched_mm" if indices.numel() <= _FEW_PAIRS else "grouped_mm"
 
@@ -140,19 +145,23 @@ class Experts(_KernelInterface, nn.Module):
         """Tokens (T, d), their experts (T, k) and weights (T, k) to outputs (T, d)."""
         if x.shape[0] == 0 or kernel == "eager":
             return self._eager(x, indices, weights)
-        y: Tensor = _transformers_kernel(kernel)(self._aligned(kernel), x, indices, weights)
+        run = _transformers_kernel(kernel)
+        y: Tensor = (
+            self._aligned(run, x, indices, weights) if kernel == "grouped_mm" else run(self, x, indices, weights)
+        )
         return y
 
-    def _aligned(self, kernel: str) -> Any:
+    def _aligned(self, run: Callable[..., Tensor], x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
         """The grouped product wants rows in multiples of 16 bytes: widths such as 545 are filled up with zeros."""
-        missing = -self.up_proj.shape[1] % (16 // self.up_proj.element_size())
-        if kernel != "grouped_mm" or missing == 0:
-            return self
-        up_proj, down_proj = (
-            functional.pad(self.up_proj, (0, 0, 0, missing)),
-            functional.pad(self.down_proj, (0, missing)),
-        )
-        return _PaddedExperts(self.num_experts, up_proj, down_proj)
+        _, hidden, features = self.up_proj.shape
+        unit = 16 // self.up_proj.element_size()
+        more_hidden, more = -hidden % unit, -features % unit
+        if not (more_hidden or more):
+            return run(self, x, indices, weights)
+        up_proj = functional.pad(self.up_proj, (0, more, 0, more_hidden))
+        down_proj = functional.pad(self.down_proj, (0, more_hidden, 0, more))
+        padded = _PaddedExperts(self.num_experts, up_proj, down_proj)
+        return run(padded, functional.pad(x, (0, more)), indices, weights)[:, :features]
 
     def _eager(self, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
         y = torch.zeros_like(x)
@@ -164,9 +173,10 @@ class Experts(_KernelInterface, nn.Module):
         return y
 
 
-def _transformers_kernel(name: str) -> Any:
+def _transformers_kernel(name: str) -> Callable[..., Tensor]:
     try:
         from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
     except ImportError as error:
         raise ImportError(f"impl={name!r} needs transformers >= 5: pip install 'torchdsc[models]'") from error
-    return ALL_EXPERTS_FUNCTIONS[name]
+    kernel: Callable[..., Tensor] = ALL_EXPERTS_FUNCTIONS[name]
+    return kernel

@@ -74,7 +74,8 @@ class SoftmaxRouter(nn.Module):
         load = counted.new_zeros(probabilities.shape[-1]).index_add(
             0, indices.reshape(-1), counted.unsqueeze(1).expand_as(weights).reshape(-1)
         )
-        probability_sum = probabilities.t() @ counted
+        # A product would run in half precision under autocast.
+        probability_sum = (probabilities * counted.unsqueeze(1)).sum(0)
         return ExpertChoice(
             indices, weights, sum_statistics(strength, log_normalizer, probability_sum, token_mask, load)
         )

@@ -2,12 +2,12 @@
 
 from dataclasses import asdict, dataclass
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
 
-from torchdsc.nn import DSC, RoutedLayer
+from torchdsc.nn import DSC, LinearRouter, RoutedLayer
 from torchdsc.ops import gate
 
 # Points of a load curve that a record keeps.
@@ -90,8 +90,8 @@ class _Counter:
             self.gate_sum += float(strength.tanh().sum())
             num_atoms = options.num_atoms
         else:
-            indices, num_atoms = output.indices, module.linear.num_atoms  # type: ignore[union-attr]
-        counts = torch.bincount(indices.reshape(-1), minlength=int(num_atoms)).cpu()  # type: ignore[arg-type]
+            indices, num_atoms = output.indices, cast(LinearRouter, module.linear).num_atoms
+        counts = torch.bincount(indices.reshape(-1), minlength=num_atoms).cpu()
         self.counts = counts if self.counts is None else self.counts + counts
         self.tokens += indices.shape[0]
 

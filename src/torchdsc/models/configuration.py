@@ -73,6 +73,10 @@ class DSCGPTConfig(PretrainedConfig):
                 raise ValueError(f"{name} must be >= 1, got {value}")
         if hidden_size % num_attention_heads:
             raise ValueError(f"num_attention_heads must divide hidden_size = {hidden_size}, got {num_attention_heads}")
+        if intermediate_size < 0:
+            raise ValueError(f"intermediate_size must be >= 0, got {intermediate_size}")
+        if not initializer_range >= 0:
+            raise ValueError(f"initializer_range must be >= 0, got {initializer_range}")
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), got {dropout}")
         if residual_init not in get_args(ResidualInit):

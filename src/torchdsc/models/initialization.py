@@ -51,6 +51,6 @@ def mark_residual_writers(block: nn.Module) -> None:
     """Note on the linear layers of a block which of them write into the residual stream."""
     for name, module in block.named_modules():
         if name == "attention.out_proj":
-            module._writes_residual = "always"  # type: ignore[assignment]
+            module._writes_residual = "always"
         elif name in ("feed_forward.down", "feed_forward.base.down"):
-            module._writes_residual = "feed_forward"  # type: ignore[assignment]
+            module._writes_residual = "feed_forward"

@@ -1,18 +1,18 @@
 """DSCGPT in Hugging Face form."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import can_return_tuple
 
 from torchdsc.losses import Regularization, regularization_of
 from torchdsc.nn import RoutedLayer, RoutingStatistics
@@ -62,9 +62,10 @@ class DSCGPTAttention(nn.Module):
         query, key, value = (t.view(shape).transpose(1, 2) for t in self.qkv_proj(hidden_states).chunk(3, dim=-1))
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
-        attend: Callable[..., tuple[Tensor, Tensor | None]] = sdpa_attention_forward
-        if self.config._attn_implementation != "sdpa":
-            attend = ALL_ATTENTION_FUNCTIONS.get(self.config._attn_implementation, eager_attention_forward)
+        # transformers looks for this very call before it lets a user change the implementation.
+        attend: Callable[..., tuple[Tensor, Tensor | None]] = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
         dropout = self.config.dropout if self.training else 0.0
         output, weights = attend(
             self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
@@ -82,7 +83,7 @@ def eager_attention_forward(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Attention written out, for ``output_attentions``: heads first in, heads third out."""
+    """Attention written out: heads second in, heads third out."""
     scores = query @ key.transpose(2, 3) * scaling
     if attention_mask is not None:
         scores = scores + attention_mask
@@ -126,7 +127,7 @@ class DSCGPTBlock(GradientCheckpointingLayer):
         if self.routed_layer is None:
             update = self.feed_forward(normed)
         else:
-            update, statistics = self.feed_forward.forward_with_statistics(normed, token_mask)
+            update, statistics = self.feed_forward.forward_with_statistics(normed, token_mask)  # type: ignore[operator]
         return hidden_states + self.dropout(update), statistics
 
 
@@ -166,8 +167,9 @@ class DSCGPTModel(DSCGPTPreTrainedModel):
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         """Replace the token embedding."""
-        self.embed_tokens = value
+        self.embed_tokens = value  # type: ignore[assignment]
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -266,8 +268,13 @@ class DSCGPTForCausalLM(DSCGPTPreTrainedModel, GenerationMixin):
 
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         """Replace the head."""
-        self.lm_head = new_embeddings
+        self.lm_head = new_embeddings  # type: ignore[assignment]
 
+    @property
+    def _routed_layers(self) -> list[RoutedLayer | None]:
+        return [block.routed_layer for block in cast(Iterable[DSCGPTBlock], self.model.blocks)]
+
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -280,7 +287,6 @@ class DSCGPTForCausalLM(DSCGPTPreTrainedModel, GenerationMixin):
         output_hidden_states: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         num_items_in_batch: Tensor | int | None = None,
-        shift_labels: Tensor | None = None,
         **kwargs: Any,
     ) -> DSCGPTOutput:
         """Logits (B, T, V), and with labels the loss.
@@ -296,15 +302,17 @@ class DSCGPTForCausalLM(DSCGPTPreTrainedModel, GenerationMixin):
             output_hidden_states: See :meth:`DSCGPTModel.forward`.
             logits_to_keep: Positions, from the end, whose logits are computed; 0 for all.
             num_items_in_batch: Labelled tokens of the whole optimizer step, as Trainer passes them.
-            shift_labels: Shape (B, T), shifted already: the token that follows each position. Used before ``labels``.
-            **kwargs: Passed on to the attention function.
+            **kwargs: ``shift_labels`` of shape (B, T), shifted already, the token that follows each position: used
+                before ``labels``. Others are passed on to the attention function.
 
         Raises:
             ValueError: If ``num_items_in_batch`` comes without labels: something took them out of the model (label
                 smoothing, a loss function of Trainer), and the regularisers would vanish.
         """
+        # Trainer takes every parameter with "label" in its name for one that evaluation needs.
+        shift_labels: Tensor | None = kwargs.pop("shift_labels", None)
         has_labels = labels is not None or shift_labels is not None
-        layers = [block.routed_layer for block in self.model.blocks]
+        layers = self._routed_layers
         if self.training and num_items_in_batch is not None and not has_labels and any(layers):
             raise ValueError(
                 "labels must reach the model in training, got num_items_in_batch without them: label smoothing and "
@@ -318,6 +326,7 @@ class DSCGPTForCausalLM(DSCGPTPreTrainedModel, GenerationMixin):
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
+            return_dict=True,
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -360,10 +369,11 @@ class DSCGPTForCausalLM(DSCGPTPreTrainedModel, GenerationMixin):
         targets: Tensor,
         num_items_in_batch: Tensor | int | None,
     ) -> Regularization | None:
-        layers = [block.routed_layer for block in self.model.blocks if block.routed_layer is not None]
+        layers = [layer for layer in self._routed_layers if layer is not None]
         if not any(layer.regularizers.any for layer in layers):
             return None
         if num_items_in_batch is None:
             return regularization_of(collected, frame_layers=layers)
-        share = (targets != -100).sum() / num_items_in_batch
+        precise = torch.promote_types(self.lm_head.weight.dtype, torch.float32)
+        share = (targets != -100).sum(dtype=precise) / num_items_in_batch
         return regularization_of(collected, num_tokens=num_items_in_batch, frame_share=share, frame_layers=layers)

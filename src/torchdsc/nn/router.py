@@ -1,5 +1,7 @@
 """Routers: from tokens to one logit per atom. A router is a module of its own, so that hooks can capture its logits."""
 
+from typing import get_args
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -20,6 +22,9 @@ class LinearRouter(nn.Module):
         init_std: Standard deviation of the initial weight.
         device: Where the parameters live.
         dtype: Their dtype.
+
+    Raises:
+        ValueError: If ``norm`` is unknown.
     """
 
     def __init__(
@@ -34,6 +39,8 @@ class LinearRouter(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        if norm not in get_args(RouterNorm):
+            raise ValueError(f"norm must be one of {get_args(RouterNorm)}, got {norm!r}")
         self.in_features, self.num_atoms, self.init_std = in_features, num_atoms, init_std
         self.norm = (
             nn.Identity()

@@ -32,7 +32,11 @@ class RoutingStatistics(NamedTuple):
 
 @dataclass(frozen=True)
 class RegularizerWeights:
-    """Weights of equation (13) and the constants of its terms; see :class:`torchdsc.DSCOptions`."""
+    """Weights of equation (13) and the constants of its terms; see :class:`torchdsc.DSCOptions`.
+
+    Raises:
+        ValueError: If a weight is negative or not finite, by the name that layers give it.
+    """
 
     aux: float = 0.0
     budget: float = 0.0
@@ -41,6 +45,11 @@ class RegularizerWeights:
     budget_target: float = 1.0
     frame_normalized: bool = False
     eps: float = 1e-6
+
+    def __post_init__(self) -> None:
+        for name in ("aux", "budget", "frame", "z"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ValueError(f"{name}_weight must be finite and >= 0, got {getattr(self, name)}")
 
     @property
     def need_logits(self) -> bool:

@@ -149,6 +149,16 @@ def test_export():
     torch.testing.assert_close(program.module()(*larger), compose(*larger))
 
 
+@pytest.mark.parametrize("impl", ["reference", "gather", "dense"])
+def test_autocast_changes_nothing(impl):
+    inputs = make_inputs(100, 30, 4, 16, 16, dtype=torch.float32)
+    expected = output_and_gradients(lambda *a: compose(*a, impl=impl), inputs)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        actual = output_and_gradients(lambda *a: compose(*a, impl=impl), inputs)
+        assert torch.equal(compose(*(t.detach() for t in inputs), impl=impl), expected[0])
+    assert all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
+
+
 def test_deterministic():
     inputs = make_inputs(500, 30, 4, 16, 16, dtype=torch.float32)
     first = output_and_gradients(lambda *a: compose(*a, impl="gather"), inputs)

@@ -37,7 +37,12 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     if x.shape[0] == 0:
         return x.new_empty(0, v.shape[1]), torch.empty_like(coefficients)
-    return _FORWARD[_resolve(impl, x, u, indices)](x, u, v, indices, coefficients, eps)
+    forward = _FORWARD[_resolve(impl, x, u, indices)]
+    if not torch.is_autocast_enabled(x.device.type):
+        return forward(x, u, v, indices, coefficients, eps)
+    # Products accumulate in float32 here, whatever autocast makes of products elsewhere.
+    with torch.autocast(x.device.type, enabled=False):
+        return forward(x, u, v, indices, coefficients, eps)
 
 
 @torch.library.custom_op("torchdsc::compose", mutates_args=())
@@ -70,8 +75,9 @@ def compose_backward_op(
     """Gradients of x, u, v and coefficients."""
     if x.shape[0] == 0:
         return torch.zeros_like(x), torch.zeros_like(u), torch.zeros_like(v), torch.zeros_like(coefficients)
-    name = _resolve(impl, x, u, indices)
-    return _BACKWARD[name](grad.contiguous(), x, u, v, indices, coefficients, latent, eps)
+    backward = _BACKWARD[_resolve(impl, x, u, indices)]
+    with torch.autocast(x.device.type, enabled=False):
+        return backward(grad.contiguous(), x, u, v, indices, coefficients, latent, eps)
 
 
 @compose_backward_op.register_fake

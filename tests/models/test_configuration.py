@@ -1,0 +1,54 @@
+import pytest
+import torch
+from transformers import AutoConfig
+
+from torchdsc.models import DSCGPTConfig, DSCGPTForCausalLM
+
+
+def test_defaults_are_the_papers_dsc_model():
+    config = DSCGPTConfig()
+    assert config.feed_forward_options == {"num_atoms": 1523, "top_k": 4}
+    with torch.device("meta"):
+        model = DSCGPTForCausalLM(config)
+    d, attention_and_norms = 384, 4 * 384**2 + 4 * 384
+    embeddings = (50304 + 256) * d
+    layer = attention_and_norms + 2 * d * 327 + 3 * d * 1523 + d
+    assert model.num_parameters() == embeddings + 6 * layer + 2 * d
+    assert round(model.num_parameters() / 1e6, 2) == 35.0
+
+
+@pytest.mark.parametrize(
+    ("kind", "width", "options", "millions"),
+    [("dense", 2611, {}, 35.00), ("moe", 545, {"num_experts": 5, "top_k": 2}, 35.53)],
+)
+def test_the_papers_other_models(kind, width, options, millions):
+    config = DSCGPTConfig(feed_forward=kind, intermediate_size=width, feed_forward_options=options)
+    with torch.device("meta"):
+        assert round(DSCGPTForCausalLM(config).num_parameters() / 1e6, 2) == millions
+
+
+def test_round_trip_through_json(kind, make_config, tmp_path):
+    config = make_config(kind, residual_init="published", tie_word_embeddings=False, use_cache=False)
+    config.save_pretrained(tmp_path)
+    loaded = AutoConfig.from_pretrained(tmp_path)
+    assert type(loaded) is DSCGPTConfig
+    assert {**loaded.to_dict(), "_name_or_path": ""} == {**config.to_dict(), "_name_or_path": ""}
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"vocab_size": 0}, "vocab_size must be >= 1, got 0"),
+        ({"hidden_size": -4}, "hidden_size must be >= 1, got -4"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers must be >= 1, got 0"),
+        ({"max_position_embeddings": 0}, "max_position_embeddings must be >= 1, got 0"),
+        ({"num_attention_heads": 5}, "num_attention_heads must divide hidden_size = 16, got 5"),
+        ({"dropout": 1.0}, r"dropout must be in \[0, 1\), got 1.0"),
+        ({"residual_init": "small"}, r"residual_init must be one of .*'none'\), got 'small'"),
+        ({"intermediate_size": -1}, "intermediate_size must be >= 0, got -1"),
+        ({"initializer_range": -0.1}, "initializer_range must be >= 0, got -0.1"),
+    ],
+)
+def test_errors(changes, match, make_config):
+    with pytest.raises(ValueError, match=match):
+        make_config("dsc", **changes)

@@ -1,0 +1,55 @@
+import pytest
+import torch
+
+from torchdsc import DSC, DSCResidual
+from torchdsc.baselines import DenseFFN, MixtureOfLoRAs, StandardMoE
+from torchdsc.models.feed_forward import build_feed_forward, check_feed_forward
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "expected"),
+    [
+        ("dense", {}, DenseFFN),
+        ("moe", {"num_experts": 4, "top_k": 1, "jitter": 0.01}, StandardMoE),
+        ("mixture_of_loras", {"num_experts": 4, "rank": 2, "scale": 2.0}, MixtureOfLoRAs),
+        ("dsc", {"num_atoms": 12, "top_k": 3, "router_bias": True}, DSC),
+    ],
+)
+def test_builds_each_kind_with_its_options(kind, options, expected):
+    layer = build_feed_forward(kind, 8, 6, options)
+    if isinstance(layer, DSCResidual):
+        assert isinstance(layer.base, DenseFFN)
+        layer = layer.dsc
+    assert type(layer) is expected
+    described = vars(layer) | vars(getattr(layer, "options", layer)) | vars(getattr(layer, "router", layer))
+    assert {name: described.get(name, value) for name, value in options.items()} == options
+
+
+def test_without_a_static_layer_only_the_update_is_left():
+    layer = build_feed_forward("dsc", 8, 0, {"num_atoms": 12, "top_k": 3})
+    x = torch.randn(5, 8)
+    assert torch.equal(layer(x), layer.dsc(x))
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "match"),
+    [
+        ("gated", {}, r"feed_forward must be one of \('dense', .*, got 'gated'"),
+        ("dense", {"num_atoms": 3}, "feed_forward_options do not fit feed_forward='dense': .*num_atoms"),
+        ("moe", {}, "feed_forward_options do not fit feed_forward='moe': .*num_experts"),
+        ("mixture_of_loras", {"num_experts": 4}, "feed_forward='mixture_of_loras': .*rank"),
+        ("dsc", {"num_atoms": 12}, "feed_forward_options do not fit feed_forward='dsc': .*top_k"),
+        ("dsc", {"num_atoms": 12, "top_k": 3, "atoms": 1}, "feed_forward='dsc': .*atoms"),
+        ("dsc", {"num_atoms": 12, "top_k": 13}, "top_k must be at most num_atoms = 12, got 13"),
+        ("dsc", {"num_atoms": 12.0, "top_k": 3}, "num_atoms must be an int, got 12.0"),
+        ("moe", {"num_experts": 4, "impl": "loop"}, "impl must be one of"),
+    ],
+)
+def test_errors_are_those_of_the_check_too(kind, options, match):
+    for function in (build_feed_forward, check_feed_forward):
+        with pytest.raises(ValueError, match=match):
+            function(kind, 8, 6, options)
+
+
+def test_checking_costs_nothing():
+    check_feed_forward("dsc", 100_000, 100_000, {"num_atoms": 10_000_000, "top_k": 4})

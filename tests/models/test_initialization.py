@@ -1,0 +1,105 @@
+import math
+
+import pytest
+import torch
+
+from torchdsc.models import DSCGPTForCausalLM
+
+STD = 0.05
+# Two layers: the residual stream is written by 4 branches.
+SMALL = STD / 2
+
+
+@pytest.fixture
+def make(make_config):
+    """Wide enough that a standard deviation is measured to a few percent."""
+
+    def build(kind, **changes):
+        options = changes.pop("feed_forward_options", {})
+        if kind == "dsc":
+            options = {"num_atoms": 100, **options}
+        settings = {"hidden_size": 64, "intermediate_size": 96, "vocab_size": 200, "initializer_range": STD}
+        config = make_config(kind, feed_forward_options=options, **{**settings, **changes})
+        return DSCGPTForCausalLM(config)
+
+    return build
+
+
+def deviation(model, name):
+    return model.get_parameter(f"model.blocks.1.{name}").std().item()
+
+
+@pytest.mark.parametrize(
+    ("residual_init", "attention", "feed_forward", "experts"),
+    [("gpt2", SMALL, SMALL, SMALL), ("published", SMALL, STD, SMALL), ("none", STD, STD, STD)],
+)
+class TestResidualInit:
+    def test_of_attention(self, residual_init, attention, feed_forward, experts, kind, make):
+        model = make(kind, residual_init=residual_init)
+        assert deviation(model, "attention.out_proj.weight") == pytest.approx(attention, rel=0.05)
+        assert deviation(model, "attention.qkv_proj.weight") == pytest.approx(STD, rel=0.05)
+
+    @pytest.mark.parametrize("static", ["dense", "dsc", "mixture_of_loras"])
+    def test_of_the_feed_forward_layer(self, residual_init, attention, feed_forward, experts, static, make):
+        model, prefix = make(static, residual_init=residual_init), "feed_forward." + "base." * (static != "dense")
+        assert deviation(model, f"{prefix}down.weight") == pytest.approx(feed_forward, rel=0.05)
+        assert deviation(model, f"{prefix}up.weight") == pytest.approx(STD, rel=0.05)
+
+    def test_of_experts(self, residual_init, attention, feed_forward, experts, make):
+        model = make("moe", residual_init=residual_init)
+        assert deviation(model, "feed_forward.experts.down_proj") == pytest.approx(experts, rel=0.05)
+        assert deviation(model, "feed_forward.experts.up_proj") == pytest.approx(STD, rel=0.05)
+
+
+def test_embeddings_and_norms(kind, make):
+    model = make(kind)
+    assert model.model.embed_tokens.weight.std().item() == pytest.approx(STD, rel=0.05)
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            assert torch.equal(parameter, torch.full_like(parameter, name.endswith("weight")))
+
+
+def test_dsc_keeps_its_own_way_to_start(make):
+    options = {"gamma_init": 0.3, "atom_init_norm": 0.5, "router_bias": True, "router_norm": "layer_affine"}
+    dsc = make("dsc", feed_forward_options=options).model.blocks[1].routed_layer
+    assert torch.equal(dsc.gamma, torch.full((64,), 0.3))
+    for atoms in (dsc.bank.u, dsc.bank.v):
+        assert atoms.norm().item() == pytest.approx(0.5 * math.sqrt(100), rel=1e-4)
+        gram = atoms.T @ atoms
+        torch.testing.assert_close(gram, gram[0, 0] * torch.eye(64), atol=1e-5, rtol=0)
+    assert dsc.router.weight.std().item() == pytest.approx(STD, rel=0.05)
+    assert not dsc.router.bias.any()
+    assert torch.equal(dsc.router.norm.weight, torch.ones(64))
+
+
+def test_loras_start_as_the_zero_update(make):
+    lora = make("mixture_of_loras").model.blocks[0].routed_layer
+    assert not lora.up.any()
+    assert lora.down.abs().max() <= 64**-0.5
+    assert lora.down.std().item() == pytest.approx((64 * 3) ** -0.5, rel=0.1)
+
+
+@pytest.mark.parametrize("dropped", ["bank.u", "bank.v", "gamma", "router.weight"])
+def test_fills_only_what_a_checkpoint_leaves_out(dropped, make, tmp_path):
+    model = make("dsc", feed_forward_options={"gamma_init": 0.3})
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1.0)
+    state = {name: value for name, value in model.state_dict().items() if not name.endswith(dropped)}
+    model.save_pretrained(tmp_path, state_dict=state)
+    loaded = DSCGPTForCausalLM.from_pretrained(tmp_path)
+    for name, value in loaded.state_dict().items():
+        if name.endswith(dropped):
+            assert value.isfinite().all()
+            assert value.abs().max() < 0.5
+        else:
+            assert torch.equal(value, model.state_dict()[name])
+
+
+def test_the_seed_decides(kind, make):
+    states = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        states.append(make(kind).state_dict())
+    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+    assert not torch.equal(states[0]["model.embed_tokens.weight"], states[2]["model.embed_tokens.weight"])
