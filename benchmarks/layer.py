@@ -1,4 +1,4 @@
-"""The feed-forward layer of the paper's size: DSC against Dense, the floor, the fastest MoE and the published formulation.
+"""The feed-forward layer of the paper's size: DSC against Dense, its floor, MoE and the published formulation.
 
 Forward, and forward with backward and regularisers, where the frame term is counted once a step on both sides.
 """

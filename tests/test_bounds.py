@@ -25,7 +25,9 @@ def test_certified_bound_is_the_largest_gamma():
     with torch.no_grad():
         layer.gamma.copy_(torch.tensor([0.5, -3.0, 1.0, 0.0]))
     assert certified_spectral_bound(layer) == 3.0
-    assert math.isclose(certified_spectral_bound(DSC.basic(4, num_atoms=5, top_k=2, gamma_init=-0.2)), 0.2, rel_tol=1e-6)
+    assert math.isclose(
+        certified_spectral_bound(DSC.basic(4, num_atoms=5, top_k=2, gamma_init=-0.2)), 0.2, rel_tol=1e-6
+    )
 
 
 def test_welch_bound_of_the_paper():

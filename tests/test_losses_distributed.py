@@ -55,7 +55,14 @@ def work(rank, port_file, terms, synchronize, results):
 def test_two_processes_equal_one(terms, synchronize, tmp_path):
     results = tmp_path / "gradients.pt"
     # Fresh interpreters: autograd's threads do not survive a fork.
-    command = [sys.executable, __file__, str(tmp_path / "rendezvous"), ",".join(terms), str(int(synchronize)), str(results)]
+    command = [
+        sys.executable,
+        __file__,
+        str(tmp_path / "rendezvous"),
+        ",".join(terms),
+        str(int(synchronize)),
+        str(results),
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     processes = [subprocess.Popen([*command, str(rank)], env=environment) for rank in range(2)]
     try:

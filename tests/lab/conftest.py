@@ -1,4 +1,4 @@
-"""Made-up run records of a comparison, of the size and shape that training gives."""
+"""Made-up run records of a comparison, of the size and shape that training gives, and experiments of seconds."""
 
 from __future__ import annotations
 
@@ -7,9 +7,16 @@ import functools
 import math
 import random
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
+
+from torchdsc.lab.config import ExperimentConfig
+from torchdsc.lab.corpora import load_corpus
+from torchdsc.lab.tokenizers import load_tokenizer
+from torchdsc.lab.tokens import tokenize_corpus
+from torchdsc.lab.training import Data
 
 SIZES = {
     "dense": (35_000_000, 35_000_000, "width 2611"),
@@ -111,3 +118,38 @@ def make_runs() -> Callable[..., list[dict[str, Any]]]:
 def usual_runs() -> list[dict[str, Any]]:
     """Records of every method with two seeds, not to be changed."""
     return [make_run(method, seed) for method in SIZES for seed in (42, 1337)]
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A text of made-up sentences that a model can learn something from."""
+    rng = random.Random(0)
+    words = ["".join(rng.choices("abcdefgh", k=rng.randint(2, 6))) for _ in range(40)]
+    path = tmp_path_factory.mktemp("corpus") / "sentences.txt"
+    path.write_text("".join(" ".join(rng.choices(words, k=8)) + ".\n" for _ in range(1500)))
+    return path
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache of token files that belongs to the test."""
+    monkeypatch.setenv("TORCHDSC_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture(scope="session")
+def tiny(text_file: Path) -> ExperimentConfig:
+    """An experiment of seconds: bytes, one layer of 32, six steps."""
+    return ExperimentConfig(
+        **{"corpus": str(text_file), "tokenizer": "bytes", "d_model": 32, "n_layer": 1, "n_head": 2, "window": 16},
+        **{"total": 34_000, "active": 26_000, "steps": 6, "batch_size": 4, "warmup_steps": 2, "eval_every": 2},
+        **{"eval_windows": 8, "test_windows": 8, "eval_batch_size": 4, "latency_rounds": 2, "dropout": 0.1},
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tiny: ExperimentConfig, tmp_path_factory: pytest.TempPathFactory) -> Data:
+    """Its corpus, encoded."""
+    corpus = load_corpus(tiny.corpus)
+    tokens = tokenize_corpus(corpus, load_tokenizer("bytes", corpus), cache_dir=tmp_path_factory.mktemp("tokens"))
+    return Data(corpus, tokens)

@@ -138,7 +138,9 @@ def test_property_bounds(seed, sizes, top_k, scale, duplicates, gate, dtype):
     if duplicates and out_features > 0:
         # Parallel atoms reach sum(z) |v gamma|: the bound is not an empty one.
         v = torch.nn.functional.normalize(layer.bank.v[0], dim=0) * layer.gamma
-        expected = routing.coefficients.sum(-1) * v.norm() * torch.nn.functional.normalize(layer.bank.u[0], dim=0).norm()
+        expected = (
+            routing.coefficients.sum(-1) * v.norm() * torch.nn.functional.normalize(layer.bank.u[0], dim=0).norm()
+        )
         torch.testing.assert_close(norms, expected, rtol=1e-4, atol=1e-6)
 
 

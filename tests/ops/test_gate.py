@@ -1,4 +1,5 @@
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -54,7 +55,7 @@ def test_strictly_below_where_representable():
 
 def test_coefficients_vanish_with_the_strength():
     sums = [gate(torch.full((1, 4), r, dtype=torch.float64)).coefficients.sum() for r in (-2.0, -5.0, -10.0, -20.0)]
-    assert all(a > b for a, b in zip(sums, sums[1:], strict=False))
+    assert all(a > b for a, b in pairwise(sums))
     assert sums[-1] < 1e-8
 
 

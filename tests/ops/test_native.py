@@ -21,7 +21,9 @@ def tensor_operations(monkeypatch):
 
 
 @pytest.mark.parametrize("eps", [1e-6, None, 4.0])
-@pytest.mark.parametrize(("tokens", "atoms", "top_k", "d_in", "d_out"), [(1, 50, 4, 384, 384), (7, 9, 9, 5, 33), (2, 3, 1, 16, 1)])
+@pytest.mark.parametrize(
+    ("tokens", "atoms", "top_k", "d_in", "d_out"), [(1, 50, 4, 384, 384), (7, 9, 9, 5, 33), (2, 3, 1, 16, 1)]
+)
 def test_compose(tensor_operations, tokens, atoms, top_k, d_in, d_out, eps):
     x, u, v = torch.randn(tokens, d_in), torch.randn(atoms, d_in), torch.randn(atoms, d_out)
     indices, coefficients = torch.randint(atoms, (tokens, top_k)), torch.rand(tokens, top_k)

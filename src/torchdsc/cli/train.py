@@ -24,6 +24,7 @@ def run(arguments: list[str]) -> None:
     from torchdsc.lab.training import MODEL, train_run
 
     folder = Path(options.output or f"runs/{options.preset}-{options.method}-seed{options.seed}")
+    print(f"corpus {config.corpus}: reading, and encoding what is new", flush=True)
     data, plans = prepare(config, folder)
     plan = plans[options.method]
     record = train_run(config, plan, options.seed, data, folder)

@@ -1,13 +1,14 @@
 """The budget solver: widths of each method for a target of total and active parameters."""
 
-from collections.abc import Callable
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from math import floor
-from typing import Any
+from math import floor, isfinite
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from torchdsc.models.feed_forward import FeedForwardKind, build_feed_forward
+if TYPE_CHECKING:
+    from torchdsc.models.feed_forward import FeedForwardKind
 
 __all__ = ["METHODS", "Budget", "Plan", "feed_forward_parameters", "solve", "solve_all"]
 
@@ -39,18 +40,15 @@ class Budget:
 
     def __post_init__(self) -> None:
         for name in ("total", "active", "d_model", "n_layer", "vocab_size", "n_positions"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be > 0, got {getattr(self, name)}")
+            value = getattr(self, name)
+            if not (value > 0 and isfinite(value)):
+                raise ValueError(f"{name} must be a finite number > 0, got {value}")
 
     @property
     def fixed(self) -> int:
         """Parameters outside the feed-forward layers: embeddings, attention 4 D^2 and norms 4 D a layer, final norm."""
         d = self.d_model
         return (self.vocab_size + self.n_positions) * d + self.n_layer * (4 * d * d + 4 * d) + 2 * d
-
-    def per_layer(self, target: float) -> float:
-        """Feed-forward parameters of one layer that a target for the model leaves."""
-        return (target - self.fixed) / self.n_layer
 
 
 @dataclass(frozen=True)
@@ -92,6 +90,11 @@ def feed_forward_parameters(
     Returns:
         The two counts.
     """
+    # Imported late: the command line shows its help before these load.
+    import torch
+
+    from torchdsc.models.feed_forward import build_feed_forward
+
     with torch.device("meta"):
         module = build_feed_forward(method, d_model, intermediate_size, options)
     total = sum(parameter.numel() for parameter in module.parameters())
@@ -118,7 +121,7 @@ def solve(
 
     Dense has one width and meets the total; MoE goes in steps of an expert and takes the nearest; DSC and
     Mixture-of-LoRAs meet both within 0.1 % of the feed-forward budget, where that is more than a step of their widths
-    (2 D parameters); the plan says by how much it misses.
+    (2 D parameters, 2 r D for experts of rank r); the plan says by how much it misses.
 
     Args:
         method: "dense", "moe", "mixture_of_loras" or "dsc".
@@ -132,7 +135,8 @@ def solve(
         The plan.
 
     Raises:
-        ValueError: If the method is unknown, or a target infeasible: it says which, and the nearest feasible one.
+        ValueError: If the method is unknown, an option is the solver's to choose, or a target infeasible: it says
+            which, and the nearest feasible one.
     """
     if method not in METHODS:
         raise ValueError(f"method must be one of {METHODS}, got {method!r}")
@@ -140,21 +144,20 @@ def solve(
         raise ValueError(f"top_k must be >= 1, got {top_k}")
     if rank < 1:
         raise ValueError(f"rank must be >= 1, got {rank}")
-    total = budget.per_layer(budget.total if match is None else match.params_total)
-    active = budget.per_layer(budget.active if match is None else match.params_active)
-    if total < 2 * budget.d_model:
-        least = budget.fixed + 2 * budget.d_model * budget.n_layer
-        raise ValueError(f"total must be at least {least:,} for these sizes, got {budget.total:,.0f}")
-    targets = _Targets(budget, total, active, dict(options or {}))
+    chosen = sorted(_WIDTHS[method] & set(options or {}))
+    if chosen:
+        raise ValueError(
+            f"options of {method} must leave {', '.join(sorted(_WIDTHS[method]))} to the solver, got {chosen}"
+        )
+    total = floor(budget.total) if match is None else match.params_total
+    active = floor(budget.active) if match is None else match.params_active
+    source = "" if match is None else f" (realised by {match.method})"
+    targets = _Targets(budget, total, active, source, dict(options or {}))
     if method == "dense":
-        return targets.plan(method, floor(total / (2 * budget.d_model)), {})
-    if active > total:
-        raise ValueError(f"active must be at most total = {budget.total:,.0f}, got {budget.active:,.0f}")
+        return _solve_dense(targets)
     if method == "moe":
         return _solve_moe(targets, top_k or 2)
-    if method == "dsc":
-        return _solve_rank_one(targets, "dsc", top_k or 4, 1)
-    return _solve_rank_one(targets, "mixture_of_loras", top_k or 4, rank)
+    return _solve_atoms(targets, method, top_k or 4, 1 if method == "dsc" else rank)
 
 
 def solve_all(budget: Budget, *, top_k: int = 4, rank: int = 1, experts_per_token: int = 2) -> list[Plan]:
@@ -167,12 +170,39 @@ def solve_all(budget: Budget, *, top_k: int = 4, rank: int = 1, experts_per_toke
     ]
 
 
+# What the solver sets itself, so that no option of the same name is dropped in silence.
+_WIDTHS: dict[str, set[str]] = {
+    "dense": set(),
+    "moe": {"num_experts", "top_k"},
+    "mixture_of_loras": {"num_experts", "rank", "top_k"},
+    "dsc": {"num_atoms", "top_k"},
+}
+
+
 @dataclass(frozen=True)
 class _Targets:
+    """Targets of the whole model in whole parameters: the arithmetic below is exact."""
+
     budget: Budget
-    total: float
-    active: float
+    total: int
+    active: int
+    source: str
     options: dict[str, Any]
+
+    @property
+    def stored(self) -> int:
+        """Parameters that the total leaves to all feed-forward layers together."""
+        return self.total - self.budget.fixed
+
+    @property
+    def used(self) -> int:
+        """Parameters that the active target leaves to them."""
+        return self.active - self.budget.fixed
+
+    @property
+    def unit(self) -> int:
+        """D parameters in every layer: what widths and counts come in."""
+        return self.budget.d_model * self.budget.n_layer
 
     def plan(self, method: FeedForwardKind, width: int, widths: dict[str, Any]) -> Plan:
         options = {**self.options, **widths}
@@ -184,63 +214,85 @@ class _Targets:
             options=options,
             params_total=fixed + layers * stored,
             params_active=fixed + layers * used,
-            miss_total=stored / self.total - 1,
-            miss_active=None if method == "dense" else used / self.active - 1,
+            miss_total=layers * stored / self.stored - 1,
+            miss_active=None if method == "dense" else layers * used / self.used - 1,
             description=_describe(method, width, widths),
         )
 
-    def infeasible_active(self, least: float, why: str) -> ValueError:
-        # Rounded up to a step of every width, so that the target named is feasible itself.
-        step = 4 * self.budget.d_model
-        nearest = self.budget.fixed + self.budget.n_layer * (floor(least / step) + 2) * step
-        return ValueError(f"active must be at least {nearest:,} for {why}, got {self.budget.active:,.0f}")
+    def check_total(self, least: int, why: str) -> None:
+        """Raise unless the total is at least ``least`` units, what a method's smallest layer takes, and the active."""
+        nearest = self.budget.fixed + least * self.unit
+        if self.total < nearest:
+            names, nearest = ("total and active", nearest) if self.active < nearest else ("total", self.active)
+            raise ValueError(
+                f"{names} must be at least {nearest:,} for {why}, "
+                f"got total = {self.total:,} and active = {self.active:,}{self.source}"
+            )
+        if self.active > self.total:
+            raise ValueError(f"active must be at most total = {self.total:,}, got {self.active:,}{self.source}")
+
+    def check_active(self, least: int, why: str) -> None:
+        """Raise unless the active target leaves ``least`` parameters to the feed-forward layers."""
+        if self.used < least:
+            nearest = self.budget.fixed + least
+            raise ValueError(f"active must be at least {nearest:,} for {why}, got {self.active:,}{self.source}")
+
+
+def _solve_dense(targets: _Targets) -> Plan:
+    width = targets.stored // (2 * targets.unit)
+    if width < 1:
+        least = targets.budget.fixed + 2 * targets.unit
+        raise ValueError(f"total must be at least {least:,} for width 1, got {targets.total:,}{targets.source}")
+    return targets.plan("dense", width, {})
 
 
 def _solve_moe(targets: _Targets, top_k: int) -> Plan:
-    d = targets.budget.d_model
-    least = max(3, top_k + 1)
+    unit, fewest = targets.unit, max(3, top_k + 1)
+    least, why = 2 * top_k + fewest, f"{fewest} experts of width 1"
+    targets.check_total(least, why)
+    targets.check_active(least * unit, why)
 
     def width(experts: int) -> int:
-        return floor((targets.active - d * experts) / (2 * d * top_k))
+        return (targets.used - unit * experts) // (2 * unit * top_k)
 
-    if width(least) < 1:
-        raise targets.infeasible_active(2 * d * top_k + d * least, f"{least} experts of width 1")
-    best, nearest = least, float("inf")
-    for experts in range(least, floor(targets.active / d) + 1):
-        if width(experts) < 1:
-            break
-        distance = abs(experts * (2 * d * width(experts) + d) - targets.total)
-        if distance < nearest:
-            best, nearest = experts, distance
+    def distance(experts: int) -> int:
+        return abs(experts * (2 * width(experts) + 1) * unit - targets.stored)
+
+    # More experts than this leave no width.
+    most = targets.used // unit - 2 * top_k
+    best = min(range(fewest, most + 1), key=distance)
     return targets.plan("moe", width(best), {"num_experts": best, "top_k": top_k})
 
 
-def _solve_rank_one(targets: _Targets, method: FeedForwardKind, top_k: int, rank: int) -> Plan:
+def _solve_atoms(targets: _Targets, method: FeedForwardKind, top_k: int, rank: int) -> Plan:
     """Stored 2 D H + (2 r + 1) D N, active 2 D H + D N + 2 r D K: two equations for N atoms or experts and width H."""
-    d = targets.budget.d_model
-    count = floor((targets.total - targets.active + 2 * top_k * rank * d) / (2 * rank * d))
+    unit, each = targets.unit, 2 * rank + 1
     name = "num_atoms" if method == "dsc" else "num_experts"
+    targets.check_total(each * top_k, f"{name} = top_k = {top_k}")
+    count = (targets.stored - targets.used + 2 * rank * top_k * unit) // (2 * rank * unit)
     # Active parameters at width 0, with the count that the total then asks for.
-    least = (targets.total + 2 * top_k * rank * (2 * rank + 1) * d) / (2 * rank + 1)
-    if targets.active < least:
-        raise targets.infeasible_active(least, f"a static layer beside {name} = {count} with top_k = {top_k}")
+    least = -(-targets.stored // each) + 2 * rank * top_k * unit
+    targets.check_active(least, f"a static layer beside {name} = {count:,} with top_k = {top_k}")
 
     def plan(count: int, width: int) -> Plan:
         widths = {name: count, "top_k": top_k} | ({} if method == "dsc" else {"rank": rank})
         return targets.plan(method, width, widths)
 
     # The paper floors both. Where that misses by more than the tolerance, look for the best widths around.
-    if method == "dsc":
-        start = floor((targets.total - 3 * d * count) / (2 * d))
-    else:
-        start = floor((targets.active - d * count - 2 * top_k * rank * d) / (2 * d))
-    floored = plan(count, max(0, start))
+    floored = plan(count, max(0, (targets.stored - each * count * unit) // (2 * unit)))
     if _miss(floored) <= TOLERANCE:
         return floored
-    around = [
-        plan(count + i, start + j) for i in range(-2, 3) for j in range(-4, 5) if count + i >= top_k and start + j >= 0
-    ]
-    return min(around, key=_miss)
+    return min((plan(*pair) for pair in _around(targets, plan, count, top_k)), key=_miss)
+
+
+def _around(targets: _Targets, plan: Callable[[int, int], Plan], count: int, top_k: int) -> Iterator[tuple[int, int]]:
+    """Counts nearby, each with the widths between those that meet the one target and the other."""
+    for nearby in range(max(top_k, count - 2), count + 3):
+        empty = plan(nearby, 0)
+        missing = sorted((targets.total - empty.params_total, targets.active - empty.params_active))
+        fewest, most = missing[0] // (2 * targets.unit), missing[1] // (2 * targets.unit) + 1
+        for width in range(max(0, fewest), max(0, most) + 1):
+            yield nearby, width
 
 
 def _miss(plan: Plan) -> float:

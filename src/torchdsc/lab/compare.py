@@ -1,37 +1,40 @@
 """The main job: methods and seeds trained at equal budgets, and compared in a table, pictures and a report."""
 
 import gc
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
-import yaml
 from rich.console import Console
 
 from torchdsc.models import DSCGPTForCausalLM
 
 from .budget import Plan
+from .checkpoints import checkpoint_step
 from .config import ExperimentConfig
-from .corpora import Corpus, load_corpus
+from .environment import hardware, quiet_transformers
+from .experiment import prepare
+from .files import read_json, write_json, write_text
 from .latency import measure_in_turn
 from .report import write_report
 from .tables import print_table, summarize, to_markdown
-from .tokenizers import load_tokenizer, write_atomically
-from .tokens import FixedWindows, tokenize_corpus
-from .training import MODEL, RECORD, Data, make_plans, train_run, write_json
+from .tokens import FixedWindows
+from .training import MODEL, RECORD, Data, train_run
 
-__all__ = ["compare", "open_folder", "prepare_data"]
+__all__ = ["compare", "write_results"]
 
-CONFIG, RESULTS, REPORT, TABLE = "config.yaml", "results.json", "report.html", "table.md"
+RESULTS, REPORT, TABLE = "results.json", "report.html", "table.md"
 _LATENCY = "latency.json"
 
 
 def compare(config: ExperimentConfig, folder: Path, *, console: Console | None = None) -> list[dict[str, Any]]:
     """Run an experiment, or what is left of it, and write its results.
 
-    ``folder`` ends with ``config.yaml``, one folder a run, ``results.json``, ``table.md`` and ``report.html``. Runs that are
-    there already are kept; one that was interrupted goes on from its last checkpoint.
+    ``folder`` ends with ``config.yaml``, one folder a run, ``results.json``, ``table.md`` and ``report.html``. Runs
+    that are there already are kept, latencies too; one that was interrupted goes on from its last checkpoint.
 
     Args:
         config: The experiment.
@@ -42,24 +45,17 @@ def compare(config: ExperimentConfig, folder: Path, *, console: Console | None =
         The records of all runs, in the form of DESIGN.md.
 
     Raises:
-        ValueError: If ``folder`` holds another experiment or other files, the corpus has changed since, or a budget is infeasible.
+        ValueError: If ``folder`` holds another experiment or other files, the corpus is unusable or has changed since,
+            or a budget is infeasible.
         OSError: If ``folder`` cannot be written.
     """
     console = console or Console()
-    open_folder(folder, config)
-    data = prepare_data(config, folder)
-    plans = make_plans(config, data.vocab_size)
-    _print_plans(console, plans)
-    pairs = [(method, seed) for seed in config.seeds for method in config.methods]
-    runs = []
-    for index, (method, seed) in enumerate(pairs, 1):
-        place = folder / f"{method}-seed{seed}"
-        state = "done before" if (place / RECORD).is_file() else "training"
-        console.print(f"[bold]run {index} of {len(pairs)}[/]: {method}, seed {seed} ({state})", highlight=False)
-        runs.append(train_run(config, plans[method], seed, data, place))
-        gc.collect()
-    _check_corpus(runs, data.corpus, folder)
-    latency = _latency(config, data, folder)
+    console.print(f"corpus {config.corpus}: reading, and encoding what is new", highlight=False, soft_wrap=True)
+    data, plans = prepare(config, folder)
+    _print_plans(console, data, plans)
+    runs = _train_all(config, data, plans, folder, console)
+    with quiet_transformers():
+        latency = _latency(config, data, folder)
     runs = [{**run, "latency_ms": latency[run["method"]]} for run in runs]
     write_results(runs, folder)
     print_table(summarize(runs), console)
@@ -70,71 +66,67 @@ def compare(config: ExperimentConfig, folder: Path, *, console: Console | None =
 def write_results(runs: list[dict[str, Any]], folder: Path) -> None:
     """Write ``results.json``, ``table.md`` and ``report.html``."""
     write_json(folder / RESULTS, {"format": 1, "runs": runs})
-    text = to_markdown(summarize(runs))
-    write_atomically(folder / TABLE, lambda file: _write_text(file, text + "\n"))
+    write_text(folder / TABLE, to_markdown(summarize(runs)))
     write_report(runs, folder)
 
 
-def open_folder(folder: Path, config: ExperimentConfig) -> None:
-    """Take ``folder`` for an experiment: a new or empty one, or one that holds this very experiment.
-
-    Args:
-        folder: The folder.
-        config: The experiment, whose resolved config is kept in it.
-
-    Raises:
-        ValueError: If it holds an experiment with another config, or other files.
-        OSError: If it cannot be written.
-    """
-    path = folder / CONFIG
-    if path.is_file():
-        kept = yaml.safe_load(path.read_text(encoding="utf-8"))
-        if kept != config.as_dict():
-            wanted = config.as_dict()
-            different = sorted(key for key in {*kept, *wanted} if kept.get(key) != wanted.get(key))
-            raise ValueError(
-                f"folder {folder} must be free or hold this experiment, got another in: {', '.join(different)}"
-            )
-        return
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"folder must be new, empty or an experiment's, got {folder} with other files")
-    folder.mkdir(parents=True, exist_ok=True)
-    text = yaml.safe_dump(config.as_dict(), sort_keys=False)
-    write_atomically(path, lambda file: _write_text(file, text))
-
-
-def prepare_data(config: ExperimentConfig, folder: Path) -> Data:
-    """Load and tokenise the corpus; the tokenizer is kept in ``folder``.
-
-    Args:
-        config: The experiment.
-        folder: Its folder.
-
-    Returns:
-        Corpus and tokens.
-
-    Raises:
-        ValueError: If a split is shorter than a window, or the corpus unusable.
-    """
-    corpus = load_corpus(config.corpus, preparation=config.preparation, max_bytes=config.max_bytes)
-    tokenizer = load_tokenizer(config.tokenizer, corpus, vocab_size=config.vocab_size)
-    tokens = tokenize_corpus(corpus, tokenizer)
-    for split in (tokens.train, tokens.valid, tokens.test):
-        FixedWindows(split, config.window)
-    tokenizer.save_pretrained(folder / "tokenizer")
-    return Data(corpus, tokens)
-
-
-def _check_corpus(runs: list[dict[str, Any]], corpus: Corpus, folder: Path) -> None:
-    if any(run["corpus"]["sha256"] != corpus.sha256 for run in runs):
-        raise ValueError(
-            f"corpus {corpus.name!r} must be the one that the runs in {folder} saw, got another text: "
-            "choose a new folder for it"
+def _train_all(
+    config: ExperimentConfig, data: Data, plans: dict[str, Plan], folder: Path, console: Console
+) -> list[dict[str, Any]]:
+    pairs = [(method, seed) for seed in config.seeds for method in config.methods]
+    places = [folder / f"{method}-seed{seed}" for method, seed in pairs]
+    todo = [config.steps - _steps_done(place, config.steps) for place in places]
+    pace, runs = _Pace(), []
+    for index, (method, seed) in enumerate(pairs):
+        done = config.steps - todo[index]
+        state = "training" if done == 0 else f"going on from step {done}" if todo[index] else "done before"
+        left = pace.left([(m, steps) for (m, _), steps in zip(pairs[index:], todo[index:], strict=True)])
+        console.print(
+            f"[bold]run {index + 1} of {len(pairs)}[/]: {method}, seed {seed} ({state}){left}", highlight=False
         )
+        started = time.perf_counter()
+        runs.append(train_run(config, plans[method], seed, data, places[index]))
+        pace.add(method, time.perf_counter() - started, todo[index])
+        gc.collect()
+    return runs
+
+
+def _steps_done(place: Path, steps: int) -> int:
+    return steps if (place / RECORD).is_file() else checkpoint_step(place)
+
+
+class _Pace:
+    """Seconds that a step of each method took in this call, evaluations and checkpoints included."""
+
+    def __init__(self) -> None:
+        self._seconds: dict[str, list[float]] = {}
+
+    def add(self, method: str, seconds: float, steps: int) -> None:
+        """Note a run that did ``steps`` steps; none where it was done or trained before."""
+        if steps:
+            self._seconds.setdefault(method, []).append(seconds / steps)
+
+    def left(self, todo: Sequence[tuple[str, int]]) -> str:
+        """What the runs still to do will take, in words; nothing before a run has been seen."""
+        if not self._seconds or not any(steps for _, steps in todo):
+            return ""
+        means = {method: fmean(seconds) for method, seconds in self._seconds.items()}
+        # A method not seen yet is taken for the average of those that were.
+        seconds = sum(steps * means.get(method, fmean(means.values())) for method, steps in todo)
+        return f"; about {_duration(seconds)} left for all runs"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{max(1, round(seconds))} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
 
 
 def _latency(config: ExperimentConfig, data: Data, folder: Path) -> dict[str, dict[str, Any]]:
-    """Forward pass of one evaluation batch through each method's first model, in turn."""
+    """Forward pass of one evaluation batch through each method's first model, in turn; measured once."""
+    if (folder / _LATENCY).is_file():
+        return read_json(folder / _LATENCY)
     windows = FixedWindows(data.tokens.valid, config.window)
     batch = torch.stack([windows[i % len(windows)]["input_ids"] for i in range(config.eval_batch_size)])
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -151,22 +143,22 @@ def _latency(config: ExperimentConfig, data: Data, folder: Path) -> dict[str, di
         return call
 
     timings = measure_in_turn({method: forward(method) for method in config.methods}, rounds=config.latency_rounds)
+    shared = {"batch": list(batch.shape), "hardware": hardware()}
     measured = {
-        method: {"median": t.median, "q1": t.q1, "q3": t.q3, "batch": list(batch.shape), "samples": t.samples}
+        method: {"median": t.median, "q1": t.q1, "q3": t.q3, **shared, "samples": t.samples}
         for method, t in timings.items()
     }
     write_json(folder / _LATENCY, measured)
     return measured
 
 
-def _print_plans(console: Console, plans: dict[str, Plan]) -> None:
+def _print_plans(console: Console, data: Data, plans: dict[str, Plan]) -> None:
+    tokens = ", ".join(f"{len(getattr(data.tokens, split)):,} {split}" for split in ("train", "valid", "test"))
+    console.print(f"tokens: {tokens}; {data.tokens.vocab_size:,} different", highlight=False)
     for method, plan in plans.items():
         console.print(
             f"{method}: {plan.description}; {plan.params_total / 1e6:.3f} M stored, "
             f"{plan.params_active / 1e6:.3f} M active",
             highlight=False,
+            soft_wrap=True,
         )
-
-
-def _write_text(file: Any, text: str) -> None:
-    file.write(text.encode("utf-8"))

@@ -1,17 +1,34 @@
 """The configuration of an experiment, and the presets."""
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from importlib import resources
-from typing import Any, Literal
+from math import inf
+from typing import Any, Literal, get_args
 
 import yaml
 
 from .budget import METHODS, Budget
 
-__all__ = ["ExperimentConfig", "load_preset", "preset_names"]
+__all__ = ["METHODS", "ExperimentConfig", "load_preset", "preset_names"]
 
 # What may differ from method to method: the optimizer's settings, and options of the feed-forward layer.
 _OVERRIDABLE = ("learning_rate", "router_lr_multiplier", "weight_decay", "feed_forward")
+
+# What holds of a number; written so that NaN does not pass.
+_Range = tuple[Callable[[Any], bool], str]
+_AT_LEAST_1: _Range = (lambda value: value >= 1, ">= 1")
+_RANGES: dict[str, _Range] = {
+    **dict.fromkeys(("d_model", "n_layer", "n_head", "window", "top_k", "rank", "experts_per_token"), _AT_LEAST_1),
+    **dict.fromkeys(("steps", "batch_size", "accumulation", "eval_every", "eval_batch_size"), _AT_LEAST_1),
+    **dict.fromkeys(("eval_windows", "test_windows"), _AT_LEAST_1),
+    **dict.fromkeys(("total", "active", "learning_rate", "router_lr_multiplier"), (lambda v: 0 < v < inf, "> 0")),
+    **dict.fromkeys(("warmup_steps", "weight_decay"), (lambda value: 0 <= value < inf, ">= 0")),
+    **dict.fromkeys(("dropout", "beta1", "beta2"), (lambda value: 0 <= value < 1, "in [0, 1)")),
+    "max_grad_norm": (lambda value: value > 0, "> 0"),
+    "min_lr_ratio": (lambda value: 0 <= value <= 1, "in [0, 1]"),
+    "latency_rounds": (lambda value: value >= 2, ">= 2"),
+}
 
 
 @dataclass(frozen=True)
@@ -57,7 +74,7 @@ class ExperimentConfig:
         precision: Of autocast in training; fp32 for none.
         compile: Whether to train through torch.compile.
         overrides: By method: learning_rate, router_lr_multiplier, weight_decay, and feed_forward, further options of
-            its layer.
+            its layer. ``--overrides.moe.learning_rate 0.002`` sets one, ``--overrides '{moe: {...}}'`` all of them.
     """
 
     methods: list[str] = field(default_factory=lambda: list(METHODS))
@@ -101,23 +118,37 @@ class ExperimentConfig:
 
     def __post_init__(self) -> None:
         _check_methods("methods", self.methods)
-        _check_methods("overrides", list(self.overrides))
+        if not self.methods or len(set(self.methods)) != len(self.methods):
+            raise ValueError(f"methods must be one or more different names, got {self.methods}")
         if self.match is not None:
             _check_methods("match", [self.match])
         if not self.seeds or len(set(self.seeds)) != len(self.seeds):
             raise ValueError(f"seeds must be one or more different integers, got {self.seeds}")
-        for name in ("steps", "batch_size", "accumulation", "eval_every", "eval_windows", "test_windows", "window"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
+        for seed in self.seeds:
+            _check("seeds", seed, 0 <= seed < 2**32, "in 0 .. 2^32 - 1")
+        for name, (holds, expected) in _RANGES.items():
+            _check(name, getattr(self, name), holds(getattr(self, name)), expected)
+        for name in ("preparation", "residual_init", "precision"):
+            choices = get_args(type(self).__annotations__[name])
+            _check(name, getattr(self, name), getattr(self, name) in choices, f"one of {choices}")
+        _check("max_bytes", self.max_bytes, self.max_bytes is None or self.max_bytes >= 1, "None or >= 1")
         if self.batch_size % self.accumulation:
             raise ValueError(f"accumulation must divide batch_size = {self.batch_size}, got {self.accumulation}")
-        for name in ("learning_rate", "router_lr_multiplier", "max_grad_norm"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be > 0, got {getattr(self, name)}")
+        if self.d_model % self.n_head:
+            raise ValueError(f"n_head must divide d_model = {self.d_model}, got {self.n_head}")
+        self._check_overrides()
+
+    def _check_overrides(self) -> None:
+        _check_methods("overrides", list(self.overrides))
         for method, values in self.overrides.items():
-            unknown = set(values) - set(_OVERRIDABLE)
-            if unknown:
-                raise ValueError(f"overrides of {method} must be among {_OVERRIDABLE}, got {sorted(unknown)}")
+            if not isinstance(values, dict) or set(values) - set(_OVERRIDABLE):
+                raise ValueError(f"overrides of {method} must be among {_OVERRIDABLE}, got {values!r}")
+            if not isinstance(values.get("feed_forward", {}), dict):
+                raise ValueError(f"overrides of {method}: feed_forward must be options, got {values['feed_forward']!r}")
+            for name in set(values) - {"feed_forward"}:
+                holds, expected = _RANGES[name]
+                number = isinstance(values[name], int | float)
+                _check(f"{name} of {method} in overrides", values[name], number and holds(values[name]), expected)
 
     def of_method(self, method: str, name: str) -> Any:
         """A setting with the method's override applied; "feed_forward" gives the options of its layer."""
@@ -167,5 +198,10 @@ def _folder() -> Any:
 
 def _check_methods(name: str, methods: list[str]) -> None:
     unknown = [method for method in methods if method not in METHODS]
-    if unknown or (name == "methods" and (not methods or len(set(methods)) != len(methods))):
-        raise ValueError(f"{name} must be among {METHODS}, each once, got {methods}")
+    if unknown:
+        raise ValueError(f"{name} must be among {', '.join(METHODS)}, got {', '.join(map(str, unknown))}")
+
+
+def _check(name: str, value: object, holds: bool, expected: str) -> None:
+    if not holds:
+        raise ValueError(f"{name} must be {expected}, got {value!r}")

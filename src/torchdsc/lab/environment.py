@@ -1,17 +1,28 @@
 """What a figure depends on beside its config: versions, hardware, commit, and the memory that a run took."""
 
+import ctypes
 import gc
 import platform
 import resource
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
 
 import torch
 
-__all__ = ["command_line", "commit", "hardware", "peak_memory_bytes", "reset_peak_memory", "versions"]
+__all__ = [
+    "command_line",
+    "commit",
+    "hardware",
+    "peak_memory_bytes",
+    "quiet_transformers",
+    "reset_peak_memory",
+    "versions",
+]
 
 _PACKAGES = ("torch", "transformers", "accelerate", "tokenizers", "numpy", "triton")
 
@@ -37,20 +48,48 @@ def hardware() -> dict[str, str | int]:
 
 def commit() -> str:
     """Commit of the source this package runs from, with "-dirty" where files differ; "unknown" outside a checkout."""
-    folder = Path(__file__).parent
-    try:
-        head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True, check=True)
-        state = subprocess.run(
-            ["git", "status", "--porcelain", "--", "."], cwd=folder, capture_output=True, text=True, check=True
-        )
-    except (OSError, subprocess.CalledProcessError):
+    package = Path(__file__).parents[1]
+    # An installed package may lie inside a checkout of something else, which does not track it.
+    if _git(package, "ls-files", "--error-unmatch", "__init__.py") is None:
         return "unknown"
-    return head.stdout.strip() + ("-dirty" if state.stdout.strip() else "")
+    head, state = _git(package, "rev-parse", "HEAD"), _git(package, "status", "--porcelain", "--", ".")
+    if head is None or state is None:
+        return "unknown"
+    return head + ("-dirty" if state else "")
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    try:
+        done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
 
 
 def command_line() -> str:
     """The command that is running, with the path of its program left out."""
-    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    program = Path(sys.argv[0]).name
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    if program == "__main__.py" and spec is not None:
+        return shlex.join(["python", "-m", spec.parent, *sys.argv[1:]])
+    return shlex.join([program, *sys.argv[1:]])
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Hold back transformers' messages below errors, and its progress bars; as they were afterwards."""
+    # Imported late: benchmarks of the layer alone use this module too.
+    from transformers.utils import logging as transformers_logging
+
+    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()
 
 
 def reset_peak_memory() -> None:
@@ -59,6 +98,9 @@ def reset_peak_memory() -> None:
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
         return
+    # glibc keeps what was freed: without this a run's peak holds the largest of the runs before it.
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
     try:
         # Linux: 5 sets the resident set's high-water mark back to its present size.
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")

@@ -1,11 +1,14 @@
 """Text from a trained model."""
 
+from math import inf
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer, set_seed
+from transformers import AutoTokenizer
 
 from torchdsc.models import DSCGPTForCausalLM
+
+from .environment import quiet_transformers
 
 __all__ = ["generate"]
 
@@ -38,18 +41,23 @@ def generate(
     """
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be >= 1, got {max_new_tokens}")
-    if temperature < 0:
+    if not 0 <= temperature < inf:
         raise ValueError(f"temperature must be >= 0, got {temperature}")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p must be in (0, 1], got {top_p}")
     path = next((p for p in (folder / "model", folder) if (p / "config.json").is_file()), None)
     if path is None:
-        raise FileNotFoundError(f"no model in {folder}: a run's folder holds model/config.json")
+        runs = sorted(p.parents[1].name for p in folder.glob("*/model/config.json"))
+        hint = f"choose one of its runs: {', '.join(runs)}" if runs else "a run's folder holds model/config.json"
+        raise FileNotFoundError(f"no model in {folder}: {hint}")
     tokenizer_path = next(
         (p / "tokenizer" for p in (path, *path.resolve().parents[:2]) if (p / "tokenizer").is_dir()), None
     )
     if tokenizer_path is None:
         raise FileNotFoundError(f"no folder tokenizer beside or above {path}")
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_path)
-    model = DSCGPTForCausalLM.from_pretrained(path).eval()
+    with quiet_transformers():
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer_path)
+        model = DSCGPTForCausalLM.from_pretrained(path).eval()
     ids = torch.tensor([tokenizer(prompt)["input_ids"] or [tokenizer.eos_token_id]])
     limit = model.config.max_position_embeddings
     if ids.shape[1] + max_new_tokens > limit:
@@ -57,17 +65,19 @@ def generate(
             f"prompt and max_new_tokens must fit the model's {limit} positions, "
             f"got {ids.shape[1]} tokens and {max_new_tokens}"
         )
-    set_seed(seed)
     sampling = (
         {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature > 0 else {"do_sample": False}
     )
-    output = model.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=max_new_tokens,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.eos_token_id,
-        **sampling,
-    )
+    # The caller's random numbers are none of this function's business.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        output = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=max_new_tokens,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.eos_token_id,
+            **sampling,
+        )
     text: str = tokenizer.decode(output[0], skip_special_tokens=True)
     return text

@@ -1,15 +1,20 @@
 """Transformers' Trainer with the paper's parameter groups, and what the lab records beside the loss."""
 
 import time
+from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from torch import nn
 from torch.optim import AdamW, Optimizer
-from transformers import Trainer
-from transformers.trainer_callback import ProgressCallback
+from transformers import Trainer, TrainerCallback
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import ProgressCallback, TrainerState
 
-from torchdsc.diagnostics import RoutingMonitor
+from torchdsc.diagnostics import LayerRouting, RoutingMonitor
 from torchdsc.nn import LinearRouter
+
+from .environment import peak_memory_bytes
 
 __all__ = ["LabTrainer", "QuietProgress", "parameter_groups"]
 
@@ -56,24 +61,46 @@ def parameter_groups(
 
 
 class LabTrainer(Trainer):
-    """Trainer with :func:`parameter_groups`, the task loss in its log, and routing counted at every evaluation.
+    """Trainer with :func:`parameter_groups`, and a log that a record is made from.
+
+    Beside transformers' entries the log holds the task loss without regularisers, the seconds of training (evaluations
+    left out) and the peak memory so far, and the routing at every evaluation. It is part of a checkpoint, so all of
+    them go on over an interruption.
 
     Args:
         router_lr_multiplier: Factor on the routers' learning rate.
         **kwargs: See ``Trainer``.
     """
 
+    optimizer: Optimizer | None
+
     def __init__(self, *, router_lr_multiplier: float = 1.0, **kwargs: Any) -> None:
         self.router_lr_multiplier = router_lr_multiplier
-        self.routing: list[dict[str, Any]] = []
         self._task_loss, self._task_steps = 0.0, 0
-        self._started, self._before = time.perf_counter(), 0.0
+        self._seconds = 0.0
+        # When the clock was started; None while it stands.
+        self._since: float | None = None
+        self._peak_before = 0
         super().__init__(**kwargs)
+        self.add_callback(_LogBeforeCheckpoint())
 
     @property
     def seconds(self) -> float:
-        """Seconds spent in this training so far, those before an interruption included."""
-        return self._before + time.perf_counter() - self._started
+        """Seconds spent in training so far, those before an interruption included."""
+        return self._seconds + (0.0 if self._since is None else time.perf_counter() - self._since)
+
+    @property
+    def peak_memory_bytes(self) -> int:
+        """Peak memory so far, that before an interruption included."""
+        return max(self._peak_before, peak_memory_bytes())
+
+    @property
+    def routing(self) -> list[dict[str, Any]]:
+        """Routing of each layer at the last evaluation."""
+        layers: list[dict[str, Any]] = next(
+            (entry["routing_layers"] for entry in reversed(self.state.log_history) if "routing_layers" in entry), []
+        )
+        return layers
 
     def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
         """AdamW over the parameter groups."""
@@ -99,39 +126,65 @@ class LabTrainer(Trainer):
             self._task_steps += 1
         return (loss, outputs) if return_outputs else loss
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train, with the clock running."""
-        self._started = time.perf_counter()
-        return super().train(*args, **kwargs)
+    def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:
+        """Train, with the clock running on from the checkpoint's."""
+        history: list[dict[str, Any]] = []
+        if resume_from_checkpoint is not None:
+            history = TrainerState.load_from_json(str(Path(resume_from_checkpoint) / TRAINER_STATE_NAME)).log_history
+        self._seconds = max((entry.get("seconds", 0.0) for entry in history), default=0.0)
+        self._peak_before = max((entry.get("peak_memory_bytes", 0) for entry in history), default=0)
+        self._since = time.perf_counter()
+        try:
+            return super().train(resume_from_checkpoint, **kwargs)
+        finally:
+            self._seconds, self._since = self.seconds, None
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Add the mean task loss since the last log, and the time."""
-        if self._before == 0.0 and self.state.log_history:
-            # The first log after a resume: its history tells the time spent before.
-            self._before = max(entry.get("seconds", 0.0) for entry in self.state.log_history)
+        """Add the mean task loss since the last log, the time and the peak memory."""
         logs["seconds"] = self.seconds
+        logs["peak_memory_bytes"] = self.peak_memory_bytes
         if "loss" in logs and self._task_steps:
             logs["task_loss"] = self._task_loss * self.args.gradient_accumulation_steps / self._task_steps
             self._task_loss, self._task_steps = 0.0, 0
         super().log(logs, *args, **kwargs)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Evaluate; mean routing over layers goes into the log."""
+        """Evaluate with the clock stopped; mean routing over layers goes into the log, of the last one each layer's."""
+        runs = self._since is not None
+        self._seconds, self._since = self.seconds, None
         with RoutingMonitor(self.model) as monitor:
             metrics: dict[str, float] = super().evaluate(*args, **kwargs)
+        if runs:
+            self._since = time.perf_counter()
         layers = monitor.layers()
         if layers:
-            summary = {
-                "utilization": sum(layer.utilization for layer in layers) / len(layers),
-                "effective_atoms": sum(layer.effective_atoms for layer in layers) / len(layers),
+            for entry in self.state.log_history:
+                entry.pop("routing_layers", None)
+            self.state.log_history[-1] |= {
+                "routing": _mean_routing(layers),
+                "routing_layers": [layer.as_dict() for layer in layers],
             }
-            gated = [layer for layer in layers if layer.strength is not None and layer.gate is not None]
-            if gated:
-                summary["strength"] = sum(layer.strength or 0.0 for layer in gated) / len(gated)
-                summary["gate"] = sum(layer.gate or 0.0 for layer in gated) / len(gated)
-            self.state.log_history[-1]["routing"] = summary
-        self.routing = [layer.as_dict() for layer in layers]
         return metrics
+
+
+def _mean_routing(layers: list[LayerRouting]) -> dict[str, float]:
+    summary = {
+        "utilization": fmean(layer.utilization for layer in layers),
+        "effective_atoms": fmean(layer.effective_atoms for layer in layers),
+    }
+    gated = [layer for layer in layers if layer.strength is not None and layer.gate is not None]
+    if gated:
+        summary["strength"] = fmean(layer.strength or 0.0 for layer in gated)
+        summary["gate"] = fmean(layer.gate or 0.0 for layer in gated)
+    return summary
+
+
+class _LogBeforeCheckpoint(TrainerCallback):
+    """A checkpoint holds a log up to its step, so that a resumed run's intervals are those of one that ran through."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if control.should_evaluate or control.should_save:
+            control.should_log = True
 
 
 class QuietProgress(ProgressCallback):
@@ -147,7 +200,9 @@ class QuietProgress(ProgressCallback):
         super().on_train_begin(args, state, control, **kwargs)
         if self.training_bar is not None:
             self.training_bar.set_description(self.label)
-            self.training_bar.update(state.global_step)
+            # Not an update: steps of an earlier call would count as fast ones in the time left.
+            self.training_bar.initial = self.training_bar.n = state.global_step
+            self.training_bar.refresh()
             self.current_step = state.global_step
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:

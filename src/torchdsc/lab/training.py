@@ -1,7 +1,5 @@
 """One training run: a method and a seed, from token files to a record."""
 
-import json
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,15 +7,15 @@ from typing import Any
 import torch
 from transformers import TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
-from transformers.utils import logging as transformers_logging
 
 from torchdsc.models import DSCGPTConfig, DSCGPTForCausalLM
 
 from .budget import Plan, solve
+from .checkpoints import last_checkpoint, remove_checkpoints
 from .config import ExperimentConfig
 from .corpora import Corpus
-from .environment import command_line, commit, hardware, peak_memory_bytes, reset_peak_memory, versions
-from .tokenizers import write_atomically
+from .environment import command_line, commit, hardware, quiet_transformers, reset_peak_memory, versions
+from .files import read_json, write_json
 from .tokens import FixedWindows, RandomWindows, TokenSplits
 from .trainer import LabTrainer, QuietProgress
 
@@ -108,38 +106,45 @@ def train_run(
         The run's record, in the form of DESIGN.md; its latency is measured later, with those it is compared to.
 
     Raises:
-        ValueError: If a split is shorter than a window.
+        ValueError: If a split is shorter than a window, or several processes were launched.
+        KeyboardInterrupt: If a callback stopped the training; a later call goes on from the last checkpoint.
     """
     record_file = folder / RECORD
     if record_file.is_file():
-        record: dict[str, Any] = json.loads(record_file.read_text(encoding="utf-8"))
+        record = read_json(record_file)
+        # A kill may have come between the record and their removal.
+        remove_checkpoints(folder)
         return record
     folder.mkdir(parents=True, exist_ok=True)
-    _quiet()
+    with quiet_transformers():
+        record = _train(config, plan, seed, data, folder, callbacks or [], label or f"{plan.method} seed {seed}")
+    write_json(record_file, record)
+    remove_checkpoints(folder)
+    return record
+
+
+def _train(
+    config: ExperimentConfig, plan: Plan, seed: int, data: Data, folder: Path, callbacks: list[Any], label: str
+) -> dict[str, Any]:
     set_seed(seed)
     reset_peak_memory()
     model = build_model(config, plan, data.vocab_size)
-    trainer = _trainer(config, plan.method, model, seed, data, folder, label or f"{plan.method} seed {seed}")
-    for callback in callbacks or []:
+    trainer = _trainer(config, plan.method, model, seed, data, folder, label)
+    for callback in callbacks:
         trainer.add_callback(callback)
-    trainer.train(resume_from_checkpoint=_last_checkpoint(folder))
+    checkpoint = last_checkpoint(folder)
+    trainer.train(None if checkpoint is None else str(checkpoint))
     if trainer.state.global_step < config.steps:
         raise KeyboardInterrupt(f"stopped at step {trainer.state.global_step} of {config.steps}")
-    if not any(
-        entry.get("eval_loss") is not None and entry["step"] == config.steps for entry in trainer.state.log_history
-    ):
+    if not any("eval_loss" in entry and entry["step"] == config.steps for entry in trainer.state.log_history):
         trainer.evaluate()
-    routing = getattr(trainer, "routing", [])
-    seconds = trainer.seconds
+    measured = _measured(config, plan, seed, trainer)
     test = FixedWindows(data.tokens.test, config.window, config.test_windows)
-    history = list(trainer.state.log_history)
     test_loss = trainer.evaluate(test)["eval_loss"]
     model.save_pretrained(folder / MODEL)
-    record = {
-        **_measured(config, plan, seed, history, routing),
+    return {
+        **measured,
         "test_loss": test_loss,
-        "train_seconds": seconds,
-        "peak_memory_bytes": peak_memory_bytes(),
         "description": plan.description,
         "config": {**config.as_dict(), "method": plan.method, "plan": _plan_dict(plan)},
         "corpus": {"name": data.corpus.name, "sha256": data.corpus.sha256},
@@ -148,19 +153,6 @@ def train_run(
         "commit": commit(),
         "command": command_line(),
     }
-    write_json(record_file, record)
-    _remove_checkpoints(folder)
-    return record
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON atomically."""
-    text = json.dumps(value, indent=1, allow_nan=True)
-    write_atomically(path, lambda file: _write(file, text))
-
-
-def _write(file: Any, text: str) -> None:
-    file.write(text.encode("utf-8"))
 
 
 def _trainer(
@@ -192,6 +184,8 @@ def _trainer(
         save_steps=config.eval_every,
         save_total_limit=2,
         logging_steps=max(1, config.eval_every // 10),
+        # A loss that is not finite is a result, not to be replaced by the mean of those before.
+        logging_nan_inf_filter=False,
         seed=seed,
         data_seed=seed,
         bf16=config.precision == "bf16",
@@ -202,6 +196,10 @@ def _trainer(
         prediction_loss_only=True,
         dataloader_pin_memory=torch.cuda.is_available(),
     )
+    if arguments.world_size > 1:
+        raise ValueError(f"a run of the lab takes one process, got a launch of {arguments.world_size}")
+    # More GPUs would silently multiply the batch.
+    arguments._n_gpu = min(1, arguments.n_gpu)
     trainer = LabTrainer(
         router_lr_multiplier=config.of_method(method, "router_lr_multiplier"),
         model=model,
@@ -215,9 +213,8 @@ def _trainer(
     return trainer
 
 
-def _measured(
-    config: ExperimentConfig, plan: Plan, seed: int, history: list[dict[str, Any]], routing: list[dict[str, Any]]
-) -> dict[str, Any]:
+def _measured(config: ExperimentConfig, plan: Plan, seed: int, trainer: LabTrainer) -> dict[str, Any]:
+    history, layers = trainer.state.log_history, trainer.routing
     per_step = config.batch_size * config.window
     curve = [
         {"step": entry["step"], "tokens": entry["step"] * per_step, "val_loss": entry["eval_loss"]}
@@ -235,6 +232,8 @@ def _measured(
         "steps": config.steps,
         "val_loss_best": min(finite, default=float("nan")),
         "val_loss_final": losses[-1],
+        "train_seconds": trainer.seconds,
+        "peak_memory_bytes": trainer.peak_memory_bytes,
         "curve": curve,
         "train_curve": [
             {"step": entry["step"], "loss": entry["loss"], "task_loss": entry.get("task_loss", entry["loss"])}
@@ -243,9 +242,9 @@ def _measured(
         ],
         "routing": {
             "history": [{"step": e["step"], **e["routing"]} for e in history if "routing" in e],
-            "layers": routing,
+            "layers": layers,
         }
-        if routing
+        if layers
         else None,
     }
 
@@ -257,28 +256,3 @@ def _plan_dict(plan: Plan) -> dict[str, Any]:
         "miss_total": plan.miss_total,
         "miss_active": plan.miss_active,
     }
-
-
-def _last_checkpoint(folder: Path) -> str | None:
-    """The newest complete checkpoint: Trainer writes its state last, so one without it was cut off."""
-    checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
-    complete = [path for path in checkpoints if _state(path) is not None]
-    return str(complete[-1]) if complete else None
-
-
-def _state(checkpoint: Path) -> dict[str, Any] | None:
-    try:
-        state: dict[str, Any] = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return state
-
-
-def _remove_checkpoints(folder: Path) -> None:
-    for checkpoint in folder.glob("checkpoint-*"):
-        shutil.rmtree(checkpoint)
-
-
-def _quiet() -> None:
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()

@@ -182,7 +182,8 @@ def test_property_implementations_agree(tokens, atoms, top_k, d_in, d_out, scale
     inputs = [x, (u * scale).detach().requires_grad_(), v, indices, coefficients]
     expected = output_and_gradients(lambda *a: compose(*a, impl="reference"), inputs)
     for impl in ("gather", "dense"):
-        for a, e in zip(output_and_gradients(lambda *a, i=impl: compose(*a, impl=i), inputs), expected, strict=True):
+        actual = output_and_gradients(lambda *tensors, i=impl: compose(*tensors, impl=i), inputs)
+        for a, e in zip(actual, expected, strict=True):
             assert (a - e).abs().max() <= 1e-12 * e.abs().max().clamp_min(1.0)
 
 

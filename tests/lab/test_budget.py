@@ -1,0 +1,282 @@
+"""The budget solver: the paper's widths, counts of the built model, and targets that cannot be met."""
+
+import itertools
+import math
+import re
+
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from torchdsc.lab.budget import METHODS, TOLERANCE, Budget, solve, solve_all
+from torchdsc.models import DSCGPTConfig, DSCGPTForCausalLM
+
+PAPER = Budget(35e6, 28e6, 384, 6)
+SMALL = Budget(1_696_700, 1_178_900, 128, 4, vocab_size=4096, n_positions=128)
+
+
+def build(plan, budget):
+    config = DSCGPTConfig(
+        vocab_size=budget.vocab_size,
+        hidden_size=budget.d_model,
+        num_hidden_layers=budget.n_layer,
+        num_attention_heads=1,
+        max_position_embeddings=budget.n_positions,
+        feed_forward=plan.method,
+        intermediate_size=plan.intermediate_size,
+        feed_forward_options=plan.options,
+    )
+    with torch.device("meta"):
+        return DSCGPTForCausalLM(config)
+
+
+def count_active(model, options):
+    """Parameters of one token: of banks and experts only the selected share."""
+    active = 0
+    for name, parameter in model.named_parameters():
+        if name.endswith(("bank.u", "bank.v")):
+            active += options["top_k"] * parameter[0].numel()
+        elif name.endswith(("experts.up_proj", "experts.down_proj", "dsc.down", "dsc.up")):
+            active += parameter.numel() // options["num_experts"] * options["top_k"]
+        else:
+            active += parameter.numel()
+    return active
+
+
+class TestPaper:
+    def test_widths(self):
+        dense, moe, loras, dsc = solve_all(PAPER)
+        assert [plan.method for plan in (dense, moe, loras, dsc)] == list(METHODS)
+        assert dense.intermediate_size == 2611
+        assert (moe.options["num_experts"], moe.intermediate_size, moe.options["top_k"]) == (5, 545, 2)
+        assert (dsc.options, dsc.intermediate_size) == ({"num_atoms": 1523, "top_k": 4}, 327)
+        assert (loras.options, loras.intermediate_size) == ({"num_experts": 1523, "rank": 1, "top_k": 4}, 327)
+        assert dsc.description == "M 1523, K 4, static width 327"
+
+    def test_mixture_of_loras_of_rank_4(self):
+        plan = solve("mixture_of_loras", PAPER, rank=4)
+        assert (plan.options["num_experts"], plan.options["rank"], plan.intermediate_size) == (384, 4, 885)
+
+    def test_fixed_parameters(self):
+        assert PAPER.fixed == (50304 + 256) * 384 + 6 * (4 * 384**2 + 4 * 384) + 2 * 384
+
+
+class TestCounts:
+    @pytest.mark.parametrize("budget", [PAPER, SMALL], ids=["paper", "small"])
+    @pytest.mark.parametrize("rank", [1, 4])
+    def test_are_those_of_the_built_model(self, budget, rank):
+        for plan in solve_all(budget, rank=rank):
+            model = build(plan, budget)
+            assert plan.params_total == sum(p.numel() for p in model.parameters())
+            assert plan.params_active == count_active(model, plan.options)
+
+    @pytest.mark.parametrize(
+        ("method", "options"),
+        [
+            ("dsc", {"router_bias": True, "router_norm": "layer_affine"}),
+            ("dsc", {"channelwise_gamma": False}),
+            ("moe", {"router_norm": "layer_affine"}),
+            ("mixture_of_loras", {"router_norm": "layer_affine"}),
+        ],
+    )
+    def test_options_with_parameters_are_counted(self, method, options):
+        plan = solve(method, SMALL, options=options)
+        assert plan.options.items() >= options.items()
+        model = build(plan, SMALL)
+        assert plan.params_total == sum(p.numel() for p in model.parameters())
+        assert plan.params_active == count_active(model, plan.options)
+
+    def test_misses_are_shares_of_the_feed_forward_budget(self):
+        for plan in solve_all(SMALL):
+            assert plan.miss_total == pytest.approx((plan.params_total - SMALL.total) / (SMALL.total - SMALL.fixed))
+            if plan.method == "dense":
+                assert plan.miss_active is None
+            else:
+                expected = (plan.params_active - SMALL.active) / (SMALL.active - SMALL.fixed)
+                assert plan.miss_active == pytest.approx(expected)
+
+    def test_match_takes_the_realised_numbers(self):
+        moe = solve("moe", SMALL)
+        for method in ("dense", "mixture_of_loras", "dsc"):
+            plan = solve(method, SMALL, match=moe)
+            expected = (plan.params_total - moe.params_total) / (moe.params_total - SMALL.fixed)
+            assert plan.miss_total == pytest.approx(expected)
+            assert abs(plan.miss_total) < 2e-3
+        assert abs(solve("dsc", SMALL).params_total / moe.params_total - 1) > 0.01
+
+    def test_moe_takes_the_number_of_experts_nearest_the_total(self):
+        plan = solve("moe", PAPER)
+        for experts in (3, 4, 6, 7):
+            width = (28_000_000 - PAPER.fixed - 6 * 384 * experts) // (6 * 2 * 384 * 2)
+            stored = PAPER.fixed + 6 * experts * (2 * width + 1) * 384
+            assert abs(stored - PAPER.total) > abs(plan.params_total - PAPER.total)
+
+
+def units(draw, rank):
+    """Targets of one layer in units of D that leave a step of the widths less than 0.1 %, and some static width."""
+    d = draw(st.integers(12, 64)) * 8
+    top_k = draw(st.integers(1, 16))
+    total = draw(st.integers(1000 * (rank + 1), 64 * d))
+    least = total // (2 * rank + 1) + 2 * rank * top_k + 4 * rank + 4
+    active = draw(st.integers(max(1000, least), total))
+    return d, top_k, total, active
+
+
+def as_budget(d, layers, total, active, spare=0):
+    fixed = Budget(1, 1, d, layers, vocab_size=64, n_positions=16).fixed
+    return Budget(fixed + layers * total * d + spare, fixed + layers * active * d, d, layers, 64, 16)
+
+
+@pytest.mark.slow
+class TestTolerance:
+    @pytest.mark.parametrize(("method", "rank"), [("dsc", 1), ("mixture_of_loras", 1), ("mixture_of_loras", 4)])
+    @settings(max_examples=60, deadline=None)
+    @given(data=st.data())
+    def test_both_targets_are_met(self, method, rank, data):
+        d, top_k, total, active = units(data.draw, rank)
+        budget = as_budget(d, data.draw(st.integers(1, 4)), total, active, spare=data.draw(st.integers(0, d)))
+        plan = solve(method, budget, top_k=top_k, rank=rank)
+        assert abs(plan.miss_total) <= TOLERANCE
+        assert abs(plan.miss_active) <= TOLERANCE
+
+    @pytest.mark.parametrize("rank", [1, 4])
+    @settings(max_examples=40, deadline=None)
+    @given(data=st.data())
+    def test_matched_to_moe(self, rank, data):
+        d = data.draw(st.integers(12, 64)) * 8
+        total = data.draw(st.integers(6000, 8000 + 64 * d))
+        budget = as_budget(d, 2, total, round(total * data.draw(st.floats(0.36, 0.6))))
+        moe = solve("moe", budget)
+        assume(moe.params_active - budget.fixed > 0.35 * (moe.params_total - budget.fixed))
+        for method in ("dsc", "mixture_of_loras"):
+            plan = solve(method, budget, rank=rank, match=moe)
+            assert abs(plan.miss_total) <= TOLERANCE
+            assert abs(plan.miss_active) <= TOLERANCE
+
+    @pytest.mark.parametrize("options", [{}, {"router_bias": True}], ids=["plain", "router bias"])
+    @settings(max_examples=15, deadline=None)
+    @given(total=st.integers(300, 1500), share=st.floats(0.4, 0.9))
+    def test_no_other_widths_are_better(self, options, total, share):
+        budget = as_budget(32, 1, total, round(total * share))
+        plan = solve("dsc", budget, options=options)
+        miss = max(abs(plan.miss_total), abs(plan.miss_active))
+        assume(miss > TOLERANCE)
+        for atoms, width in itertools.product(range(-6, 7), range(-12, 13)):
+            atoms, width = plan.options["num_atoms"] + atoms, plan.intermediate_size + width
+            if atoms < 4 or width < 1:
+                continue
+            extra = 32 + (atoms if options else 0)
+            stored = 32 * (2 * width + 3 * atoms) + extra
+            used = 32 * (2 * width + atoms + 8) + extra
+            targets = budget.total - budget.fixed, budget.active - budget.fixed
+            assert max(abs(stored / targets[0] - 1), abs(used / targets[1] - 1)) >= miss - 1e-12
+
+
+INFEASIBLE = re.compile(r"(total and active|total|active) must be at (least|most) (?:total = )?([\d,]+) ?.*, got (.*)")
+
+
+def nearest(method, budget, **options):
+    """The budget that an infeasible one's message names, and that one parameter beyond it; None where it solves."""
+    try:
+        solve(method, budget, **options)
+        return None
+    except ValueError as error:
+        message = str(error)
+    names, side, number, got = INFEASIBLE.fullmatch(message).groups()
+    assert f"{math.floor(budget.active if names == 'active' else budget.total):,}" in got
+    targets = []
+    for target in (int(number.replace(",", "")) + beyond for beyond in (0, -1 if side == "least" else 1)):
+        total = target if "total" in names else budget.total
+        active = target if "active" in names else budget.active
+        sizes = (budget.d_model, budget.n_layer, budget.vocab_size, budget.n_positions)
+        targets.append(Budget(total, active, *sizes))
+    return targets
+
+
+class TestInfeasible:
+    @pytest.mark.parametrize(
+        ("method", "total", "active", "message"),
+        [
+            ("dense", 22e6, 28e6, "total must be at least 22,968,576 for width 1, got 22,000,000"),
+            (
+                "moe",
+                20e6,
+                20e6,
+                "total and active must be at least 22,980,096 for 3 experts of width 1, got total = 20",
+            ),
+            ("moe", 22e6, 28e6, "total must be at least 28,000,000 for 3 experts of width 1, got total = 22,000,000"),
+            ("moe", 35e6, 20e6, "active must be at least 22,980,096 for 3 experts of width 1, got 20,000,000"),
+            ("dsc", 22e6, 22e6, "total and active must be at least 22,991,616 for num_atoms = top_k = 4, got total"),
+            (
+                "dsc",
+                35e6,
+                26e6,
+                r"active must be at least .* for a static layer beside num_atoms = [\d,]+ with top_k = 4",
+            ),
+            ("mixture_of_loras", 35e6, 20e6, "active must be at least .* beside num_experts = .*, got 20,000,000"),
+            ("dsc", 28e6, 35e6, "active must be at most total = 28,000,000, got 35,000,000"),
+            ("moe", 28e6, 35e6, "active must be at most total = 28,000,000, got 35,000,000"),
+        ],
+    )
+    def test_message(self, method, total, active, message):
+        budget = Budget(total, active, 384, 6)
+        with pytest.raises(ValueError, match=message):
+            solve(method, budget)
+        feasible, beyond = nearest(method, budget)
+        assert nearest(method, feasible) is None
+        assert nearest(method, beyond) is not None
+
+    @pytest.mark.slow
+    @settings(max_examples=300, deadline=None)
+    @given(
+        method=st.sampled_from(METHODS),
+        d=st.integers(1, 200),
+        layers=st.integers(1, 5),
+        total=st.floats(0.01, 3000),
+        share=st.floats(0.001, 1.2),
+        top_k=st.sampled_from([None, 1, 2, 7]),
+        rank=st.sampled_from([1, 4]),
+    )
+    def test_the_nearest_feasible_target_is_feasible(self, method, d, layers, total, share, top_k, rank):
+        empty = Budget(1, 1, d, layers, vocab_size=8, n_positions=4)
+        budget = Budget(
+            empty.fixed * share + total * d * layers, (empty.fixed + total * d * layers) * share, d, layers, 8, 4
+        )
+        found = nearest(method, budget, top_k=top_k, rank=rank)
+        if found is not None:
+            assert nearest(method, found[0], top_k=top_k, rank=rank) is None
+            assert nearest(method, found[1], top_k=top_k, rank=rank) is not None
+
+    def test_of_a_match_says_so(self):
+        dense = solve("dense", SMALL)
+        assert solve("dsc", SMALL, match=dense).options["num_atoms"] >= 4
+        tiny = solve("dense", as_budget(96, 1, 2, 2))
+        with pytest.raises(ValueError, match=r"got total = [\d,]+ and active = [\d,]+ \(realised by dense\)"):
+            solve("moe", as_budget(96, 1, 5000, 5000), match=tiny)
+
+
+class TestArguments:
+    @pytest.mark.parametrize("name", ["total", "active", "d_model", "n_layer", "vocab_size", "n_positions"])
+    @pytest.mark.parametrize("value", [0, -1, math.nan, math.inf])
+    def test_budget(self, name, value):
+        sizes = {"total": 1e6, "active": 1e6, "d_model": 32, "n_layer": 1} | {name: value}
+        with pytest.raises(ValueError, match=f"{name} must be a finite number > 0, got {value}"):
+            Budget(**sizes)
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            ({"method": "dens"}, "method must be one of .*'dsc'.*, got 'dens'"),
+            ({"method": "dsc", "top_k": 0}, "top_k must be >= 1, got 0"),
+            ({"method": "mixture_of_loras", "rank": 0}, "rank must be >= 1, got 0"),
+            (
+                {"method": "dsc", "options": {"top_k": 8}},
+                r"options of dsc must leave .* to the solver, got \['top_k'\]",
+            ),
+            ({"method": "moe", "options": {"colour": 1}}, "feed_forward_options do not fit feed_forward='moe'.*colour"),
+        ],
+    )
+    def test_solve(self, arguments, message):
+        with pytest.raises(ValueError, match=message):
+            solve(budget=SMALL, **arguments)

@@ -1,0 +1,87 @@
+"""Text from a saved model."""
+
+import shutil
+
+import pytest
+import torch
+
+from torchdsc.lab.corpora import load_corpus
+from torchdsc.lab.generation import generate
+from torchdsc.lab.tokenizers import load_tokenizer
+from torchdsc.lab.training import build_model, make_plans
+
+
+@pytest.fixture(scope="module")
+def experiment(tiny, tmp_path_factory):
+    """An experiment's folder with one run and a tokenizer."""
+    folder = tmp_path_factory.mktemp("experiment")
+    model = build_model(tiny, make_plans(tiny, 320)["dsc"], 320)
+    model.save_pretrained(folder / "dsc-seed1" / "model")
+    load_tokenizer("bytes", load_corpus(tiny.corpus)).save_pretrained(folder / "tokenizer")
+    return folder
+
+
+@pytest.fixture
+def run_folder(experiment):
+    return experiment / "dsc-seed1"
+
+
+def test_depends_on_the_seed_alone(run_folder):
+    texts = [generate(run_folder, "abc", max_new_tokens=10, seed=seed) for seed in (1, 1, 2)]
+    assert texts[0] == texts[1] != texts[2]
+    assert all(text.startswith("abc") for text in texts)
+
+
+def test_at_temperature_0_the_seed_does_not_matter(run_folder):
+    texts = {generate(run_folder, "abc", max_new_tokens=10, temperature=0, seed=seed) for seed in range(3)}
+    assert len(texts) == 1
+
+
+def test_leaves_the_random_numbers_of_others_alone(run_folder):
+    before = torch.random.get_rng_state()
+    generate(run_folder, "abc", max_new_tokens=3)
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_prompt_may_be_empty_and_the_models_folder_given(run_folder):
+    assert generate(run_folder, "", max_new_tokens=3) == generate(run_folder / "model", "", max_new_tokens=3)
+
+
+def test_prints_nothing(run_folder, capfd):
+    generate(run_folder, "abc", max_new_tokens=3)
+    generate(run_folder, "abc", max_new_tokens=3, temperature=0)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_prompt_and_new_tokens_must_fit(run_folder):
+    assert generate(run_folder, "a" * 10, max_new_tokens=6)
+    with pytest.raises(ValueError, match="must fit the model's 16 positions, got 10 tokens and 7"):
+        generate(run_folder, "a" * 10, max_new_tokens=7)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens must be >= 1, got 0"),
+        ({"temperature": -0.1}, "temperature must be >= 0, got -0.1"),
+        ({"temperature": float("nan")}, "temperature must be >= 0, got nan"),
+        ({"top_p": 0.0}, r"top_p must be in \(0, 1\], got 0.0"),
+        ({"top_p": 1.5}, r"top_p must be in \(0, 1\], got 1.5"),
+    ],
+)
+def test_arguments(run_folder, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        generate(run_folder, "abc", **arguments)
+
+
+def test_no_model(experiment, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no model in .*: a run's folder holds model/config.json"):
+        generate(tmp_path, "abc")
+    with pytest.raises(FileNotFoundError, match=r"no model in .*: choose one of its runs: dsc-seed1"):
+        generate(experiment, "abc")
+
+
+def test_no_tokenizer(run_folder, tmp_path):
+    shutil.copytree(run_folder, tmp_path / "run")
+    with pytest.raises(FileNotFoundError, match="no folder tokenizer beside or above"):
+        generate(tmp_path / "run", "abc")

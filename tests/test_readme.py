@@ -1,0 +1,32 @@
+"""README's code runs, and its commands parse."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from torchdsc.cli.main import main
+
+TEXT = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+COMMANDS = re.findall(r"^    (torchdsc .*)$", TEXT, re.MULTILINE)
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=range(len(BLOCKS)))
+def test_code(block):
+    exec(compile(block, "README.md", "exec"), {})
+
+
+def test_budget_command(capsys):
+    command = next(c for c in COMMANDS if c.startswith("torchdsc budget"))
+    assert main(shlex.split(command)[1:]) == 0
+    assert "M 1523" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if " compare " in c or " train " in c])
+def test_experiment_commands_parse(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([*shlex.split(command)[1:], "--print_config"])
+    assert not stop.value.code
+    assert "steps:" in capsys.readouterr().out
