@@ -109,19 +109,32 @@ class _GramNorm(torch.autograd.Function):
         return product * (4.0 * grads[0])
 
 
-def frame_loss(bank: BasisBank, eps: float = 1e-6, *, normalized: bool = False) -> Tensor:
+def frame_loss(bank: BasisBank, eps: float = 1e-6, *, normalized: bool = False, samples: int | None = None) -> Tensor:
     """Frame potential of both sides of a bank, equation (11).
+
+    With ``samples`` it is estimated from that many rows, drawn without replacement, and unbiased: each pair of rows is
+    as likely as any other.
 
     Args:
         bank: The bank.
         eps: Lower bound of a row's norm.
         normalized: Divide by the M (M - 1) pairs of a side: the mean squared coherence, which does not grow with M.
+        samples: Rows to estimate it from, at least 2; all by default, and where M is no more.
 
     Returns:
         Scalar, differentiable in the bank's rows.
     """
-    total = frame_potential(bank.u, eps) + frame_potential(bank.v, eps)
-    return total / max(1, bank.num_atoms * (bank.num_atoms - 1)) if normalized else total
+    pairs, scale = bank.num_atoms * (bank.num_atoms - 1), 1.0
+    u: Tensor = bank.u
+    v: Tensor = bank.v
+    if samples is not None and samples < bank.num_atoms:
+        drawn = torch.randperm(bank.num_atoms, device=u.device)[:samples]
+        u, v, _ = bank.rows(drawn)
+        if u is bank.u:
+            u, v = u[drawn], v[drawn]
+        scale = pairs / (samples * (samples - 1))
+    total = (frame_potential(u, eps) + frame_potential(v, eps)) * scale
+    return total / max(1, pairs) if normalized else total
 
 
 @dataclass(frozen=True)
@@ -276,7 +289,7 @@ def _add_frame(sums: _Sums, layers: Iterable[RoutedLayer], share: Tensor | float
         bank, weights = getattr(layer, "bank", None), layer.regularizers
         if isinstance(bank, BasisBank) and weights.frame > 0 and id(bank) not in seen:
             seen.add(id(bank))
-            value = frame_loss(bank, weights.eps, normalized=weights.frame_normalized)
+            value = frame_loss(bank, weights.eps, normalized=weights.frame_normalized, samples=weights.frame_samples)
             sums.add("frame", value, weights.frame, share)
 
 

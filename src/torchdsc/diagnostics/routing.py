@@ -83,8 +83,10 @@ class _Counter:
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if isinstance(self.layer, DSC):
             options = self.layer.options
-            logits = output.detach().reshape(-1, options.num_atoms)
-            top_logits, indices = logits.topk(options.top_k)
+            scores = output.detach()
+            top_logits, indices = self.layer.router.select_from(scores, options.top_k, logit_clamp=options.logit_clamp)[
+                :2
+            ]
             strength = gate(top_logits, logit_clamp=options.logit_clamp, eps=options.eps).strength
             self.strength_sum += float(strength.sum())
             self.gate_sum += float(strength.tanh().sum())

@@ -12,7 +12,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ProgressCallback, TrainerState
 
 from torchdsc.diagnostics import LayerRouting, RoutingMonitor
-from torchdsc.nn import LinearRouter
+from torchdsc.nn import Router
 
 from .environment import peak_memory_bytes
 
@@ -40,7 +40,7 @@ def parameter_groups(
     """
     if not router_lr_multiplier > 0:
         raise ValueError(f"router_lr_multiplier must be > 0, got {router_lr_multiplier}")
-    routers = {id(p) for module in model.modules() if isinstance(module, LinearRouter) for p in module.parameters()}
+    routers = {id(p) for module in model.modules() if isinstance(module, Router) for p in module.parameters()}
     embeddings = {id(p) for module in model.modules() if isinstance(module, nn.Embedding) for p in module.parameters()}
     groups: dict[str, list[nn.Parameter]] = {"router": [], "decay": [], "no_decay": []}
     for parameter in model.parameters():

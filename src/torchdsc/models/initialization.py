@@ -5,7 +5,7 @@ from transformers import initialization as init
 
 from torchdsc.baselines import MixtureOfLoRAs
 from torchdsc.baselines.moe import Experts
-from torchdsc.nn import DSC, BasisBank, LinearRouter
+from torchdsc.nn import DSC, BasisBank, Router
 
 from .configuration import DSCGPTConfig
 
@@ -32,8 +32,9 @@ def initialize(module: nn.Module, config: DSCGPTConfig) -> None:
     elif isinstance(module, nn.LayerNorm) and module.elementwise_affine:
         init.ones_(module.weight)
         init.zeros_(module.bias)
-    elif isinstance(module, LinearRouter):
-        init.normal_(module.weight, std=std)
+    elif isinstance(module, Router):
+        for parameter, deviation in module.deviations(std):
+            init.normal_(parameter, std=deviation)
         if module.bias is not None:
             init.zeros_(module.bias)
     elif isinstance(module, BasisBank):

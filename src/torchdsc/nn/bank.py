@@ -19,6 +19,7 @@ class BasisBank(nn.Module):
         out_features: d_out; ``in_features`` by default.
         init_norm: Root mean square norm of the raw rows at the start, > 0. Rows of zeros are no way to start:
             equation (3) has slope 1 / eps there.
+        sparse_gradients: Give ``u`` and ``v`` row-sparse gradients, of the rows in use alone.
         device: Where the parameters live.
         dtype: Their dtype.
 
@@ -33,6 +34,7 @@ class BasisBank(nn.Module):
         out_features: int | None = None,
         *,
         init_norm: float = 0.01,
+        sparse_gradients: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -44,7 +46,7 @@ class BasisBank(nn.Module):
         if not init_norm > 0:
             raise ValueError(f"init_norm must be > 0, got {init_norm}")
         self.num_atoms, self.in_features, self.out_features = num_atoms, in_features, out_features
-        self.init_norm = init_norm
+        self.init_norm, self.sparse_gradients = init_norm, sparse_gradients
         self.u = nn.Parameter(torch.empty(num_atoms, in_features, device=device, dtype=dtype))
         self.v = nn.Parameter(torch.empty(num_atoms, out_features, device=device, dtype=dtype))
         self.reset_parameters()
@@ -59,6 +61,24 @@ class BasisBank(nn.Module):
             nn.init.orthogonal_(precise)
             rows, columns = atoms.shape
             atoms.copy_(precise * (self.init_norm * math.sqrt(rows / min(rows, columns))))
+
+    def rows(self, indices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What to compose: atoms of both sides, and where in them ``indices`` point.
+
+        They are the bank itself, or with sparse gradients, in training, copies of the rows in use (at most as many as
+        there are indices), through which gradients are sparse.
+
+        Args:
+            indices: Atoms, int64 of any shape.
+
+        Returns:
+            Rows of shape (n, d_in) and (n, d_out), and int64 of the shape of ``indices``.
+        """
+        if not self.sparse_gradients or not torch.is_grad_enabled() or not self.u.requires_grad:
+            return self.u, self.v, indices
+        used, places = torch.unique(indices, return_inverse=True)
+        u, v = (functional.embedding(used, atoms, sparse=True) for atoms in (self.u, self.v))
+        return u, v, places
 
     def unit(self, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
         """The atoms of equation (3): two tensors of shape (M, d_in) and (M, d_out), with rows of norm <= 1."""

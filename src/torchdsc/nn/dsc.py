@@ -5,11 +5,11 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor, nn
 
-from torchdsc.ops import compose, gate, select
+from torchdsc.ops import compose, gate
 
 from .bank import BasisBank
 from .options import DSCOptions
-from .router import LinearRouter
+from .router import Router, build_router
 from .statistics import RoutedLayer, RoutingStatistics, check_token_mask, sum_statistics
 
 
@@ -17,7 +17,7 @@ class Routing(NamedTuple):
     """What a layer selects for each token.
 
     Attributes:
-        indices: Selected atoms I(x), int64 of shape (..., K), by falling logit.
+        indices: Selected atoms I(x), int64 of shape (..., K), by falling logit (of each head).
         coefficients: Their coefficients z, equation (5), of shape (..., K).
         logits: Their raw logits, of shape (..., K).
         strength: Signal strength S, of shape (...).
@@ -45,7 +45,7 @@ class DSC(RoutedLayer):
 
     Attributes:
         bank: The atoms, a :class:`BasisBank`; raw rows ``bank.u`` (M, d_in) and ``bank.v`` (M, d_out).
-        router: Tokens to logits; ``router.weight`` is (M, d_in).
+        router: Tokens to scores; the linear router's ``router.weight`` is (M, d_in).
         gamma: Output scale of shape (d_out,), or () for Algorithm 1.
 
     Raises:
@@ -53,7 +53,7 @@ class DSC(RoutedLayer):
     """
 
     bank: BasisBank
-    router: LinearRouter
+    router: Router
 
     def __init__(
         self,
@@ -73,7 +73,15 @@ class DSC(RoutedLayer):
         num_atoms = self.options.num_atoms
         if bank is None:
             norm = self.options.atom_init_norm
-            bank = BasisBank(num_atoms, in_features, self.out_features, init_norm=norm, device=device, dtype=dtype)
+            bank = BasisBank(
+                num_atoms,
+                in_features,
+                self.out_features,
+                init_norm=norm,
+                sparse_gradients=self.options.sparse_gradients,
+                device=device,
+                dtype=dtype,
+            )
         sizes = (bank.num_atoms, bank.in_features, bank.out_features)
         if sizes != (num_atoms, self.in_features, self.out_features):
             raise ValueError(
@@ -81,14 +89,7 @@ class DSC(RoutedLayer):
                 f"{(num_atoms, self.in_features, self.out_features)}, got {sizes}"
             )
         self.bank = bank
-        self.router = LinearRouter(
-            in_features,
-            num_atoms,
-            bias=self.options.router_bias,
-            norm=self.options.router_norm,
-            device=device,
-            dtype=dtype,
-        )
+        self.router = build_router(in_features, self.options, device, dtype)
         shape = (self.out_features,) if self.options.channelwise_gamma else ()
         self.gamma = nn.Parameter(torch.full(shape, self.options.gamma_init, device=device, dtype=dtype))
 
@@ -110,16 +111,17 @@ class DSC(RoutedLayer):
         options = self.options
         flat, mask = self._tokens(x), check_token_mask(token_mask, x)
         collect = self.training and self.regularizers.need_tokens
-        logits = self.router(flat)
-        if collect and self.regularizers.need_logits:
-            top_logits, indices, log_normalizer, probability_sum = select(
-                logits, options.top_k, logit_clamp=options.logit_clamp, token_mask=mask
-            )
-        else:
-            top_logits, indices = logits.topk(options.top_k)
-            log_normalizer = probability_sum = logits.new_empty(0) if collect else logits
-        coefficients, strength = self._gate(top_logits)
-        y = compose(flat, self.bank.u, self.bank.v, indices, coefficients, eps=options.eps, impl=options.impl)
+        selection = self.router.select(
+            flat,
+            options.top_k,
+            logit_clamp=options.logit_clamp,
+            token_mask=mask,
+            statistics=collect and self.regularizers.need_logits,
+            raw_normalizer=options.z_loss_on_raw_logits and self.regularizers.z > 0,
+        )
+        coefficients, strength = self._gate(selection.logits)
+        u, v, indices = self.bank.rows(selection.indices)
+        y = compose(flat, u, v, indices, coefficients, eps=options.eps, impl=options.impl)
         y = y * self.gamma
         if y.dtype != x.dtype:
             y = y.to(x.dtype)
@@ -127,16 +129,14 @@ class DSC(RoutedLayer):
             y = y.reshape(*x.shape[:-1], self.out_features)
         if not collect:
             return y, None
-        if options.z_loss_on_raw_logits and self.regularizers.z > 0:
-            log_normalizer = logits.logsumexp(-1)
-        return y, sum_statistics(strength, log_normalizer, probability_sum, mask)
+        return y, sum_statistics(strength, selection.log_normalizer, selection.probability_sum, mask)
 
     def route(self, x: Tensor) -> Routing:
         """What is selected for tokens x of shape (..., d_in), and with which coefficients."""
-        logits = self.router(self._tokens(x))
-        top_logits, indices = logits.topk(self.options.top_k)
+        flat, options = self._tokens(x), self.options
+        top_logits, indices = self.router.select(flat, options.top_k, logit_clamp=options.logit_clamp)[:2]
         coefficients, strength = self._gate(top_logits)
-        shape = (*x.shape[:-1], self.options.top_k)
+        shape = (*x.shape[:-1], options.top_k)
         return Routing(
             indices.reshape(shape),
             coefficients.reshape(shape),

@@ -8,7 +8,7 @@ from torchdsc.ops.gate import GateKind
 
 from .statistics import RegularizerWeights
 
-RouterKind = Literal["linear"]
+RouterKind = Literal["linear", "low_rank", "product_key"]
 RouterNorm = Literal["layer", "layer_affine", "none"]
 
 
@@ -19,7 +19,11 @@ class DSCOptions:
     Attributes:
         num_atoms: M, atoms in the bank.
         top_k: K, atoms composed per token, 1 <= K <= M.
-        router: Kind of router.
+        router: "linear" (d_in M parameters), "low_rank" (d_in r + r M) or "product_key" (two halves of sqrt(M) keys, so
+            that millions of atoms can be searched; M must be a square).
+        router_rank: r of "low_rank", d_in / 4 by default; features of a head's query of "product_key", even, d_in / 2
+            by default.
+        router_heads: Queries of "product_key", each of which selects K / router_heads atoms.
         router_bias: Whether the router's logits have a bias (the published run's have, the paper's have not).
         router_norm: What the router sees of x: "layer" its parameter-free LayerNorm (Algorithm 2), "layer_affine" one
             with parameters (the published run), "none" x itself (Algorithm 1).
@@ -36,6 +40,9 @@ class DSCOptions:
         budget_weight: Weight of L_budget, equation (10).
         frame_weight: Weight of L_frame, equation (11).
         z_weight: Weight of L_z, equation (12).
+        frame_samples: Rows of the bank that L_frame is estimated from, drawn anew at each collection; all by default.
+        sparse_gradients: Give the bank row-sparse gradients, of the selected and sampled rows alone: for banks too
+            large for dense ones. The optimizer must take them (``torch.optim.SparseAdam``, ``SGD``).
         budget: mu, the activation budget of equation (10).
         impl: Implementation of the composition; "auto" chooses by measured crossovers.
     """
@@ -43,6 +50,8 @@ class DSCOptions:
     num_atoms: int
     top_k: int
     router: RouterKind = "linear"
+    router_rank: int | None = None
+    router_heads: int = 1
     router_bias: bool = False
     router_norm: RouterNorm = "layer"
     channelwise_gamma: bool = True
@@ -58,6 +67,8 @@ class DSCOptions:
     frame_weight: float = 0.001
     z_weight: float = 1e-4
     budget: float = 1.0
+    frame_samples: int | None = None
+    sparse_gradients: bool = False
     impl: Implementation = "auto"
 
     def __post_init__(self) -> None:
@@ -79,6 +90,23 @@ class DSCOptions:
         ):
             if getattr(self, name) not in get_args(choices):
                 raise ValueError(f"{name} must be one of {get_args(choices)}, got {getattr(self, name)!r}")
+        self._check_router()
+
+    def _check_router(self) -> None:
+        _check_int("router_heads", self.router_heads, 1)
+        for name, least in (("router_rank", 1), ("frame_samples", 2)):
+            if getattr(self, name) is not None:
+                _check_int(name, getattr(self, name), least)
+        if self.router == "linear" and self.router_rank is not None:
+            raise ValueError(f"router_rank must be None for router = 'linear', got {self.router_rank}")
+        if self.router != "product_key":
+            if self.router_heads != 1:
+                raise ValueError(f"router_heads must be 1 for router = {self.router!r}, got {self.router_heads}")
+            return
+        if self.router_bias:
+            raise ValueError("router_bias must be False for router = 'product_key', got True")
+        if self.top_k % self.router_heads:
+            raise ValueError(f"top_k must be a multiple of router_heads = {self.router_heads}, got {self.top_k}")
 
     @property
     def regularizers(self) -> RegularizerWeights:
@@ -90,6 +118,7 @@ class DSCOptions:
             z=self.z_weight,
             budget_target=self.budget,
             frame_normalized=self.frame_normalized,
+            frame_samples=self.frame_samples,
             eps=self.eps,
         )
 

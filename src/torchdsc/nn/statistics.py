@@ -44,6 +44,7 @@ class RegularizerWeights:
     z: float = 0.0
     budget_target: float = 1.0
     frame_normalized: bool = False
+    frame_samples: int | None = None
     eps: float = 1e-6
 
     def __post_init__(self) -> None:
@@ -181,7 +182,7 @@ def sum_statistics(
 
     Args:
         strength: Signal strength of shape (T,).
-        log_normalizer: Shape (T,), or empty where equation (12) has no weight.
+        log_normalizer: Shape (T,), or (T, heads), of which the mean counts; empty where equation (12) has no weight.
         probability_sum: Summed already, of shape (M,).
         mask: Bool of shape (T,), or None where every token counts.
         load: See :class:`RoutingStatistics`.
@@ -189,7 +190,8 @@ def sum_statistics(
     Returns:
         The statistics.
     """
-    squared, num_tokens = log_normalizer.square(), strength.new_full((), strength.shape[0])
+    squared = log_normalizer.square() if log_normalizer.dim() == 1 else log_normalizer.square().mean(1)
+    num_tokens = strength.new_full((), strength.shape[0])
     if mask is not None:
         counted = mask.to(strength.dtype)
         num_tokens, strength = counted.sum(), strength * counted

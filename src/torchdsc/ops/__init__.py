@@ -1,7 +1,9 @@
-"""The mathematics as functions: composing atoms, gating scores, selecting them. Imports torch only."""
+"""The mathematics as functions: scoring and selecting atoms, gating, composing. Imports torch only."""
 
 from .compose import compose
 from .gate import gate
-from .select import select
+from .product_key import select_product_key
+from .route import route
+from .select import Selection, select
 
-__all__ = ["compose", "gate", "select"]
+__all__ = ["Selection", "compose", "gate", "route", "select", "select_product_key"]

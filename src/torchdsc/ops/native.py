@@ -1,14 +1,17 @@
-"""The optional compiled functions for a few tokens on a CPU: None where they were not built."""
+"""The optional compiled functions for a CPU; where they were not built, tensor operations stand in for them."""
 
+from functools import cache
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
-__all__ = ["FEW_PAIRS", "module_for"]
+__all__ = ["FEW_PAIRS", "MOST_SORTED", "address", "has_bfloat16", "module_for"]
 
 # Selections up to which calls cost more than their work: decoding, not prefill.
 FEW_PAIRS = 64
+# K up to which keeping a sorted list beats a general top-k.
+MOST_SORTED = 64
 
 _native: ModuleType | None
 try:
@@ -17,12 +20,12 @@ except ImportError:
     _native = None
 
 
-def module_for(*tensors: Tensor) -> ModuleType | None:
+def module_for(*tensors: Tensor | None) -> ModuleType | None:
     """The compiled module if it can take these tensors: plain, contiguous, on the CPU, float32 or int64, untraced."""
     if _native is None:
         return None
     for tensor in tensors:
-        if (
+        if tensor is not None and (
             type(tensor) not in (Tensor, torch.nn.Parameter)
             or not tensor.is_cpu
             or tensor.dtype not in (torch.float32, torch.int64)
@@ -30,3 +33,14 @@ def module_for(*tensors: Tensor) -> ModuleType | None:
         ):
             return None
     return _native
+
+
+def address(tensor: Tensor | None) -> int:
+    """Where the tensor's elements start, as the compiled functions take it; 0 for None."""
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+@cache
+def has_bfloat16() -> bool:
+    """Whether the compiled module is there and the processor multiplies bfloat16 natively."""
+    return _native is not None and bool(_native.has_bfloat16())

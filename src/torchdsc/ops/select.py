@@ -5,8 +5,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .native import MOST_SORTED, address, module_for
+
 # Logits per chunk: what a pass reads twice should still be in cache the second time.
 _CHUNK = {"cpu": 1 << 19, "other": 1 << 28}
+# Logits up to which waking other threads costs more than the work.
+_FEW_LOGITS = 1 << 15
 
 
 class Selection(NamedTuple):
@@ -55,8 +59,23 @@ def select(logits: Tensor, top_k: int, *, logit_clamp: float, token_mask: Tensor
 def _select_op(
     logits: Tensor, weights: Tensor | None, top_k: int, logit_clamp: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    values, indices = logits.topk(top_k, dim=1)
+    return select_forward(logits, weights, top_k, logit_clamp)
+
+
+def select_forward(
+    logits: Tensor, weights: Tensor | None, top_k: int, logit_clamp: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The fields of :class:`Selection`, without gradients; ``weights`` (T,) count tokens in ``probability_sum``."""
     tokens, num_atoms = logits.shape
+    native = module_for(logits, weights)
+    if native is not None and logits.dtype == torch.float32 and top_k <= MOST_SORTED:
+        values, indices = logits.new_empty(tokens, top_k), logits.new_empty(tokens, top_k, dtype=torch.int64)
+        log_normalizer, probability_sum = logits.new_empty(tokens), logits.new_empty(num_atoms)
+        arrays = (logits, weights, values, indices, log_normalizer, probability_sum)
+        sizes = tokens, num_atoms, top_k, torch.get_num_threads()
+        native.select_rows(*map(address, arrays), *sizes, logit_clamp)
+        return values, indices, log_normalizer, probability_sum
+    values, indices = logits.topk(top_k, dim=1)
     log_normalizer, probability_sum = logits.new_empty(tokens), logits.new_zeros(num_atoms)
     clamped = _beyond(logits, logit_clamp)
     for rows in _chunks(logits):
@@ -92,7 +111,42 @@ def _select_backward_op(
     grad_probability_sum: Tensor,
     logit_clamp: float,
 ) -> Tensor:
+    gradients = grad_values, grad_log_normalizer, grad_probability_sum
+    return select_backward(logits, weights, indices, log_normalizer, *gradients, logit_clamp)
+
+
+def largest(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """``logits.topk(top_k)`` of rows (T, M), without gradients; ties may fall otherwise."""
+    native = module_for(logits)
+    if native is None or logits.dtype != torch.float32 or top_k > MOST_SORTED:
+        values, indices = logits.topk(top_k)
+        return values, indices
+    tokens, num_atoms = logits.shape
+    values, indices = logits.new_empty(tokens, top_k), logits.new_empty(tokens, top_k, dtype=torch.int64)
+    threads = torch.get_num_threads() if logits.numel() > _FEW_LOGITS else 1
+    native.largest_of_rows(*map(address, (logits, values, indices)), tokens, num_atoms, top_k, threads)
+    return values, indices
+
+
+def select_backward(
+    logits: Tensor,
+    weights: Tensor | None,
+    indices: Tensor,
+    log_normalizer: Tensor,
+    grad_values: Tensor,
+    grad_log_normalizer: Tensor,
+    grad_probability_sum: Tensor,
+    logit_clamp: float,
+) -> Tensor:
+    """Gradient of the logits (T, M) from those of what :func:`select_forward` returns."""
     grad = torch.empty_like(logits)
+    gradients = tuple(t.contiguous() for t in (grad_values, grad_log_normalizer, grad_probability_sum))
+    arrays = (logits, weights, indices, log_normalizer, *gradients)
+    native = module_for(*arrays)
+    if native is not None and logits.dtype == torch.float32:
+        sizes = *logits.shape, indices.shape[1], torch.get_num_threads()
+        native.select_rows_backward(*map(address, arrays), address(grad), *sizes, logit_clamp)
+        return grad
     clamped = _beyond(logits, logit_clamp)
     for rows in _chunks(logits):
         chunk = logits[rows].clamp(-logit_clamp, logit_clamp) if clamped else logits[rows]

@@ -1,0 +1,86 @@
+/* The optional compiled module torchdsc.ops._native: what tensor operations do slowly on a CPU. */
+#include "native.h"
+
+int read_integers(PyObject *args, int64_t *values, Py_ssize_t count) {
+    for (Py_ssize_t i = 0; i < count; i++) {
+        PyObject *item = PyTuple_GetItem(args, i);
+        if (item == NULL) return 0;
+        values[i] = PyLong_AsLongLong(item);
+        if (values[i] == -1 && PyErr_Occurred()) return 0;
+    }
+    return 1;
+}
+
+int read_float(PyObject *args, Py_ssize_t index, float *value) {
+    PyObject *item = PyTuple_GetItem(args, index);
+    if (item == NULL) return 0;
+    *value = (float)PyFloat_AsDouble(item);
+    return !PyErr_Occurred();
+}
+
+static void swap(Largest *l, int64_t i, int64_t j) {
+    float key = l->keys[i];
+    int64_t at = l->at[i];
+    l->keys[i] = l->keys[j];
+    l->at[i] = l->at[j];
+    l->keys[j] = key;
+    l->at[j] = at;
+}
+
+void prune(Largest *l) {
+    if (l->k <= SORTED) return;
+    /* Quickselect: narrow [first, last] down to place k - 1. */
+    int64_t first = 0, last = l->held - 1, place = l->k - 1;
+    while (first < last) {
+        float pivot = l->keys[first + (last - first) / 2];
+        int64_t i = first, j = last;
+        while (i <= j) {
+            while (l->keys[i] > pivot) i++;
+            while (l->keys[j] < pivot) j--;
+            if (i <= j) swap(l, i++, j--);
+        }
+        if (place <= j)
+            last = j;
+        else if (place >= i)
+            first = i;
+        else
+            break;
+    }
+    if (l->held >= l->k) {
+        l->held = l->k;
+        l->least = l->keys[l->k - 1];
+    }
+}
+
+void sort_largest(Largest *l) {
+    prune(l);
+    if (l->k <= SORTED) return;
+    for (int64_t i = 1; i < l->held; i++)
+        for (int64_t j = i; j > 0 && l->keys[j] > l->keys[j - 1]; j--) swap(l, j, j - 1);
+}
+
+/* has_bfloat16(): whether the processor multiplies bfloat16 natively; elsewhere products in it are slower. */
+static PyObject *has_bfloat16(PyObject *self, PyObject *args) {
+#if defined(__x86_64__) && defined(__linux__)
+    __builtin_cpu_init();
+    return PyBool_FromLong(__builtin_cpu_supports("avx512bf16") != 0);
+#else
+    return PyBool_FromLong(0);
+#endif
+}
+
+static PyMethodDef methods[] = {
+    {"gate", gate, METH_VARARGS, "Equation (5) of a few tokens."},
+    {"compose", compose, METH_VARARGS, "Equation (14) of a few tokens."},
+    {"select_rows", select_rows, METH_VARARGS, "Top-K and statistics of rows of logits in one pass."},
+    {"select_rows_backward", select_rows_backward, METH_VARARGS, "Gradient of the logits in one pass."},
+    {"largest_of_rows", largest_of_rows, METH_VARARGS, "Top-K of rows of logits."},
+    {"round_rows", round_rows, METH_VARARGS, "Rows in bfloat16, their norms, and the norms of what rounding took away."},
+    {"screen", screen, METH_VARARGS, "Exact top-K from logits in bfloat16 and bounds on their errors."},
+    {"has_bfloat16", has_bfloat16, METH_NOARGS, "Whether the processor multiplies bfloat16 natively."},
+    {NULL, NULL, 0, NULL},
+};
+
+static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "_native", NULL, -1, methods, NULL, NULL, NULL, NULL};
+
+PyMODINIT_FUNC PyInit__native(void) { return PyModule_Create(&module); }

@@ -1,0 +1,109 @@
+/* What the files of the compiled module share. Addresses come from Python as integers; every array is row-major and
+ * contiguous, and the callers hold the tensors while a function runs. */
+#ifndef TORCHDSC_NATIVE_H
+#define TORCHDSC_NATIVE_H
+
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+#include <math.h>
+#include <stdint.h>
+
+#define INLINE static inline __attribute__((always_inline))
+
+/* One function for each vector width, chosen when the module is loaded; inlined helpers are compiled along. */
+#if defined(__x86_64__) && defined(__linux__)
+#define VECTORIZED __attribute__((target_clones("avx512f", "avx2", "default")))
+#else
+#define VECTORIZED
+#endif
+
+enum { LANES = 16, BLOCK = 64 };
+
+/* Independent lanes, so that the compiler may use vectors without reordering a sum on its own. */
+INLINE float sum_lanes(const float *lanes) {
+    float sum = 0.0f;
+    for (int lane = 0; lane < LANES; lane++) sum += lanes[lane];
+    return sum;
+}
+
+INLINE float dot(const float *a, const float *b, int64_t n) {
+    float lanes[LANES] = {0};
+    int64_t i = 0;
+    for (; i + LANES <= n; i += LANES)
+        for (int lane = 0; lane < LANES; lane++) lanes[lane] += a[i + lane] * b[i + lane];
+    float sum = 0.0f;
+    for (; i < n; i++) sum += a[i] * b[i];
+    return sum + sum_lanes(lanes);
+}
+
+/* The k largest of the values offered so far. Up to SORTED of them are kept in falling order, which keeps the bar as
+ * high as can be; more are collected beside others and pruned when the room is used up. */
+enum { SORTED = 16 };
+typedef struct {
+    float *keys;    /* of room for capacity; NaN counts as infinite, the largest, as in torch.topk */
+    int64_t *at;
+    int64_t k, held, capacity;
+    float least;    /* what is not above it is not among the k largest; NaN, above which is all, at the start */
+} Largest;
+
+INLINE int64_t capacity_for(int64_t k) { return k <= SORTED ? k : 2 * k + BLOCK; }
+
+INLINE Largest largest_in(float *keys, int64_t *at, int64_t k) {
+    Largest largest = {keys, at, k, 0, capacity_for(k), NAN};
+    return largest;
+}
+
+/* Leave the k largest, in any order. */
+void prune(Largest *largest);
+/* The same, in falling order. */
+void sort_largest(Largest *largest);
+
+INLINE void offer(Largest *l, float value, int64_t index) {
+    if (value <= l->least) return;
+    float key = value != value ? INFINITY : value;
+    if (l->k <= SORTED) {
+        int64_t place = l->held < l->k ? l->held++ : l->k - 1;
+        for (; place > 0 && key > l->keys[place - 1]; place--) {
+            l->keys[place] = l->keys[place - 1];
+            l->at[place] = l->at[place - 1];
+        }
+        l->keys[place] = key;
+        l->at[place] = index;
+        if (l->held == l->k) l->least = l->keys[l->k - 1];
+        return;
+    }
+    l->keys[l->held] = key;
+    l->at[l->held++] = index;
+    if (l->held == l->capacity) prune(l);
+}
+
+/* Offer values[0..n), numbered from 0. */
+INLINE void offer_all(Largest *largest, const float *values, int64_t n) {
+    int64_t i = 0;
+    for (; i + BLOCK <= n; i += BLOCK) {
+        int some = 0;
+        for (int j = 0; j < BLOCK; j++) some |= !(values[i + j] <= largest->least);
+        if (!some) continue;
+        for (int part = 0; part < BLOCK; part += LANES) {
+            some = 0;
+            for (int j = 0; j < LANES; j++) some |= !(values[i + part + j] <= largest->least);
+            if (some)
+                for (int j = part; j < part + LANES; j++) offer(largest, values[i + j], i + j);
+        }
+    }
+    for (; i < n; i++) offer(largest, values[i], i);
+}
+
+/* Read count integers (addresses, sizes) from the arguments, and a float; 0 with an error set where that fails. */
+int read_integers(PyObject *args, int64_t *values, Py_ssize_t count);
+int read_float(PyObject *args, Py_ssize_t index, float *value);
+
+PyObject *gate(PyObject *self, PyObject *args);
+PyObject *compose(PyObject *self, PyObject *args);
+PyObject *select_rows(PyObject *self, PyObject *args);
+PyObject *select_rows_backward(PyObject *self, PyObject *args);
+PyObject *largest_of_rows(PyObject *self, PyObject *args);
+PyObject *round_rows(PyObject *self, PyObject *args);
+PyObject *screen(PyObject *self, PyObject *args);
+
+#endif

@@ -1,0 +1,155 @@
+/* Exact selection by way of bfloat16: logits computed at low precision rule out nearly every atom, with a proven bound
+ * on their errors, and the few that are left are computed again in float32. */
+#include "native.h"
+
+#include <stdlib.h>
+
+#ifdef _OPENMP
+#include <omp.h>
+#define THREAD omp_get_thread_num()
+#else
+#define THREAD 0
+#endif
+
+/* Half the spacing of bfloat16, relative to the value: its rounding error. */
+static const float ROUNDING = 0.00390625f;
+/* Room for the rounding of the bounds themselves, which are sums of a few float32 products. */
+static const float SLACK = 1.0001f;
+
+INLINE float widened(uint16_t half) {
+    union { uint32_t bits; float value; } wide = {.bits = (uint32_t)half << 16};
+    return wide.value;
+}
+
+/* To nearest, ties to even; what is not finite comes out not finite. */
+INLINE uint16_t narrowed(float value) {
+    union { float value; uint32_t bits; } wide = {.value = value};
+    return (uint16_t)((wide.bits + 0x7fffu + ((wide.bits >> 16) & 1u)) >> 16);
+}
+
+VECTORIZED static void round_row(const float *row, uint16_t *out, int64_t n, float *norm, float *error) {
+    float squares[LANES] = {0}, errors[LANES] = {0};
+    int64_t i = 0;
+    for (; i + LANES <= n; i += LANES)
+        for (int lane = 0; lane < LANES; lane++) {
+            float value = row[i + lane];
+            uint16_t half = narrowed(value);
+            float lost = value - widened(half);
+            out[i + lane] = half;
+            squares[lane] += value * value;
+            errors[lane] += lost * lost;
+        }
+    for (; i < n; i++) {
+        float lost = row[i] - widened(out[i] = narrowed(row[i]));
+        squares[0] += row[i] * row[i];
+        errors[0] += lost * lost;
+    }
+    *norm = sqrtf(sum_lanes(squares)) * SLACK;
+    *error = sqrtf(sum_lanes(errors)) * SLACK;
+}
+
+/* round_rows(rows, out, norms, errors, count, width, threads): |row| and |row - out row|, rounded up. */
+PyObject *round_rows(PyObject *self, PyObject *args) {
+    int64_t p[7];
+    if (!read_integers(args, p, 7)) return NULL;
+    const float *rows = (const float *)(intptr_t)p[0];
+    uint16_t *out = (uint16_t *)(intptr_t)p[1];
+    float *norms = (float *)(intptr_t)p[2], *errors = (float *)(intptr_t)p[3];
+    int64_t count = p[4], width = p[5], threads = p[6];
+    Py_BEGIN_ALLOW_THREADS
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t i = 0; i < count; i++) round_row(rows + i * width, out + i * width, width, norms + i, errors + i);
+    Py_END_ALLOW_THREADS
+    Py_RETURN_NONE;
+}
+
+typedef struct {
+    const float *x, *weight, *bias;       /* (tokens, width), (num_atoms, width), (num_atoms,) or NULL */
+    const uint16_t *approximate;          /* (tokens, num_atoms): x weight^T in bfloat16, without the bias */
+    const float *x_norms, *x_errors, *weight_norms, *weight_errors;
+    float *values;
+    int64_t *indices;
+    int64_t width, num_atoms, top_k;
+} Screen;
+
+typedef struct {
+    float *lower, *upper;                 /* (num_atoms,) each */
+    Largest largest;
+} Scratch;
+
+/* |x w - a| <= |x - x'| |w'| + |x| |w - w'| + accumulation + rounding of a, with primes for rounded rows.
+ *
+ * Atoms whose upper bound lies below the K-th largest lower bound cannot be among the top-K. |w'| <= |w| + |w - w'|. */
+VECTORIZED static void screen_row(const Screen *s, int64_t token, const Scratch *scratch) {
+    const int64_t n = s->num_atoms, d = s->width, k = s->top_k;
+    const uint16_t *approximate = s->approximate + token * n;
+    const float *x = s->x + token * d, *weight_norms = s->weight_norms, *weight_errors = s->weight_errors;
+    float *lower = scratch->lower, *upper = scratch->upper;
+    const float x_norm = s->x_norms[token], x_error = s->x_errors[token];
+    /* Accumulating d products in float32, generously: each sum rounds twice. */
+    const float accumulation = (float)d * 2.4e-7f * (x_norm + x_error);
+    for (int64_t j = 0; j < n; j++) {
+        float value = widened(approximate[j]), both = weight_norms[j] + weight_errors[j];
+        float bound = (x_error + accumulation) * both + x_norm * weight_errors[j] + ROUNDING * fabsf(value) + 1e-30f;
+        lower[j] = value - SLACK * bound;
+        upper[j] = value + SLACK * bound;
+    }
+    if (s->bias != NULL)
+        for (int64_t j = 0; j < n; j++) {
+            /* Adding the bias rounds once more, here and in the exact logit. */
+            float bias = s->bias[j], rounding = 2.4e-7f * (fabsf(upper[j]) + fabsf(lower[j]) + fabsf(bias));
+            lower[j] += bias - rounding;
+            upper[j] += bias + rounding;
+        }
+    Largest bounds = scratch->largest, found = scratch->largest;
+    offer_all(&bounds, lower, n);
+    prune(&bounds);
+    const float threshold = bounds.least;
+    for (int64_t i = 0; i < n; i += LANES) {
+        int64_t end = i + LANES < n ? i + LANES : n;
+        int candidates = 0;
+        for (int64_t j = i; j < end; j++) candidates |= upper[j] >= threshold;
+        if (!candidates) continue;
+        for (int64_t j = i; j < end; j++)
+            if (upper[j] >= threshold)
+                offer(&found, dot(x, s->weight + j * d, d) + (s->bias != NULL ? s->bias[j] : 0.0f), j);
+    }
+    sort_largest(&found);
+    for (int64_t i = 0; i < k; i++) {
+        s->values[token * k + i] = found.keys[i];
+        s->indices[token * k + i] = found.at[i];
+    }
+}
+
+/* screen(x, weight, bias or 0, approximate, x_norms, x_errors, weight_norms, weight_errors, values, indices, tokens,
+ * width, num_atoms, top_k, threads): the K largest logits of each token and their atoms. All norms must be finite. */
+PyObject *screen(PyObject *self, PyObject *args) {
+    int64_t p[15];
+    if (!read_integers(args, p, 15)) return NULL;
+    Screen s = {(const float *)(intptr_t)p[0], (const float *)(intptr_t)p[1], (const float *)(intptr_t)p[2],
+                (const uint16_t *)(intptr_t)p[3], (const float *)(intptr_t)p[4], (const float *)(intptr_t)p[5],
+                (const float *)(intptr_t)p[6], (const float *)(intptr_t)p[7], (float *)(intptr_t)p[8],
+                (int64_t *)(intptr_t)p[9], p[11], p[12], p[13]};
+    int64_t tokens = p[10], threads = p[14], capacity = capacity_for(s.top_k);
+    int64_t floats = 2 * s.num_atoms + capacity;
+    float *space = malloc((size_t)(threads * floats) * sizeof(float));
+    int64_t *at = malloc((size_t)(threads * capacity) * sizeof(int64_t));
+    if (space == NULL || at == NULL) {
+        free(space);
+        free(at);
+        return PyErr_NoMemory();
+    }
+    Py_BEGIN_ALLOW_THREADS
+#pragma omp parallel num_threads(threads)
+    {
+        float *own = space + THREAD * floats;
+        Largest largest = largest_in(own + 2 * s.num_atoms, at + THREAD * capacity, s.top_k);
+        Scratch scratch = {own, own + s.num_atoms, largest};
+#pragma omp for schedule(static)
+        for (int64_t token = 0; token < tokens; token++) screen_row(&s, token, &scratch);
+    }
+    Py_END_ALLOW_THREADS
+    free(space);
+    free(at);
+    Py_RETURN_NONE;
+}

@@ -1,0 +1,222 @@
+/* Selection from rows of logits, float32: top-K and the statistics of the regularisers in one pass, and its gradient. */
+#include "native.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+#ifdef _OPENMP
+#include <omp.h>
+#define THREAD omp_get_thread_num()
+#else
+#define THREAD 0
+#endif
+
+/* Rows after which single-precision sums over tokens are carried over to double precision. */
+enum { CARRY = 64 };
+
+INLINE float clamped(float value, float clamp) { return value < -clamp ? -clamp : (value > clamp ? clamp : value); }
+
+/* exp of a value <= 0, to about an ulp; below the smallest normal number it stays there. NaN stays NaN. */
+INLINE float exp_nonpositive(float x) {
+    x = x < -87.0f ? -87.0f : x;
+    /* Adding 1.5 * 2^23 rounds to an integer, which then stands in the low bits. */
+    union { float value; uint32_t bits; } shifted = {.value = x * 1.44269504f + 12582912.0f}, power;
+    float n = shifted.value - 12582912.0f;
+    float r = x - n * 0.693359375f + n * 2.12194440e-4f;
+    float p = 1.9875691500e-4f;
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    power.bits = (shifted.bits << 23) + 0x3f800000u;
+    return p * power.value;
+}
+
+INLINE void write_largest(const float *row, int64_t n, Largest largest, float *values, int64_t *at) {
+    offer_all(&largest, row, n);
+    sort_largest(&largest);
+    for (int64_t k = 0; k < largest.k; k++) {
+        at[k] = largest.at[k];
+        /* Keys of NaN are infinite. */
+        values[k] = row[at[k]];
+    }
+}
+
+typedef struct {
+    const float *logits, *weights;
+    float *values, *log_normalizer;
+    int64_t *indices;
+    int64_t num_atoms, top_k;
+    float clamp;
+} Forward;
+
+/* One token; partial collects softmax times weight. */
+VECTORIZED static void select_row(const Forward *f, int64_t token, Largest largest_values, float *exponentials,
+                                  float *partial) {
+    const int64_t n = f->num_atoms;
+    const float *row = f->logits + token * n, clamp = f->clamp;
+    int64_t *at = f->indices + token * f->top_k;
+    write_largest(row, n, largest_values, f->values + token * f->top_k, at);
+    float largest = clamped(row[at[0]], clamp);
+    double total = 0.0;
+    int64_t i = 0;
+    for (; i + BLOCK <= n; i += BLOCK) {
+        float lanes[LANES] = {0};
+        for (int j = 0; j < BLOCK; j += LANES)
+            for (int lane = 0; lane < LANES; lane++) {
+                float e = exp_nonpositive(clamped(row[i + j + lane], clamp) - largest);
+                exponentials[i + j + lane] = e;
+                lanes[lane] += e;
+            }
+        total += sum_lanes(lanes);
+    }
+    for (; i < n; i++) total += exponentials[i] = exp_nonpositive(clamped(row[i], clamp) - largest);
+    f->log_normalizer[token] = (float)(log(total) + largest);
+    float share = (float)((f->weights ? f->weights[token] : 1.0) / total);
+    for (int64_t j = 0; j < n; j++) partial[j] += exponentials[j] * share;
+}
+
+static void carry_over(float *partial, double *sums, int64_t n) {
+    for (int64_t j = 0; j < n; j++) {
+        sums[j] += partial[j];
+        partial[j] = 0.0f;
+    }
+}
+
+/* select_rows(logits, weights or 0, values, indices, log_normalizer, probability_sum, tokens, num_atoms, top_k, threads,
+ * clamp). Sums over tokens go thread by thread in a fixed order. */
+PyObject *select_rows(PyObject *self, PyObject *args) {
+    int64_t p[10];
+    float clamp;
+    if (!read_integers(args, p, 10) || !read_float(args, 10, &clamp)) return NULL;
+    int64_t tokens = p[6], n = p[7], threads = p[9];
+    Forward f = {(const float *)(intptr_t)p[0], (const float *)(intptr_t)p[1], (float *)(intptr_t)p[2],
+                 (float *)(intptr_t)p[4], (int64_t *)(intptr_t)p[3], n, p[8], clamp};
+    float *probability_sum = (float *)(intptr_t)p[5];
+    double *sums = calloc((size_t)(threads * n), sizeof(double));
+    int64_t capacity = capacity_for(f.top_k), floats = 2 * n + capacity;
+    float *scratch = calloc((size_t)(threads * floats), sizeof(float));
+    int64_t *room = malloc((size_t)(threads * capacity) * sizeof(int64_t));
+    if (sums == NULL || scratch == NULL || room == NULL) {
+        free(sums);
+        free(scratch);
+        free(room);
+        return PyErr_NoMemory();
+    }
+    Py_BEGIN_ALLOW_THREADS
+#pragma omp parallel num_threads(threads)
+    {
+        float *partial = scratch + THREAD * floats, *exponentials = partial + n;
+        Largest largest = largest_in(exponentials + n, room + THREAD * capacity, f.top_k);
+        double *own = sums + THREAD * n;
+        int64_t done = 0;
+#pragma omp for schedule(static)
+        for (int64_t token = 0; token < tokens; token++) {
+            select_row(&f, token, largest, exponentials, partial);
+            if (++done % CARRY == 0) carry_over(partial, own, n);
+        }
+        carry_over(partial, own, n);
+    }
+    for (int64_t j = 0; j < n; j++) {
+        double sum = 0.0;
+        for (int64_t thread = 0; thread < threads; thread++) sum += sums[thread * n + j];
+        probability_sum[j] = (float)sum;
+    }
+    Py_END_ALLOW_THREADS
+    free(sums);
+    free(scratch);
+    free(room);
+    Py_RETURN_NONE;
+}
+
+typedef struct {
+    const float *logits, *weights, *log_normalizer, *grad_values, *grad_log_normalizer, *grad_probability_sum;
+    const int64_t *indices;
+    float *grad;
+    int64_t num_atoms, top_k;
+    float clamp;
+} Backward;
+
+/* With p the softmax, d/dr of g . p and of h lse: p (h + w (g - g . p)); nothing passes a clamped logit. */
+VECTORIZED static void select_row_backward(const Backward *b, int64_t token) {
+    const int64_t n = b->num_atoms;
+    const float *row = b->logits + token * n, *g = b->grad_probability_sum, clamp = b->clamp;
+    float *out = b->grad + token * n, normalizer = b->log_normalizer[token];
+    double mean = 0.0;
+    int64_t i = 0;
+    for (; i + BLOCK <= n; i += BLOCK) {
+        float lanes[LANES] = {0};
+        for (int j = 0; j < BLOCK; j += LANES)
+            for (int lane = 0; lane < LANES; lane++) {
+                float difference = clamped(row[i + j + lane], clamp) - normalizer;
+                /* Rounding of the normaliser can put the largest just above 0. */
+                float e = exp_nonpositive(difference > 0.0f ? 0.0f : difference);
+                out[i + j + lane] = e;
+                lanes[lane] += e * g[i + j + lane];
+            }
+        mean += sum_lanes(lanes);
+    }
+    for (; i < n; i++) {
+        float difference = clamped(row[i], clamp) - normalizer;
+        out[i] = exp_nonpositive(difference > 0.0f ? 0.0f : difference);
+        mean += out[i] * g[i];
+    }
+    float weight = b->weights ? b->weights[token] : 1.0f;
+    float constant = b->grad_log_normalizer[token] - weight * (float)mean;
+    for (int64_t j = 0; j < n; j++) {
+        float gradient = out[j] * (constant + weight * g[j]);
+        out[j] = row[j] > clamp || row[j] < -clamp ? 0.0f : gradient;
+    }
+    for (int64_t k = 0; k < b->top_k; k++)
+        out[b->indices[token * b->top_k + k]] += b->grad_values[token * b->top_k + k];
+}
+
+/* select_rows_backward(logits, weights or 0, indices, log_normalizer, grad_values, grad_log_normalizer,
+ * grad_probability_sum, grad, tokens, num_atoms, top_k, threads, clamp). */
+PyObject *select_rows_backward(PyObject *self, PyObject *args) {
+    int64_t p[12];
+    float clamp;
+    if (!read_integers(args, p, 12) || !read_float(args, 12, &clamp)) return NULL;
+    Backward b = {(const float *)(intptr_t)p[0], (const float *)(intptr_t)p[1], (const float *)(intptr_t)p[3],
+                  (const float *)(intptr_t)p[4], (const float *)(intptr_t)p[5], (const float *)(intptr_t)p[6],
+                  (const int64_t *)(intptr_t)p[2], (float *)(intptr_t)p[7], p[9], p[10], clamp};
+    int64_t tokens = p[8], threads = p[11];
+    Py_BEGIN_ALLOW_THREADS
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t token = 0; token < tokens; token++) select_row_backward(&b, token);
+    Py_END_ALLOW_THREADS
+    Py_RETURN_NONE;
+}
+
+VECTORIZED static void largest_of_row(const float *row, int64_t n, Largest largest, float *values, int64_t *at) {
+    write_largest(row, n, largest, values, at);
+}
+
+/* largest_of_rows(logits, values, indices, tokens, num_atoms, top_k, threads). */
+PyObject *largest_of_rows(PyObject *self, PyObject *args) {
+    int64_t p[7];
+    if (!read_integers(args, p, 7)) return NULL;
+    const float *logits = (const float *)(intptr_t)p[0];
+    float *values = (float *)(intptr_t)p[1];
+    int64_t *indices = (int64_t *)(intptr_t)p[2], tokens = p[3], n = p[4], k = p[5], threads = p[6];
+    int64_t capacity = capacity_for(k);
+    float *keys = malloc((size_t)(threads * capacity) * sizeof(float));
+    int64_t *room = malloc((size_t)(threads * capacity) * sizeof(int64_t));
+    if (keys == NULL || room == NULL) {
+        free(keys);
+        free(room);
+        return PyErr_NoMemory();
+    }
+    Py_BEGIN_ALLOW_THREADS
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t t = 0; t < tokens; t++) {
+        Largest largest = largest_in(keys + THREAD * capacity, room + THREAD * capacity, k);
+        largest_of_row(logits + t * n, n, largest, values + t * k, indices + t * k);
+    }
+    Py_END_ALLOW_THREADS
+    free(keys);
+    free(room);
+    Py_RETURN_NONE;
+}

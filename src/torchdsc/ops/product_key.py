@@ -1,0 +1,91 @@
+"""Selection among the sums of two halves: M atoms scored by 2 sqrt(M) numbers.
+
+Atom ``i side + j`` has the logit ``r_ij = clamp(a_i, +-tau/2) + clamp(b_j, +-tau/2)``, and M = side^2. Top-K of the
+sums is exact from the top-K of each half, logsumexp is the sum of the halves', and softmax their product.
+"""
+
+import torch
+from torch import Tensor
+
+from .select import Selection, largest
+
+
+def select_product_key(
+    left: Tensor,
+    right: Tensor,
+    top_k: int,
+    *,
+    logit_clamp: float,
+    token_mask: Tensor | None = None,
+    statistics: bool = False,
+) -> Selection:
+    """Select each token's top-K of the side^2 sums ``left_i + right_j``, each half clamped to ``tau / 2``.
+
+    Args:
+        left: Scores a of shape (T, heads, side), float32 or float64.
+        right: Scores b of the same shape.
+        top_k: K over all heads, a multiple of their number and at most heads side^2.
+        logit_clamp: tau > 0.
+        token_mask: Optional bool of shape (T,); tokens that are False are left out of ``probability_sum``.
+        statistics: Whether to fill ``log_normalizer`` and ``probability_sum``; they are empty otherwise.
+
+    Returns:
+        The selection, differentiable in both halves, head after head: ``logits`` and ``indices`` of shape (T, K),
+        those of a head sorted; ``log_normalizer`` of shape (T, heads); ``probability_sum`` of shape (M,), the mean
+        over heads. An atom that two heads select occurs twice.
+
+    Raises:
+        ValueError: If the shapes differ, or ``top_k`` does not fit heads and atoms.
+    """
+    if left.dim() != 3 or left.shape != right.shape:
+        raise ValueError(
+            f"left and right must have one shape (T, heads, side), got {tuple(left.shape)} and {tuple(right.shape)}"
+        )
+    tokens, heads, side = left.shape
+    if top_k < heads or top_k % heads or top_k > heads * side * side:
+        raise ValueError(f"top_k must be a multiple of heads = {heads}, at most {heads} x {side}^2 atoms, got {top_k}")
+    half = logit_clamp / 2
+    values, indices = _top_sums(left, right, top_k // heads, half)
+    flat = values.reshape(tokens, top_k), indices.reshape(tokens, top_k)
+    if not statistics:
+        return Selection(*flat, left.new_empty(0), left.new_empty(0))
+    left, right = left.clamp(-half, half), right.clamp(-half, half)
+    log_left, log_right = left.logsumexp(-1, keepdim=True), right.logsumexp(-1, keepdim=True)
+    share_left, share_right = (left - log_left).exp(), (right - log_right).exp()
+    if token_mask is not None:
+        share_left = share_left * token_mask.reshape(-1, 1, 1)
+    # (9) factorises over tokens and heads: the sum of outer products of the halves' softmaxes.
+    with torch.autocast(left.device.type, enabled=False):
+        joint = share_left.reshape(-1, side).t() @ share_right.reshape(-1, side)
+    return Selection(*flat, (log_left + log_right).squeeze(-1), joint.reshape(-1) / heads)
+
+
+def _top_sums(left: Tensor, right: Tensor, top_k: int, half: float) -> tuple[Tensor, Tensor]:
+    """The K largest clamped sums of each token and head, sorted, and their atoms: two (T, heads, K)."""
+    side = left.shape[-1]
+    kept = min(top_k, side)
+    (a, at_left), (b, at_right) = _largest(left, kept), _largest(right, kept)
+    rows, columns = _candidates(top_k, kept, left.device)
+    # Adding nothing of the raw score makes a score that is not finite NaN, which clamping would hide.
+    a, b = (torch.add(score.clamp(-half, half), score, alpha=0.0) for score in (a, b))
+    values, order = (a[..., rows] + b[..., columns]).topk(top_k)
+    atoms = at_left[..., rows] * side + at_right[..., columns]
+    return values, atoms.gather(-1, order)
+
+
+def _largest(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        values, indices = scores.topk(count)
+        return values, indices
+    values, indices = largest(scores.reshape(-1, scores.shape[-1]), count)
+    return values.view(*scores.shape[:-1], count), indices.view(*scores.shape[:-1], count)
+
+
+def _candidates(top_k: int, kept: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Places (i, j) of the sorted halves that can be among the K largest sums: those with (i + 1)(j + 1) <= K.
+
+    Any other is no larger than K sums before it.
+    """
+    pairs = [(i, j) for i in range(kept) for j in range(min(kept, top_k // (i + 1)))]
+    rows, columns = torch.tensor(pairs, device=device).unbind(1)
+    return rows, columns

@@ -1,0 +1,95 @@
+"""The public function: checks its arguments, and decides how many logits are in memory at a time."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from torchdsc.ops.select import Selection, select
+
+from . import screened
+from .contract import route_forward, route_op
+
+# Bytes of logits up to which they are computed once and kept: recomputing them costs a product in the backward pass.
+KEPT_BYTES = 1 << 28
+
+
+def route(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    top_k: int,
+    logit_clamp: float = 20.0,
+    token_mask: Tensor | None = None,
+    statistics: bool = False,
+) -> Selection:
+    """Select each token's top-K atoms by the logits ``r = x weight^T + bias``, with what equations (9) and (12) need.
+
+    Equal to :func:`select` of these logits. Few logits are simply computed and kept. Beyond a quarter of a gigabyte
+    they are computed chunk by chunk and again in the backward pass, so that no T x M tensor exists. In inference on
+    a CPU that multiplies bfloat16, logits of that precision rule out the atoms that cannot be among the top-K, by a
+    bound on their errors, and the rest is compared in float32: the same selection at a third of the cost. On a GPU
+    inference runs one Triton kernel, where Triton is installed.
+
+    Args:
+        x: What the router's weight is applied to, of shape (T, d), float32 or float64.
+        weight: Shape (M, d), dtype of ``x``.
+        bias: Shape (M,), dtype of ``x``, or None.
+        top_k: K, with 1 <= K <= M.
+        logit_clamp: tau > 0; matters to the statistics alone.
+        token_mask: Optional bool of shape (T,); tokens that are False are left out of ``probability_sum``.
+        statistics: Whether to fill ``log_normalizer`` and ``probability_sum``; they are empty otherwise.
+
+    Returns:
+        The selection; differentiable in ``x``, ``weight`` and ``bias`` through all but ``indices``.
+
+    Raises:
+        ValueError: On a shape other than these, or ``top_k`` outside [1, M].
+        TypeError: If dtypes differ.
+    """
+    _check(x, weight, bias, top_k, token_mask)
+    tokens, num_atoms = x.shape[0], weight.shape[0]
+    if torch.compiler.is_compiling():
+        # A compiler fuses what surrounds the product, and sizes may be symbols that must not be tied to a range.
+        return _kept(x, weight, bias, top_k, logit_clamp, token_mask, statistics)
+    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+        if tokens * num_atoms * x.element_size() <= KEPT_BYTES:
+            return _kept(x, weight, bias, top_k, logit_clamp, token_mask, statistics)
+        weights = None if token_mask is None else token_mask.to(x.dtype)
+        return Selection(*route_op(x, weight, bias, weights, top_k, logit_clamp, statistics))
+    if not statistics and screened.applies_to(x, weight, bias, top_k):
+        found = screened.forward(x, weight, bias, top_k)
+        if found is not None:
+            return Selection(*found, x.new_empty(0), x.new_empty(0))
+    weights = None if token_mask is None else token_mask.to(x.dtype)
+    return Selection(*route_forward(x, weight, bias, weights, top_k, logit_clamp, statistics))
+
+
+def _kept(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    top_k: int,
+    logit_clamp: float,
+    token_mask: Tensor | None,
+    statistics: bool,
+) -> Selection:
+    logits = functional.linear(x, weight, bias)
+    if statistics:
+        return select(logits, top_k, logit_clamp=logit_clamp, token_mask=token_mask)
+    values, indices = logits.topk(top_k)
+    return Selection(values, indices, logits.new_empty(0), logits.new_empty(0))
+
+
+def _check(x: Tensor, weight: Tensor, bias: Tensor | None, top_k: int, token_mask: Tensor | None) -> None:
+    if x.dim() != 2 or weight.dim() != 2 or x.shape[1] != weight.shape[1]:
+        raise ValueError(f"x must have shape (T, d) and weight (M, d), got {tuple(x.shape)} and {tuple(weight.shape)}")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias must have shape ({weight.shape[0]},), got {tuple(bias.shape)}")
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None and tensor.dtype != x.dtype:
+            raise TypeError(f"{name} must have the dtype of x, {x.dtype}, got {tensor.dtype}")
+    if not 1 <= top_k <= weight.shape[0]:
+        raise ValueError(f"top_k must be in [1, num_atoms = {weight.shape[0]}], got {top_k}")
+    if token_mask is not None and token_mask.shape != x.shape[:1]:
+        raise ValueError(f"token_mask must have shape {tuple(x.shape[:1])}, got {tuple(token_mask.shape)}")

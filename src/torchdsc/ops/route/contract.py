@@ -1,0 +1,147 @@
+"""The operator ``torchdsc::route``: forward and backward chunk by chunk, with no T x M tensor between them."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from torchdsc.ops.select import largest, select_backward, select_forward
+
+# Bytes of logits in memory at a time.
+_CHUNK_BYTES = {"cpu": 1 << 25, "other": 1 << 28}
+
+
+def route_forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    weights: Tensor | None,
+    top_k: int,
+    logit_clamp: float,
+    statistics: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The fields of ``Selection``, without gradients; ``weights`` (T,) count tokens in ``probability_sum``."""
+    tokens, num_atoms = x.shape[0], weight.shape[0]
+    values, indices = x.new_empty(tokens, top_k), x.new_empty(tokens, top_k, dtype=torch.int64)
+    log_normalizer, probability_sum = x.new_empty(tokens if statistics else 0), x.new_zeros(num_atoms * statistics)
+    for rows in _chunks(x, num_atoms):
+        logits = functional.linear(x[rows], weight, bias)
+        if not statistics:
+            values[rows], indices[rows] = largest(logits, top_k)
+            continue
+        counted = None if weights is None else weights[rows]
+        found = select_forward(logits, counted, top_k, logit_clamp)
+        values[rows], indices[rows], log_normalizer[rows] = found[:3]
+        probability_sum += found[3]
+    return values, indices, log_normalizer, probability_sum
+
+
+@torch.library.custom_op("torchdsc::route", mutates_args=())
+def route_op(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    weights: Tensor | None,
+    top_k: int,
+    logit_clamp: float,
+    statistics: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """:func:`route_forward` with gradients."""
+    with torch.autocast(x.device.type, enabled=False):
+        return route_forward(x, weight, bias, weights, top_k, logit_clamp, statistics)
+
+
+@route_op.register_fake
+def _(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    weights: Tensor | None,
+    top_k: int,
+    logit_clamp: float,
+    statistics: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    tokens = x.shape[0]
+    return (
+        x.new_empty(tokens, top_k),
+        x.new_empty(tokens, top_k, dtype=torch.int64),
+        x.new_empty(tokens if statistics else 0),
+        x.new_empty(weight.shape[0] if statistics else 0),
+    )
+
+
+@torch.library.custom_op("torchdsc::route_backward", mutates_args=())
+def route_backward_op(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    weights: Tensor | None,
+    indices: Tensor,
+    log_normalizer: Tensor,
+    grad_values: Tensor,
+    grad_log_normalizer: Tensor,
+    grad_probability_sum: Tensor,
+    logit_clamp: float,
+    statistics: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, weight and bias (empty without one), from logits that are computed again."""
+    dx, dweight = torch.empty_like(x), torch.zeros_like(weight, memory_format=torch.contiguous_format)
+    dbias = x.new_zeros(0 if bias is None else weight.shape[0])
+    with torch.autocast(x.device.type, enabled=False):
+        for rows in _chunks(x, weight.shape[0]):
+            if statistics:
+                logits = functional.linear(x[rows], weight, bias)
+                counted = None if weights is None else weights[rows]
+                gradients = grad_values[rows], grad_log_normalizer[rows], grad_probability_sum
+                grad = select_backward(logits, counted, indices[rows], log_normalizer[rows], *gradients, logit_clamp)
+            else:
+                grad = x.new_zeros(grad_values[rows].shape[0], weight.shape[0])
+                grad.scatter_(1, indices[rows], grad_values[rows])
+            torch.mm(grad, weight, out=dx[rows])
+            dweight.addmm_(grad.t(), x[rows])
+            if bias is not None:
+                dbias += grad.sum(0)
+    return dx, dweight, dbias
+
+
+@route_backward_op.register_fake
+def _(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    weights: Tensor | None,
+    indices: Tensor,
+    log_normalizer: Tensor,
+    grad_values: Tensor,
+    grad_log_normalizer: Tensor,
+    grad_probability_sum: Tensor,
+    logit_clamp: float,
+    statistics: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dweight = torch.empty_like(weight, memory_format=torch.contiguous_format)
+    return torch.empty_like(x), dweight, x.new_empty(0 if bias is None else weight.shape[0])
+
+
+def _chunks(x: Tensor, num_atoms: int) -> list[slice]:
+    budget = _CHUNK_BYTES["cpu" if x.device.type == "cpu" else "other"]
+    size = max(1, budget // (num_atoms * x.element_size()))
+    return [slice(start, min(start + size, x.shape[0])) for start in range(0, x.shape[0], size)]
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, weight, bias, weights, _, ctx.logit_clamp, ctx.statistics = inputs
+    _, indices, log_normalizer, _ = output
+    ctx.mark_non_differentiable(indices)
+    ctx.save_for_backward(x, weight, bias, weights, indices, log_normalizer)
+
+
+def _backward(
+    ctx: Any, grad_values: Tensor, _: Tensor | None, grad_log_normalizer: Tensor, grad_probability_sum: Tensor
+) -> tuple[Tensor | None, ...]:
+    gradients = grad_values, grad_log_normalizer, grad_probability_sum
+    dx, dweight, dbias = route_backward_op(*ctx.saved_tensors, *gradients, ctx.logit_clamp, ctx.statistics)
+    return dx, dweight, dbias if ctx.saved_tensors[2] is not None else None, None, None, None, None
+
+
+route_op.register_autograd(_backward, setup_context=_setup_context)
