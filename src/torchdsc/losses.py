@@ -127,12 +127,13 @@ def frame_loss(bank: BasisBank, eps: float = 1e-6, *, normalized: bool = False, 
     pairs, scale = bank.num_atoms * (bank.num_atoms - 1), 1.0
     u: Tensor = bank.u
     v: Tensor = bank.v
-    if samples is not None and samples < bank.num_atoms:
+    if samples is not None and (samples < bank.num_atoms or bank.sparse_gradients):
+        samples = min(samples, bank.num_atoms)
         drawn = torch.randperm(bank.num_atoms, device=u.device)[:samples]
         u, v, _ = bank.rows(drawn)
         if u is bank.u:
             u, v = u[drawn], v[drawn]
-        scale = pairs / (samples * (samples - 1))
+        scale = pairs / max(1, samples * (samples - 1))
     total = (frame_potential(u, eps) + frame_potential(v, eps)) * scale
     return total / max(1, pairs) if normalized else total
 

@@ -87,6 +87,39 @@ class TestCounts:
         assert plan.params_total == sum(p.numel() for p in model.parameters())
         assert plan.params_active == count_active(model, plan.options)
 
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {"router": "low_rank", "router_rank": 32},
+            {"router": "product_key"},
+            {"router": "product_key", "router_heads": 4, "router_rank": 20},
+            {"router": "low_rank", "router_bias": True, "router_norm": "layer_affine"},
+        ],
+    )
+    @pytest.mark.parametrize("budget", [PAPER, SMALL], ids=["paper", "small"])
+    def test_routers_are_counted(self, budget, options):
+        plan = solve("dsc", budget, options=options)
+        model = build(plan, budget)
+        assert plan.params_total == sum(p.numel() for p in model.parameters()) <= budget.total
+        assert plan.params_active == count_active(model, plan.options) <= budget.active
+        step = 2 * budget.d_model * budget.n_layer
+        assert min(budget.total - plan.params_total, budget.active - plan.params_active) < step
+        assert options["router"] in plan.description
+
+    def test_product_keys_take_the_nearest_square(self):
+        plan = solve("dsc", SMALL, options={"router": "product_key"})
+        assert (plan.options["num_atoms"], plan.intermediate_size) == (484, 323)
+        assert solve("dsc", PAPER, options={"router": "product_key"}).options["num_atoms"] == 1521
+
+    def test_a_router_without_room_is_refused(self):
+        budget = Budget(SMALL.fixed + 4 * 128 * 400, SMALL.fixed + 4 * 128 * 9, 128, 4, 4096, 128)
+        with pytest.raises(
+            ValueError, match=r"must be at least .* for a router = 'low_rank' beside num_atoms = 199, got"
+        ):
+            solve("dsc", budget, options={"router": "low_rank"})
+        with pytest.raises(ValueError, match=r"total must be at least .* for num_atoms = top_k"):
+            solve("dsc", Budget(1.1e6, 1.2e6, 128, 4, 4096, 128), options={"router": "low_rank"})
+
     def test_misses_are_shares_of_the_feed_forward_budget(self):
         for plan in solve_all(SMALL):
             assert plan.miss_total == pytest.approx((plan.params_total - SMALL.total) / (SMALL.total - SMALL.fixed))

@@ -18,6 +18,7 @@ from torchdsc.lab import trainer as lab_trainer
 from torchdsc.lab import training
 from torchdsc.lab.budget import METHODS
 from torchdsc.lab.checkpoints import checkpoint_step
+from torchdsc.lab.sparse import DenseAndSparseAdam, clip_grad_norm
 from torchdsc.lab.summaries import REQUIRED_KEYS
 from torchdsc.lab.tokens import FixedWindows
 from torchdsc.lab.trainer import parameter_groups
@@ -189,6 +190,52 @@ class TestRecord:
         record = train(tmp_path, method="dense", learning_rate=1e30)
         assert not math.isfinite(record["val_loss_final"])
         assert not math.isfinite(record["train_curve"][-1]["loss"])
+
+
+SPARSE = {"router": "product_key", "router_rank": 8, "sparse_gradients": True, "frame_samples": 8}
+
+
+class TestSparseBanks:
+    """Banks with row-sparse gradients through Trainer: their optimizer, clipping, checkpoints."""
+
+    def changes(self, **options):
+        return {"overrides": {"dsc": {"feed_forward": SPARSE | options}}}
+
+    def test_resume(self, train, tmp_path):
+        whole = tmp_path / "whole", train(tmp_path / "whole", **self.changes())
+        with pytest.raises(KeyboardInterrupt):
+            train(tmp_path / "cut", StopAt(5), **self.changes())
+        assert_same_run(tmp_path / "cut", train(tmp_path / "cut", **self.changes()), whole)
+
+    def test_first_step_is_that_of_dense_gradients(self, train, tmp_path):
+        """Adam's first step leaves rows without a gradient alone, so that the two must agree."""
+        settings = {"dropout": 0.0, "weight_decay": 0.0, "steps": 1, "warmup_steps": 0, "eval_every": 1}
+        trained = []
+        for sparse in (True, False):
+            folder = tmp_path / str(sparse)
+            options = self.changes(sparse_gradients=sparse, frame_weight=0.0)
+            train(folder, **settings, **options)
+            trained.append(weights(folder))
+        for name, weight in trained[0].items():
+            torch.testing.assert_close(weight, trained[1][name], rtol=1e-5, atol=1e-8, msg=name)
+
+    def test_norm_of_both_kinds(self):
+        model = torch.nn.ModuleList([torch.nn.Embedding(9, 3, sparse=True), torch.nn.Embedding(9, 3)])
+        model[1].load_state_dict(model[0].state_dict())
+        # Rows 2 and 2: the norm is that of their sum.
+        for embedding in model:
+            (embedding(torch.tensor([2, 2, 5])) * torch.tensor([[1.0], [2.0], [7.0]])).sum().backward()
+        both = torch.nn.utils.clip_grad_norm_([model[1].weight], 1e9)
+        norm = clip_grad_norm([model[0].weight, torch.nn.Parameter(torch.zeros(2))], 0.5)
+        torch.testing.assert_close(norm, both)
+        clipped = model[0].weight.grad.to_dense()
+        torch.testing.assert_close(clipped, model[1].weight.grad * 0.5 / norm)
+
+    def test_step_refuses_a_closure(self):
+        model = torch.nn.ModuleList([torch.nn.Embedding(3, 2, sparse=True), torch.nn.Linear(2, 2)])
+        groups = [{"params": list(module.parameters()), "lr": 0.1} for module in model]
+        with pytest.raises(ValueError, match="closure must be None"):
+            DenseAndSparseAdam(groups[1:], groups[:1]).step(lambda: 0.0)
 
 
 class TestResume:

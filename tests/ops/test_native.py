@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from torchdsc.ops import compose, gate, native
+from torchdsc.ops.select import largest, select_backward, select_forward
 
 pytestmark = pytest.mark.skipif(native._native is None, reason="the optional compiled part was not built")
 
@@ -51,6 +52,57 @@ def test_gate(tensor_operations, kind, clamp):
     for actual, expected in zip(run(), tensor_operations(run), strict=True):
         torch.testing.assert_close(actual, expected, rtol=2e-6, atol=1e-12, equal_nan=True)
     assert run().coefficients[1:4].isnan().all()
+
+
+@pytest.mark.parametrize("top_k", [1, 4, 16, 17, 64])
+@pytest.mark.parametrize("atoms", [64, 100, 1523])
+def test_largest(tensor_operations, top_k, atoms):
+    logits = torch.randn(50, atoms)
+    logits[3] = 1.0
+    logits[4, :70], logits[5, 7], logits[6, 9], logits[7] = torch.inf, torch.nan, -torch.inf, -torch.inf
+    logits[8] = logits[8].round()
+    values, indices = largest(logits, top_k)
+    expected = tensor_operations(lambda: largest(logits, top_k))[0]
+    assert torch.equal(values.nan_to_num(nan=5e5), expected.nan_to_num(nan=5e5))
+    assert torch.equal(logits.gather(1, indices).nan_to_num(nan=5e5), values.nan_to_num(nan=5e5))
+    assert all(len(set(row)) == top_k for row in indices.tolist())
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize(("tokens", "atoms", "top_k"), [(300, 1523, 4), (1, 64, 64), (5, 1, 1), (65, 130, 20)])
+@pytest.mark.parametrize("clamp", [20.0, 1.0])
+@pytest.mark.parametrize("masked", [False, True])
+def test_select(tensor_operations, threads, tokens, atoms, top_k, clamp, masked):
+    logits = torch.randn(tokens, atoms) * 3
+    weights = (torch.rand(tokens) > 0.4).float() if masked else None
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        found = select_forward(logits, weights, top_k, clamp)
+        gradients = torch.randn(tokens, top_k), torch.randn(tokens), torch.randn(atoms)
+        grad = select_backward(logits, weights, *found[1:3], *gradients, clamp)
+    finally:
+        torch.set_num_threads(before)
+    double = [None if t is None else t.double() for t in (logits, weights)]
+    precise = select_forward(*double, top_k, clamp)
+    expected = select_backward(*double, *precise[1:3], *(g.double() for g in gradients), clamp)
+    assert torch.equal(found[1], precise[1])
+    for actual, exact in ((found[0], precise[0]), (found[2], precise[2]), (found[3], precise[3]), (grad, expected)):
+        torch.testing.assert_close(actual.double(), exact, rtol=3e-6, atol=3e-6)
+
+
+def test_select_extremes(tensor_operations):
+    """Far below the largest, beyond any clamp, and rows that are not finite."""
+    logits = torch.zeros(5, 200)
+    logits[0, 0], logits[1], logits[2, 5], logits[3, 1], logits[4, 1] = 300.0, -300.0, torch.nan, torch.inf, -torch.inf
+    for clamp in (20.0, 1e4):
+        found, expected = (
+            select_forward(logits, None, 2, clamp),
+            tensor_operations(lambda clamp=clamp: select_forward(logits, None, 2, clamp)),
+        )
+        torch.testing.assert_close(found[2], expected[2], equal_nan=True)
+        assert found[2][2].isnan()
+        assert found[2][[0, 1, 4]].isfinite().all()
 
 
 def test_an_index_out_of_range_is_an_error():

@@ -2,11 +2,13 @@
 
 import json
 from dataclasses import asdict
+from typing import get_args
 
 from rich.console import Console
 from rich.table import Table
 
 from torchdsc.lab.budget import Budget, Plan, solve_all
+from torchdsc.nn.options import RouterKind
 
 from .parsing import command_parser
 
@@ -18,11 +20,21 @@ def run(arguments: list[str]) -> None:
     parser.add_argument("--top_k", type=int, default=4, help="K of DSC, and experts per token of Mixture-of-LoRAs")
     parser.add_argument("--rank", type=int, default=1, help="of Mixture-of-LoRAs")
     parser.add_argument("--experts_per_token", type=int, default=2, help="of MoE")
+    parser.add_argument("--router", default="linear", choices=get_args(RouterKind), help="of DSC")
+    parser.add_argument("--router_rank", type=int, help="of a low_rank or product_key router")
+    parser.add_argument("--router_heads", type=int, default=1, help="of a product_key router")
     parser.add_argument("--json", action="store_true", help="print JSON")
     options = parser.parse_args(arguments)
     sizes = ("total", "active", "d_model", "n_layer", "vocab_size", "n_positions")
     budget = Budget(**{name: options[name] for name in sizes})
-    plans = solve_all(budget, top_k=options.top_k, rank=options.rank, experts_per_token=options.experts_per_token)
+    router = {name: options[name] for name in ("router", "router_rank", "router_heads")}
+    plans = solve_all(
+        budget,
+        top_k=options.top_k,
+        rank=options.rank,
+        experts_per_token=options.experts_per_token,
+        dsc_options={} if options.router == "linear" else router,
+    )
     if options.json:
         print(json.dumps([asdict(plan) for plan in plans], indent=1))
     else:

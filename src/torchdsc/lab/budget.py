@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from math import floor, isfinite
+from math import ceil, floor, isfinite, isqrt, sqrt
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -121,7 +121,8 @@ def solve(
 
     Dense has one width and meets the total; MoE goes in steps of an expert and takes the nearest; DSC and
     Mixture-of-LoRAs meet both within 0.1 % of the feed-forward budget, where that is more than a step of their widths
-    (2 D parameters, 2 r D for experts of rank r); the plan says by how much it misses.
+    (2 D parameters, 2 r D for experts of rank r); the plan says by how much it misses. With product keys M is a square,
+    and DSC stays below both targets or next to them.
 
     Args:
         method: "dense", "moe", "mixture_of_loras" or "dsc".
@@ -157,16 +158,25 @@ def solve(
         return _solve_dense(targets)
     if method == "moe":
         return _solve_moe(targets, top_k or 2)
+    if targets.options.get("router", "linear") != "linear":
+        return _solve_router(targets, top_k or 4)
     return _solve_atoms(targets, method, top_k or 4, 1 if method == "dsc" else rank)
 
 
-def solve_all(budget: Budget, *, top_k: int = 4, rank: int = 1, experts_per_token: int = 2) -> list[Plan]:
-    """Plans of all four methods; see :func:`solve`."""
+def solve_all(
+    budget: Budget,
+    *,
+    top_k: int = 4,
+    rank: int = 1,
+    experts_per_token: int = 2,
+    dsc_options: dict[str, Any] | None = None,
+) -> list[Plan]:
+    """Plans of all four methods; see :func:`solve`. ``dsc_options`` are further options of DSC, its router say."""
     return [
         solve("dense", budget),
         solve("moe", budget, top_k=experts_per_token),
         solve("mixture_of_loras", budget, top_k=top_k, rank=rank),
-        solve("dsc", budget, top_k=top_k),
+        solve("dsc", budget, top_k=top_k, options=dsc_options),
     ]
 
 
@@ -216,7 +226,7 @@ class _Targets:
             params_active=fixed + layers * used,
             miss_total=layers * stored / self.stored - 1,
             miss_active=None if method == "dense" else layers * used / self.used - 1,
-            description=_describe(method, width, widths),
+            description=_describe(method, width, options),
         )
 
     def check_total(self, least: int, why: str) -> None:
@@ -285,6 +295,41 @@ def _solve_atoms(targets: _Targets, method: FeedForwardKind, top_k: int, rank: i
     return min((plan(*pair) for pair in _around(targets, plan, count, top_k)), key=_miss)
 
 
+def _solve_router(targets: _Targets, top_k: int) -> Plan:
+    """DSC with another router than the linear one: M follows as with it, for the router is active as a whole.
+
+    Stored less active is 2 D (M - K) whatever the router. Its own parameters are counted on the built layer.
+    """
+    unit, router = targets.unit, targets.options["router"]
+    count = (targets.stored - targets.used + 2 * top_k * unit) // (2 * unit)
+    counts = [count]
+    if router == "product_key":
+        counts = [side * side for side in (isqrt(max(0, count)), isqrt(max(0, count)) + 1)]
+    counts = [count for count in counts if count >= top_k]
+    if not counts:
+        nearest = targets.active + 2 * unit * (ceil(sqrt(top_k)) ** 2 - top_k if router == "product_key" else 0)
+        raise ValueError(f"total must be at least {nearest:,} for num_atoms = top_k, got {targets.total:,}")
+
+    def plan(count: int, width: int) -> Plan:
+        return targets.plan("dsc", width, {"num_atoms": count, "top_k": top_k})
+
+    found, missing = [], []
+    for count in counts:
+        empty = plan(count, 0)
+        room = min(targets.total - empty.params_total, targets.active - empty.params_active)
+        if room >= 0:
+            found.append(plan(count, room // (2 * unit)))
+        missing.append(empty)
+    if not found:
+        least = missing[0]
+        raise ValueError(
+            f"total and active must be at least {least.params_total:,} and {least.params_active:,} for a "
+            f"router = {router!r} beside num_atoms = {least.options['num_atoms']:,}, "
+            f"got {targets.total:,} and {targets.active:,}{targets.source}"
+        )
+    return min(found, key=_miss)
+
+
 def _around(targets: _Targets, plan: Callable[[int, int], Plan], count: int, top_k: int) -> Iterator[tuple[int, int]]:
     """Counts nearby, each with the widths between those that meet the one target and the other."""
     for nearby in range(max(top_k, count - 2), count + 3):
@@ -300,12 +345,16 @@ def _miss(plan: Plan) -> float:
 
 
 def _describe(method: FeedForwardKind, width: int, widths: dict[str, Any]) -> str:
+    router = widths.get("router", "linear")
     describe: dict[str, Callable[[], str]] = {
         "dense": lambda: f"width {width}",
         "moe": lambda: f"{widths['num_experts']} experts of {width}, top-{widths['top_k']}",
         "mixture_of_loras": lambda: (
             f"{widths['num_experts']} experts of rank {widths['rank']}, top-{widths['top_k']}, static width {width}"
         ),
-        "dsc": lambda: f"M {widths['num_atoms']}, K {widths['top_k']}, static width {width}",
+        "dsc": lambda: (
+            f"M {widths['num_atoms']}, K {widths['top_k']}, static width {width}"
+            + ("" if router == "linear" else f", {router} router")
+        ),
     }
     return describe[method]()

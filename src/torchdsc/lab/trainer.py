@@ -15,6 +15,7 @@ from torchdsc.diagnostics import LayerRouting, RoutingMonitor
 from torchdsc.nn import Router
 
 from .environment import peak_memory_bytes
+from .sparse import DenseAndSparseAdam, clip_grad_norm, sparse_parameters
 
 __all__ = ["LabTrainer", "QuietProgress", "parameter_groups"]
 
@@ -24,7 +25,7 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """The paper's groups: routers at their own rate without decay, other matrices with decay, the rest without.
 
-    Embeddings and gamma are not decayed.
+    Embeddings, gamma and banks with row-sparse gradients are not decayed; the latter are a group of their own.
 
     Args:
         model: The model.
@@ -42,12 +43,15 @@ def parameter_groups(
         raise ValueError(f"router_lr_multiplier must be > 0, got {router_lr_multiplier}")
     routers = {id(p) for module in model.modules() if isinstance(module, Router) for p in module.parameters()}
     embeddings = {id(p) for module in model.modules() if isinstance(module, nn.Embedding) for p in module.parameters()}
-    groups: dict[str, list[nn.Parameter]] = {"router": [], "decay": [], "no_decay": []}
+    sparse = sparse_parameters(model)
+    groups: dict[str, list[nn.Parameter]] = {"router": [], "decay": [], "no_decay": [], "sparse": []}
     for parameter in model.parameters():
         if not parameter.requires_grad:
             continue
         if id(parameter) in routers:
             groups["router"].append(parameter)
+        elif id(parameter) in sparse:
+            groups["sparse"].append(parameter)
         elif parameter.dim() >= 2 and id(parameter) not in embeddings:
             groups["decay"].append(parameter)
         else:
@@ -56,6 +60,7 @@ def parameter_groups(
         "router": {"lr": learning_rate * router_lr_multiplier, "weight_decay": 0.0},
         "decay": {"lr": learning_rate, "weight_decay": weight_decay},
         "no_decay": {"lr": learning_rate, "weight_decay": 0.0},
+        "sparse": {"lr": learning_rate, "weight_decay": 0.0},
     }
     return [{"params": members, **settings[name]} for name, members in groups.items() if members]
 
@@ -103,7 +108,7 @@ class LabTrainer(Trainer):
         return layers
 
     def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
-        """AdamW over the parameter groups."""
+        """AdamW over the parameter groups, and SparseAdam for banks with row-sparse gradients."""
         if self.optimizer is None:
             groups = parameter_groups(
                 self.model if model is None else model,
@@ -111,9 +116,22 @@ class LabTrainer(Trainer):
                 weight_decay=self.args.weight_decay,
                 router_lr_multiplier=self.router_lr_multiplier,
             )
-            betas = (self.args.adam_beta1, self.args.adam_beta2)
-            self.optimizer = AdamW(groups, betas=betas, eps=self.args.adam_epsilon, fused=True)
+            betas, eps = (self.args.adam_beta1, self.args.adam_beta2), self.args.adam_epsilon
+            held = sparse_parameters(self.model if model is None else model)
+            sparse = [group for group in groups if id(group["params"][0]) in held]
+            dense = [group for group in groups if id(group["params"][0]) not in held]
+            self.optimizer = (
+                DenseAndSparseAdam(dense, sparse, betas=betas, eps=eps)
+                if sparse
+                else AdamW(dense, betas=betas, eps=eps, fused=True)
+            )
         return self.optimizer
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        """Trainer's clipping, which knows dense gradients alone."""
+        if not isinstance(getattr(self.optimizer, "optimizer", self.optimizer), DenseAndSparseAdam):
+            return super()._clip_grad_norm(model)
+        return clip_grad_norm(model.parameters(), self.args.max_grad_norm)
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any

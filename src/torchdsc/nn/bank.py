@@ -58,7 +58,7 @@ class BasisBank(nn.Module):
             if atoms.is_meta:
                 continue
             precise = torch.empty_like(atoms, dtype=torch.promote_types(atoms.dtype, torch.float32))
-            nn.init.orthogonal_(precise)
+            _orthogonal(precise)
             rows, columns = atoms.shape
             atoms.copy_(precise * (self.init_norm * math.sqrt(rows / min(rows, columns))))
 
@@ -87,3 +87,17 @@ class BasisBank(nn.Module):
     def extra_repr(self) -> str:
         """Sizes, for ``print(model)``."""
         return f"num_atoms={self.num_atoms}, in_features={self.in_features}, out_features={self.out_features}"
+
+
+def _orthogonal(out: Tensor) -> None:
+    """Fill with a random matrix of orthonormal rows, or columns where there are more rows."""
+    rows, columns = out.shape
+    if rows <= 16 * columns:
+        nn.init.orthogonal_(out)
+        return
+    # Dividing by the Cholesky factor gives the same distribution as QR, in products: a tall normal matrix is far from
+    # singular, and its QR takes minutes at a million rows.
+    nn.init.normal_(out)
+    factor = torch.linalg.cholesky(out.t() @ out, upper=True)
+    identity = torch.eye(columns, dtype=out.dtype, device=out.device)
+    out.copy_(out @ torch.linalg.solve_triangular(factor, identity, upper=True))

@@ -88,6 +88,10 @@ class DSC(RoutedLayer):
                 "bank must have (num_atoms, in_features, out_features) = "
                 f"{(num_atoms, self.in_features, self.out_features)}, got {sizes}"
             )
+        if bank.sparse_gradients != self.options.sparse_gradients:
+            raise ValueError(
+                f"bank must have sparse_gradients = {self.options.sparse_gradients}, got {bank.sparse_gradients}"
+            )
         self.bank = bank
         self.router = build_router(in_features, self.options, device, dtype)
         shape = (self.out_features,) if self.options.channelwise_gamma else ()

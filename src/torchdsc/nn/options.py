@@ -91,12 +91,18 @@ class DSCOptions:
             if getattr(self, name) not in get_args(choices):
                 raise ValueError(f"{name} must be one of {get_args(choices)}, got {getattr(self, name)!r}")
         self._check_router()
+        self._check_bank()
+
+    def _check_bank(self) -> None:
+        if self.frame_samples is not None:
+            _check_int("frame_samples", self.frame_samples, 2)
+        elif self.sparse_gradients and self.frame_weight > 0:
+            raise ValueError("frame_samples must be given for sparse_gradients with frame_weight > 0, got None")
 
     def _check_router(self) -> None:
         _check_int("router_heads", self.router_heads, 1)
-        for name, least in (("router_rank", 1), ("frame_samples", 2)):
-            if getattr(self, name) is not None:
-                _check_int(name, getattr(self, name), least)
+        if self.router_rank is not None:
+            _check_int("router_rank", self.router_rank, 1)
         if self.router == "linear" and self.router_rank is not None:
             raise ValueError(f"router_rank must be None for router = 'linear', got {self.router_rank}")
         if self.router != "product_key":

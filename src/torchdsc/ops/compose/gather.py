@@ -1,4 +1,6 @@
-"""Sparse library kernels over the selected pairs: no tokens x K x d tensor is kept.
+"""Work over the selected pairs alone: no tokens x K x d tensor is kept.
+
+On a CPU the compiled function reads every selected row once. Elsewhere, and in backward passes, library kernels do it.
 
 The (T, K) selection is a sparse T x M matrix with K entries a row. The latent values are a sampled product with it,
 outputs and input gradients a weighted sum of bank rows (embedding_bag), atom gradients the transposed sparse product,
@@ -7,11 +9,12 @@ summed over segments of the pairs sorted by atom: deterministic on every device.
 
 import functools
 import warnings
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from torchdsc.ops.native import FEW_PAIRS, module_for
+from torchdsc.ops.native import FEW_PAIRS, address, module_for
 
 from .norms import pair_scale, radial
 
@@ -23,6 +26,9 @@ def forward(
     x: Tensor, u: Tensor, v: Tensor, indices: Tensor, coefficients: Tensor, eps: float | None
 ) -> tuple[Tensor, Tensor]:
     """Equation (14): y (T, d_out) in the dtype of x and the latent values (T, K)."""
+    native = module_for(x, u, v, indices, coefficients)
+    if native is not None and x.dtype == torch.float32:
+        return _forward_native(native, x, u, v, indices, coefficients, eps)
     if indices.numel() <= FEW_PAIRS:
         return _forward_few(x, u, v, indices, coefficients, eps)
     accumulated = coefficients.dtype
@@ -71,18 +77,23 @@ def backward(
     return dx.to(dtype), du.to(dtype), dv.to(dtype), latent * projected
 
 
+def _forward_native(
+    native: ModuleType, x: Tensor, u: Tensor, v: Tensor, indices: Tensor, coefficients: Tensor, eps: float | None
+) -> tuple[Tensor, Tensor]:
+    (tokens, top_k), width = indices.shape, v.shape[1]
+    y, latent = x.new_empty(tokens, width), torch.empty_like(coefficients)
+    threads = 1 if indices.numel() <= FEW_PAIRS else torch.get_num_threads()
+    sizes = tokens, top_k, u.shape[1], width, u.shape[0], threads
+    arrays = map(address, (x, u, v, indices, coefficients, y, latent))
+    native.compose(*arrays, *sizes, -1.0 if eps is None else eps)
+    return y, latent
+
+
 def _forward_few(
     x: Tensor, u: Tensor, v: Tensor, indices: Tensor, coefficients: Tensor, eps: float | None
 ) -> tuple[Tensor, Tensor]:
     # Small operations cost their call, not their work: there are as few as can be.
     tokens, top_k = indices.shape
-    native = module_for(x, u, v, indices, coefficients)
-    if native is not None and x.dtype == torch.float32:
-        y, latent = x.new_empty(tokens, v.shape[1]), torch.empty_like(coefficients)
-        addresses = [t.data_ptr() for t in (x, u, v, indices, coefficients, y, latent)]
-        sizes = tokens, top_k, u.shape[1], v.shape[1], u.shape[0]
-        native.compose(*addresses, *sizes, -1.0 if eps is None else eps)
-        return y, latent
     flat = indices.reshape(-1)
     rows_u, rows_v = u.index_select(0, flat), v.index_select(0, flat)
     dtype = coefficients.dtype

@@ -4,13 +4,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from torchdsc.ops.select import Selection, select
+from torchdsc.ops.select import Selection, largest, select
 
 from . import screened
 from .contract import route_forward, route_op
 
 # Bytes of logits up to which they are computed once and kept: recomputing them costs a product in the backward pass.
 KEPT_BYTES = 1 << 28
+# Bytes up to which they stay in cache anyway.
+_FEW_BYTES = 1 << 21
 
 
 def route(
@@ -48,19 +50,22 @@ def route(
         TypeError: If dtypes differ.
     """
     _check(x, weight, bias, top_k, token_mask)
-    tokens, num_atoms = x.shape[0], weight.shape[0]
+    arguments = x, weight, bias, top_k, logit_clamp, token_mask, statistics
     if torch.compiler.is_compiling():
         # A compiler fuses what surrounds the product, and sizes may be symbols that must not be tied to a range.
-        return _kept(x, weight, bias, top_k, logit_clamp, token_mask, statistics)
-    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
-        if tokens * num_atoms * x.element_size() <= KEPT_BYTES:
-            return _kept(x, weight, bias, top_k, logit_clamp, token_mask, statistics)
+        return _kept(*arguments)
+    num_bytes = x.shape[0] * weight.shape[0] * x.element_size()
+    if torch.is_grad_enabled():
+        if num_bytes <= KEPT_BYTES:
+            return _kept(*arguments)
         weights = None if token_mask is None else token_mask.to(x.dtype)
         return Selection(*route_op(x, weight, bias, weights, top_k, logit_clamp, statistics))
     if not statistics and screened.applies_to(x, weight, bias, top_k):
         found = screened.forward(x, weight, bias, top_k)
         if found is not None:
-            return Selection(*found, x.new_empty(0), x.new_empty(0))
+            return _without_statistics(*found)
+    if num_bytes <= _FEW_BYTES:
+        return _kept(*arguments)
     weights = None if token_mask is None else token_mask.to(x.dtype)
     return Selection(*route_forward(x, weight, bias, weights, top_k, logit_clamp, statistics))
 
@@ -77,8 +82,14 @@ def _kept(
     logits = functional.linear(x, weight, bias)
     if statistics:
         return select(logits, top_k, logit_clamp=logit_clamp, token_mask=token_mask)
-    values, indices = logits.topk(top_k)
-    return Selection(values, indices, logits.new_empty(0), logits.new_empty(0))
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return _without_statistics(*logits.topk(top_k))
+    return _without_statistics(*largest(logits, top_k))
+
+
+def _without_statistics(values: Tensor, indices: Tensor) -> Selection:
+    nothing = values.new_empty(0)
+    return Selection(values, indices, nothing, nothing)
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None, top_k: int, token_mask: Tensor | None) -> None:
