@@ -217,7 +217,8 @@ class TestSparseBanks:
             train(folder, **settings, **options)
             trained.append(weights(folder))
         for name, weight in trained[0].items():
-            torch.testing.assert_close(weight, trained[1][name], rtol=1e-5, atol=1e-8, msg=name)
+            # SparseAdam adds eps before the bias correction, AdamW after it: a few percent of a step of 4e-3.
+            torch.testing.assert_close(weight, trained[1][name], rtol=1e-5, atol=2e-4, msg=name)
 
     def test_norm_of_both_kinds(self):
         model = torch.nn.ModuleList([torch.nn.Embedding(9, 3, sparse=True), torch.nn.Embedding(9, 3)])
