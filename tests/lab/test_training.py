@@ -217,8 +217,12 @@ class TestSparseBanks:
             train(folder, **settings, **options)
             trained.append(weights(folder))
         for name, weight in trained[0].items():
-            # SparseAdam adds eps before the bias correction, AdamW after it: a few percent of a step of 4e-3.
-            torch.testing.assert_close(weight, trained[1][name], rtol=1e-5, atol=2e-4, msg=name)
+            # SparseAdam adds eps before the bias correction, AdamW after it: small gradients make shorter steps.
+            slack = 4e-3 if "bank" in name else 1e-8
+            torch.testing.assert_close(weight, trained[1][name], rtol=1e-5, atol=slack, msg=name)
+            if "bank" in name:
+                same = (weight - trained[1][name]).abs() < 1e-3
+                assert same.double().mean() > 0.9
 
     def test_norm_of_both_kinds(self):
         model = torch.nn.ModuleList([torch.nn.Embedding(9, 3, sparse=True), torch.nn.Embedding(9, 3)])
