@@ -154,6 +154,31 @@ class TestScreened:
             weight = weight * torch.logspace(-3, 3, 200).unsqueeze(1)[torch.randperm(200)]
         assert_selects_exactly(x, weight, None if bias is None else torch.randn(200) * bias, 3)
 
+    @pytest.mark.parametrize("source", ["token", "weight", "product"])
+    def test_where_bfloat16_prefers_another_atom(self, source):
+        """One kind of rounding error alone, at its worst: atom 0 is the largest, and atom 1 is at low precision."""
+        # 1.0039 rounds down to 1 and 1.0040 up to 1.0078; what else occurs is exact.
+        down, up, bias = 1.0039, 1.0040, None
+        if source == "token":
+            features, atoms = [down, up, 1.0, 0.0], [[1.0, 0.0, -1.0, 0.0], [0.0, 0.875, -0.875, 0.0]]
+        elif source == "weight":
+            features, atoms = [1.0, 1.0, 1.0, 1.0], [[down, 0.0, -1.0, 0.0], [0.0, 1.0, -1.0, 2.0**-9]]
+        else:
+            # The product is rounded before the bias is added.
+            features, atoms = [1.0, 1.0, 0.0, 0.0], [[1.0, 0.0037, 0.0, 0.0], [1.0, 0.0, 0.0, 0.0]]
+            atoms[0][1] = float(torch.tensor(atoms[0][1]).bfloat16())
+            bias = torch.full((128,), -5.0)
+            bias[:2] = torch.tensor([0.0, 0.0035])
+        x = torch.tensor(features).expand(64, 4)
+        weight = torch.full((128, 4), -4.0) * torch.tensor(features).sign()
+        weight[:2] = torch.tensor(atoms)
+        x, weight = (t.repeat_interleave(8, dim=1).contiguous() for t in (x, weight))
+        if source == "product":
+            x, weight = (t[:, ::8].contiguous() for t in (x, weight))
+        low = functional.linear(x.bfloat16(), weight.bfloat16()).float()
+        assert ((low if bias is None else low + bias).argmax(1) == 1).all(), "the case that this test is for"
+        assert (screened.forward(x, weight, bias, 1)[1] == 0).all()
+
     def test_is_what_inference_takes(self, monkeypatch):
         taken = []
         forward = screened.forward
