@@ -19,7 +19,12 @@ def recomputing(monkeypatch):
     """No logits are kept, and few are in memory at a time."""
     monkeypatch.setattr(api, "KEPT_BYTES", 0)
     monkeypatch.setattr(api, "_FEW_BYTES", 0)
-    monkeypatch.setattr(contract, "_CHUNK_BYTES", {"cpu": 8 * 40 * 16, "other": 8 * 40 * 16})
+    few_at_a_time(monkeypatch)
+
+
+def few_at_a_time(monkeypatch):
+    monkeypatch.setattr(contract, "_CHUNK_BYTES", {"cpu": 1, "other": 1})
+    monkeypatch.setattr(contract, "_CHUNK_TOKENS", 16)
 
 
 def inputs(tokens=50, width=12, atoms=40, bias=True, dtype=torch.float64):
@@ -28,13 +33,16 @@ def inputs(tokens=50, width=12, atoms=40, bias=True, dtype=torch.float64):
     return [t.requires_grad_() for t in (x, weight, *([torch.randn(atoms, dtype=dtype)] if bias else []))]
 
 
-@pytest.mark.usefixtures("recomputing")
+@pytest.mark.parametrize("kept", [False, True])
 @pytest.mark.parametrize("tokens", [0, 1, 16, 50])
 @pytest.mark.parametrize("top_k", [1, 5, 40])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("logit_clamp", [20.0, 1.5])
-def test_recomputed_logits_change_nothing(tokens, top_k, bias, masked, logit_clamp):
+def test_chunks_change_nothing(monkeypatch, kept, tokens, top_k, bias, masked, logit_clamp):
+    few_at_a_time(monkeypatch)
+    if not kept:
+        monkeypatch.setattr(api, "KEPT_BYTES", 0)
     leaves = inputs(tokens, bias=bias)
     mask = torch.rand(tokens) > 0.4 if masked else None
     settings = {"logit_clamp": logit_clamp, "token_mask": mask}
@@ -98,7 +106,7 @@ def test_which_logits_are_kept(monkeypatch):
 def test_opcheck():
     x, weight, bias = inputs(6, 5, 11, dtype=torch.float32)
     for statistics in (True, False):
-        arguments = (x, weight, bias, torch.rand(6), 3, 20.0, statistics)
+        arguments = (x, weight, bias, torch.rand(6), 3, 20.0, statistics, statistics)
         torch.library.opcheck(torch.ops.torchdsc.route.default, arguments)
 
 

@@ -27,11 +27,11 @@ def route(
 ) -> Selection:
     """Select each token's top-K atoms by the logits ``r = x weight^T + bias``, with what equations (9) and (12) need.
 
-    Equal to :func:`select` of these logits. Few logits are simply computed and kept. Beyond a quarter of a gigabyte
-    they are computed chunk by chunk and again in the backward pass, so that no T x M tensor exists. In inference on
-    a CPU that multiplies bfloat16, logits of that precision rule out the atoms that cannot be among the top-K, by a
-    bound on their errors, and the rest is compared in float32: the same selection at a third of the cost. On a GPU
-    inference runs one Triton kernel, where Triton is installed.
+    Equal to :func:`select` of these logits, which are computed chunk by chunk and worked up while in cache. For the
+    backward pass they are kept; beyond a quarter of a gigabyte they are computed again, so that no T x M tensor
+    exists. In inference on a CPU that multiplies bfloat16, logits of that precision rule out the atoms that cannot be
+    among the top-K, by a bound on their errors, and the rest is compared in float32: the same selection at a third of
+    the cost. On a GPU inference runs one Triton kernel, where Triton is installed.
 
     Args:
         x: What the router's weight is applied to, of shape (T, d), float32 or float64.
@@ -53,24 +53,23 @@ def route(
     arguments = x, weight, bias, top_k, logit_clamp, token_mask, statistics
     if torch.compiler.is_compiling():
         # A compiler fuses what surrounds the product, and sizes may be symbols that must not be tied to a range.
-        return _kept(*arguments)
+        return _whole(*arguments)
     num_bytes = x.shape[0] * weight.shape[0] * x.element_size()
+    weights = None if token_mask is None else token_mask.to(x.dtype)
     if torch.is_grad_enabled():
-        if num_bytes <= KEPT_BYTES:
-            return _kept(*arguments)
-        weights = None if token_mask is None else token_mask.to(x.dtype)
-        return Selection(*route_op(x, weight, bias, weights, top_k, logit_clamp, statistics))
+        # Without statistics the backward pass needs no logits.
+        keep = statistics and num_bytes <= KEPT_BYTES
+        return Selection(*route_op(x, weight, bias, weights, top_k, logit_clamp, statistics, keep)[:4])
     if not statistics and screened.applies_to(x, weight, bias, top_k):
         found = screened.forward(x, weight, bias, top_k)
         if found is not None:
             return _without_statistics(*found)
     if num_bytes <= _FEW_BYTES:
-        return _kept(*arguments)
-    weights = None if token_mask is None else token_mask.to(x.dtype)
-    return Selection(*route_forward(x, weight, bias, weights, top_k, logit_clamp, statistics))
+        return _whole(*arguments)
+    return Selection(*route_forward(x, weight, bias, weights, top_k, logit_clamp, statistics)[:4])
 
 
-def _kept(
+def _whole(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,

@@ -1,4 +1,7 @@
-"""The operator ``torchdsc::route``: forward and backward chunk by chunk, with no T x M tensor between them."""
+"""The operator ``torchdsc::route``: forward and backward chunk by chunk, each chunk's logits worked up while in cache.
+
+Between them the logits are kept, or computed again so that no T x M tensor exists.
+"""
 
 from typing import Any
 
@@ -8,8 +11,9 @@ from torch.nn import functional
 
 from torchdsc.ops.select import largest, select_backward, select_forward
 
-# Bytes of logits in memory at a time.
-_CHUNK_BYTES = {"cpu": 1 << 25, "other": 1 << 28}
+# Bytes of logits at a time, and the fewest tokens: smaller products do not reach a processor's rate.
+_CHUNK_BYTES = {"cpu": 1 << 22, "other": 1 << 28}
+_CHUNK_TOKENS = 1024
 
 
 def route_forward(
@@ -20,13 +24,20 @@ def route_forward(
     top_k: int,
     logit_clamp: float,
     statistics: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The fields of ``Selection``, without gradients; ``weights`` (T,) count tokens in ``probability_sum``."""
+    keep: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The fields of ``Selection``, without gradients, and the logits (T, M) where they are to be kept.
+
+    ``weights`` (T,) count tokens in ``probability_sum``.
+    """
     tokens, num_atoms = x.shape[0], weight.shape[0]
     values, indices = x.new_empty(tokens, top_k), x.new_empty(tokens, top_k, dtype=torch.int64)
     log_normalizer, probability_sum = x.new_empty(tokens if statistics else 0), x.new_zeros(num_atoms * statistics)
+    kept = x.new_empty(tokens if keep else 0, num_atoms)
     for rows in _chunks(x, num_atoms):
         logits = functional.linear(x[rows], weight, bias)
+        if keep:
+            kept[rows] = logits
         if not statistics:
             values[rows], indices[rows] = largest(logits, top_k)
             continue
@@ -34,7 +45,7 @@ def route_forward(
         found = select_forward(logits, counted, top_k, logit_clamp)
         values[rows], indices[rows], log_normalizer[rows] = found[:3]
         probability_sum += found[3]
-    return values, indices, log_normalizer, probability_sum
+    return values, indices, log_normalizer, probability_sum, kept
 
 
 @torch.library.custom_op("torchdsc::route", mutates_args=())
@@ -46,10 +57,11 @@ def route_op(
     top_k: int,
     logit_clamp: float,
     statistics: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """:func:`route_forward` with gradients."""
     with torch.autocast(x.device.type, enabled=False):
-        return route_forward(x, weight, bias, weights, top_k, logit_clamp, statistics)
+        return route_forward(x, weight, bias, weights, top_k, logit_clamp, statistics, keep)
 
 
 @route_op.register_fake
@@ -61,13 +73,15 @@ def _(
     top_k: int,
     logit_clamp: float,
     statistics: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     tokens = x.shape[0]
     return (
         x.new_empty(tokens, top_k),
         x.new_empty(tokens, top_k, dtype=torch.int64),
         x.new_empty(tokens if statistics else 0),
         x.new_empty(weight.shape[0] if statistics else 0),
+        x.new_empty(tokens if keep else 0, weight.shape[0]),
     )
 
 
@@ -79,19 +93,20 @@ def route_backward_op(
     weights: Tensor | None,
     indices: Tensor,
     log_normalizer: Tensor,
+    kept: Tensor,
     grad_values: Tensor,
     grad_log_normalizer: Tensor,
     grad_probability_sum: Tensor,
     logit_clamp: float,
     statistics: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, weight and bias (empty without one), from logits that are computed again."""
+    """Gradients of x, weight and bias (empty without one), from logits that are kept or computed again."""
     dx, dweight = torch.empty_like(x), torch.zeros_like(weight, memory_format=torch.contiguous_format)
     dbias = x.new_zeros(0 if bias is None else weight.shape[0])
     with torch.autocast(x.device.type, enabled=False):
         for rows in _chunks(x, weight.shape[0]):
             if statistics:
-                logits = functional.linear(x[rows], weight, bias)
+                logits = kept[rows] if kept.shape[0] else functional.linear(x[rows], weight, bias)
                 counted = None if weights is None else weights[rows]
                 gradients = grad_values[rows], grad_log_normalizer[rows], grad_probability_sum
                 grad = select_backward(logits, counted, indices[rows], log_normalizer[rows], *gradients, logit_clamp)
@@ -113,6 +128,7 @@ def _(
     weights: Tensor | None,
     indices: Tensor,
     log_normalizer: Tensor,
+    kept: Tensor,
     grad_values: Tensor,
     grad_log_normalizer: Tensor,
     grad_probability_sum: Tensor,
@@ -125,23 +141,30 @@ def _(
 
 def _chunks(x: Tensor, num_atoms: int) -> list[slice]:
     budget = _CHUNK_BYTES["cpu" if x.device.type == "cpu" else "other"]
-    size = max(1, budget // (num_atoms * x.element_size()))
+    size = max(_CHUNK_TOKENS, budget // (num_atoms * x.element_size()))
     return [slice(start, min(start + size, x.shape[0])) for start in range(0, x.shape[0], size)]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, weight, bias, weights, _, ctx.logit_clamp, ctx.statistics = inputs
-    _, indices, log_normalizer, _ = output
-    ctx.mark_non_differentiable(indices)
-    ctx.save_for_backward(x, weight, bias, weights, indices, log_normalizer)
+    x, weight, bias, weights, _, ctx.logit_clamp, ctx.statistics, _ = inputs
+    _, indices, log_normalizer, _, kept = output
+    ctx.mark_non_differentiable(indices, kept)
+    ctx.save_for_backward(x, weight, bias, weights, indices, log_normalizer, kept)
 
 
 def _backward(
-    ctx: Any, grad_values: Tensor, _: Tensor | None, grad_log_normalizer: Tensor, grad_probability_sum: Tensor
+    ctx: Any,
+    grad_values: Tensor,
+    _: Tensor | None,
+    grad_log_normalizer: Tensor,
+    grad_probability_sum: Tensor,
+    __: Tensor | None,
 ) -> tuple[Tensor | None, ...]:
     gradients = grad_values, grad_log_normalizer, grad_probability_sum
-    dx, dweight, dbias = route_backward_op(*ctx.saved_tensors, *gradients, ctx.logit_clamp, ctx.statistics)
-    return dx, dweight, dbias if ctx.saved_tensors[2] is not None else None, None, None, None, None
+    # Once: under checkpointing each access recomputes.
+    saved = ctx.saved_tensors
+    dx, dweight, dbias = route_backward_op(*saved, *gradients, ctx.logit_clamp, ctx.statistics)
+    return dx, dweight, None if saved[2] is None else dbias, None, None, None, None, None
 
 
 route_op.register_autograd(_backward, setup_context=_setup_context)
