@@ -15,7 +15,7 @@ def require_triton(device: torch.device) -> None:
         ImportError: If triton is not installed, or does not import.
         RuntimeError: If ``device`` is the CPU and triton does not interpret its kernels.
     """
-    if not _interprets() and device.type == "cpu":
+    if not interprets() and device.type == "cpu":
         raise RuntimeError(
             "impl='triton' runs on a GPU, got tensors on the CPU; use 'auto', 'gather' or 'dense', or set "
             "TRITON_INTERPRET=1 before the first import of triton to have its kernels interpreted, slowly"
@@ -23,7 +23,12 @@ def require_triton(device: torch.device) -> None:
 
 
 @functools.cache
-def _interprets() -> bool:
+def interprets() -> bool:
+    """Whether kernels are interpreted on the CPU rather than compiled.
+
+    Raises:
+        ImportError: If triton is not installed, or does not import.
+    """
     try:
         import triton
         import triton.language

@@ -63,8 +63,8 @@ def backward(
             *_strided(grad, u, v, indices, coefficients, latent), norms_u, norms_v,
             *_strided(dx, dcoefficients), pairs, indices.numel(), u.shape[1], v.shape[1], **options,
         )  # fmt: skip
-        ordered, order = torch.sort(indices.reshape(-1), stable=True)
-        offsets = torch.searchsorted(ordered, torch.arange(u.shape[0] + 1, device=u.device))
+        ordered, order = _by_atom(indices, u.shape[0])
+        offsets = torch.searchsorted(ordered, torch.arange(u.shape[0] + 1, dtype=ordered.dtype, device=u.device))
         segments = ordered, order, offsets, top_k, options["NORMS"]
         du = _atom_gradient(kernels, u, x, pairs[0], pairs[2], *segments)
         dv = _atom_gradient(kernels, v, grad, pairs[1], pairs[3], *segments)
@@ -100,6 +100,12 @@ def _atom_gradient(
         order, offsets, weights, along, *_strided(tokens, bank), cells, *_strided(out), width, **options
     )
     return out
+
+
+def _by_atom(indices: Tensor, num_atoms: int) -> tuple[Tensor, Tensor]:
+    """The flattened indices in ascending order, and the pairs they belong to; a radix sort takes time by the byte."""
+    flat = indices.reshape(-1)
+    return torch.sort(flat.to(torch.int32) if num_atoms < 2**31 else flat, stable=True)
 
 
 def _kernels(x: Tensor) -> ModuleType:

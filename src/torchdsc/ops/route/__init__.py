@@ -1,0 +1,1 @@
+"""Routing in one operation: logits, their top-K and the statistics of the regularisers, by several implementations."""
