@@ -1,8 +1,10 @@
 """Whether Triton kernels can run here. Asked when they are called for, so that nothing else needs triton."""
 
 import functools
+from contextlib import AbstractContextManager
 
 import torch
+from torch import Tensor
 
 
 def require_triton(device: torch.device) -> None:
@@ -36,6 +38,12 @@ def interprets() -> bool:
         raise ImportError(f"impl='triton' needs triton: pip install 'torchdsc[triton]' ({error})") from error
     # Its own functions were compiled or interpreted when it was imported, and ours have to go the same way.
     return not isinstance(triton.language.sum, triton.JITFunction)
+
+
+def device_of(tensor: Tensor) -> AbstractContextManager[None]:
+    """Where kernels are launched: on the tensor's GPU, whichever is the current one."""
+    context: AbstractContextManager[None] = torch.cuda.device_of(tensor)  # type: ignore[no-untyped-call]
+    return context
 
 
 def power_of_two(n: int) -> int:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchdsc.ops.triton_runtime import power_of_two, require_triton
+from torchdsc.ops.triton_runtime import device_of, power_of_two, require_triton
 
 # Elements of a tile of gathered rows: what four warps hold in registers beside their sums.
 _TILE = 4096
@@ -33,7 +33,7 @@ def forward(
     options["NORMS"], norms_u, norms_v = _norms(kernels, u, v, indices, coefficients.dtype, eps)
     # One block of K stays in registers; more go through memory.
     weights = latent if top_k <= options["BLOCK_K"] else coefficients.new_empty(tokens, top_k)
-    with torch.cuda.device_of(x):
+    with device_of(x):
         kernels.forward_kernel[(tokens,)](
             *_strided(x, u, v, indices, coefficients), norms_u, norms_v,
             *_strided(y, latent), weights, u.shape[1], v.shape[1], **options,
@@ -58,7 +58,7 @@ def backward(
     pairs = coefficients.new_empty(4, tokens, top_k)
     options = _token_options(u, v, top_k, eps)
     options["NORMS"], norms_u, norms_v = _norms(kernels, u, v, indices, coefficients.dtype, eps)
-    with torch.cuda.device_of(x):
+    with device_of(x):
         kernels.backward_kernel[(tokens,)](
             *_strided(grad, u, v, indices, coefficients, latent), norms_u, norms_v,
             *_strided(dx, dcoefficients), pairs, indices.numel(), u.shape[1], v.shape[1], **options,

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchdsc.ops.triton_runtime import interprets, power_of_two, require_triton
+from torchdsc.ops.triton_runtime import device_of, interprets, power_of_two, require_triton
 
 # The best so far of a block of tokens stay in registers.
 LARGEST_TOP_K = 64
@@ -66,7 +66,7 @@ def forward(
     narrow = x.dtype == weight.dtype and x.dtype in halves
     blocks = _blocks(tokens, num_atoms, width, max(x.element_size(), weight.element_size()))
     options = {"K": top_k, "STATISTICS": need_statistics, "NARROW": narrow, "BLOCK_K": power_of_two(top_k)}
-    with torch.cuda.device_of(x):
+    with device_of(x):
         kernels.select_kernel[(-(-tokens // blocks["BLOCK_T"]),)](
             *inputs, values, indices, log_normalizer, tokens, num_atoms, width, logit_clamp, **options, **blocks
         )
