@@ -190,7 +190,7 @@ def test_autocast_changes_nothing(impl):
 
 @pytest.mark.parametrize("impl", ["gather", TRITON])
 def test_deterministic(impl):
-    inputs = make_inputs(few(impl, 500, 40), few(impl, 30, 3), 4, 16, 16, dtype=torch.float32, impl=impl)
+    inputs = make_inputs(few(impl, 500, 15), few(impl, 30, 3), 4, 16, 16, dtype=torch.float32, impl=impl)
     first = output_and_gradients(lambda *a: compose(*a, impl=impl), inputs)
     second = output_and_gradients(lambda *a: compose(*a, impl=impl), inputs)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))

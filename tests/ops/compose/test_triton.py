@@ -49,7 +49,7 @@ def small_blocks(monkeypatch):
 
 
 @pytest.mark.parametrize("eps", [1e-6, None, 3.3], ids=["unit", "raw", "around-eps"])
-@pytest.mark.parametrize("shape", [(20, 3, 5, 19, 11), (3, 16, 5, 9, 18)], ids=["bank-norms", "row-norms"])
+@pytest.mark.parametrize("shape", [(12, 3, 5, 9, 11), (3, 16, 5, 9, 18)], ids=["bank-norms", "row-norms"])
 def test_several_blocks_of_everything(small_blocks, shape, eps):
     assert_equals_reference(make_inputs(*shape), 1e-14, eps)
 
