@@ -68,11 +68,18 @@ def test_hot_atoms(small_blocks, pairs):
 @pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
 @pytest.mark.parametrize("top_k", [3, 20])
 def test_lanes_beyond_the_selection_add_nothing(top_k):
-    # An infinite feature that no selected atom sees: times 0 it would be NaN.
+    # Infinities, of the token and of its output's gradient, that come to NaN if anything is multiplied by 0.
     x, u, v, indices, coefficients = (t.detach() for t in make_inputs(2, 30, top_k, 4, 4))
     x[0, 0] = torch.inf
+    x.requires_grad_()
     y = compose(x, u.abs() + 0.1, v.abs() + 0.1, indices, coefficients + 0.1, impl="triton")
     assert (y[0] == torch.inf).all()
+    assert y[1].isfinite().all()
+    grad = torch.ones_like(y)
+    grad[0, 0] = torch.inf
+    (dx,) = torch.autograd.grad(y, x, grad)
+    assert (dx[0] == torch.inf).all()
+    assert dx[1].isfinite().all()
 
 
 def test_no_features():

@@ -106,11 +106,14 @@ def test_a_bad_token_spoils_only_its_own_row():
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
+@pytest.mark.parametrize("sign", [1.0, -1.0])
 @pytest.mark.parametrize("place", [0, 66])
-def test_not_finite_logits(place):
+def test_not_finite_logits(place, sign):
     # The logits are the bias. In the order of topk: NaN, then infinity, zeros of either sign, negative infinity last.
     bias = torch.linspace(-9, -1, 70)
-    bias[[place, 20, 21, 22, 23]] = torch.tensor([torch.nan, torch.inf, 0.0, -0.0, -torch.inf])
+    # A NaN has a sign, which says nothing of its place: processors make negative ones.
+    nan = torch.tensor(torch.nan).copysign(torch.tensor(sign)).item()
+    bias[[place, 20, 21, 22, 23]] = torch.tensor([nan, torch.inf, 0.0, -0.0, -torch.inf])
     x, weight = torch.zeros(3, 5, device=DEVICE), torch.zeros(70, 5, device=DEVICE)
     values, indices, *_ = implementation.forward(x, weight, bias.to(DEVICE), None, 5, 20.0, False)
     assert indices[:, :2].tolist() == [[place, 20]] * 3
