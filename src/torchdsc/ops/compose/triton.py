@@ -55,13 +55,13 @@ def backward(
     kernels = _kernels(x)
     tokens, top_k = indices.shape
     dx, dcoefficients = torch.empty_like(x), torch.empty_like(coefficients)
-    pairs = coefficients.new_empty(4, tokens, top_k)
+    pairs = coefficients.new_empty(4, tokens, top_k).unbind()
     options = _token_options(u, v, top_k, eps)
     options["NORMS"], norms_u, norms_v = _norms(kernels, u, v, indices, coefficients.dtype, eps)
     with device_of(x):
         kernels.backward_kernel[(tokens,)](
             *_strided(grad, u, v, indices, coefficients, latent), norms_u, norms_v,
-            *_strided(dx, dcoefficients), pairs, indices.numel(), u.shape[1], v.shape[1], **options,
+            *_strided(dx, dcoefficients), *pairs, u.shape[1], v.shape[1], **options,
         )  # fmt: skip
         ordered, order = _by_atom(indices, u.shape[0])
         offsets = torch.searchsorted(ordered, torch.arange(u.shape[0] + 1, dtype=ordered.dtype, device=u.device))
@@ -81,7 +81,7 @@ def _atom_gradient(
     order: Tensor,
     offsets: Tensor,
     top_k: int,
-    norms: Any,
+    norms: int,
 ) -> Tensor:
     """``sum_(t,k -> j) (weights_tk tokens_t - along_tk bank_j)`` of shape (M, d) and the bank's dtype."""
     num_atoms, width = bank.shape
@@ -123,14 +123,14 @@ def _token_options(u: Tensor, v: Tensor, top_k: int, eps: float | None) -> dict[
 
 def _norms(
     kernels: ModuleType, u: Tensor, v: Tensor, indices: Tensor, dtype: torch.dtype, eps: float | None
-) -> tuple[Any, Tensor | None, Tensor | None]:
+) -> tuple[int, Tensor | None, Tensor | None]:
     """Where the kernels take norms from, and those of the bank where it has no more atoms than there are pairs."""
     if eps is None:
-        return kernels.RAW, None, None
+        return kernels.RAW.value, None, None
     if indices.numel() < u.shape[0]:
-        return kernels.FROM_ROWS, None, None
+        return kernels.FROM_ROWS.value, None, None
     norms_u, norms_v = (torch.linalg.vector_norm(t, dim=1, dtype=dtype) for t in (u, v))
-    return kernels.FROM_BANK, norms_u, norms_v
+    return kernels.FROM_BANK.value, norms_u, norms_v
 
 
 def _strided(*tensors: Tensor) -> list[Any]:

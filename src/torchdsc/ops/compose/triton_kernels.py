@@ -54,12 +54,19 @@ def _scale(squares, norms, atoms, in_k, EPS: tl.constexpr, NORMS: tl.constexpr):
     scale = tl.full(squares.shape, 1.0, squares.dtype)
     along = tl.zeros(squares.shape, squares.dtype)
     if NORMS != RAW:
-        if NORMS == FROM_ROWS:
+        if NORMS == FROM_BANK:
+            norm = tl.load(norms + atoms, mask=in_k, other=1.0)
+        elif squares.dtype == tl.float64:
             norm = tl.sqrt(squares)
         else:
-            norm = tl.load(norms + atoms, mask=in_k, other=1.0)
+            norm = tl.sqrt_rn(squares)
         eps = tl.full(squares.shape, EPS, squares.dtype)
-        scale = 1.0 / tl.where(norm > eps, norm, eps)
+        divisor = tl.where(norm > eps, norm, eps)
+        # Float32 operators are approximate on a GPU, and these few are no cost.
+        if squares.dtype == tl.float64:
+            scale = 1.0 / divisor
+        else:
+            scale = tl.div_rn(scale, divisor)
         along = tl.where(norm > eps, scale * scale, 0.0)
     return scale, along
 
@@ -123,14 +130,15 @@ def forward_kernel(
 @triton.jit
 def backward_kernel(
     grad, g_t, g_d, u, u_m, u_d, v, v_m, v_d, indices, i_t, i_k, coefficients, c_t, c_k, latent, l_t, l_k,
-    norms_u, norms_v, dx, dx_t, dx_d, dcoefficients, dc_t, dc_k, pairs, num_pairs, d_in, d_out,
+    norms_u, norms_v, dx, dx_t, dx_d, dcoefficients, dc_t, dc_k,
+    weights_u, weights_v, multiples_u, multiples_v, d_in, d_out,
     K: tl.constexpr, EPS: tl.constexpr, NORMS: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_IN: tl.constexpr, BLOCK_OUT: tl.constexpr,
 ):  # fmt: skip
     """One token: gradients of x and the coefficients, and what its pairs add to those of the banks.
 
-    ``pairs`` is four arrays of T K: weights of x in u's gradient and of y's gradient in v's, then the multiples of
-    the atoms' own rows that dividing by the norm takes away from either.
+    That is, the weights of x in u's gradient and of y's gradient in v's, and the multiples of the atoms' own rows
+    that dividing by the norm takes away from either.
     """
     token = tl.program_id(0).to(tl.int64)
     dtype: tl.constexpr = coefficients.dtype.element_ty
@@ -149,16 +157,16 @@ def backward_kernel(
         scale_u, along_u = _scale(squares, norms_u, atoms, in_k, EPS, NORMS)
         common = z * projected * value
         weight = tl.where(in_k, z * projected * scale_u, 0.0)
-        at = pairs + token * K + k
-        tl.store(at, weight, mask=in_k)
-        tl.store(at + num_pairs, z * value * scale_v, mask=in_k)
+        pair = token * K + k
+        tl.store(weights_u + pair, weight, mask=in_k)
+        tl.store(weights_v + pair, z * value * scale_v, mask=in_k)
         if NORMS != RAW:
-            tl.store(at + 2 * num_pairs, common * along_u, mask=in_k)
-            tl.store(at + 3 * num_pairs, common * along_v, mask=in_k)
+            tl.store(multiples_u + pair, common * along_u, mask=in_k)
+            tl.store(multiples_v + pair, common * along_v, mask=in_k)
     if K > BLOCK_K:
         tl.debug_barrier()
     _weighted_rows(
-        dx + token * dx_t, dx_d, u, u_m, u_d, indices + token * i_t, i_k, pairs + token * K, weight, d_in,
+        dx + token * dx_t, dx_d, u, u_m, u_d, indices + token * i_t, i_k, weights_u + token * K, weight, d_in,
         K, BLOCK_K, BLOCK_IN,
     )  # fmt: skip
 
