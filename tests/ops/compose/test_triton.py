@@ -90,7 +90,7 @@ def test_no_features():
 
 
 @pytest.mark.slow
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(
     tokens=st.integers(1, 4),
     atoms=st.integers(1, 6),
