@@ -7,6 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
+# Triton decides on its first import whether its kernels are compiled or interpreted.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 ROOT = Path(__file__).resolve().parent.parent
 
 # Seconds that the tests marked slow (compile, several processes, properties) may take together, summed over workers.
@@ -26,6 +30,12 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no real files at {folder}: set TORCHDSC_DATA")
     return folder
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip what needs an accelerator where there is none."""
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
 
 
 @pytest.hookimpl(hookwrapper=True)

@@ -302,9 +302,14 @@ def test_wrong_options(options, error, match):
         DSC(6, **(SIZES | options))
 
 
-def test_triton_is_refused_by_name():
-    with pytest.raises(NotImplementedError, match="triton"):
-        DSC(6, **SIZES, impl="triton")(torch.randn(2, 6))
+def test_triton_is_taken_by_name():
+    pytest.importorskip("triton")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    layer = make_layer(impl="triton").to(device)
+    other = make_layer(impl="gather").to(device)
+    other.load_state_dict(layer.state_dict())
+    x = torch.randn(2, 6, dtype=torch.float64, device=device)
+    torch.testing.assert_close(layer(x), other(x))
 
 
 def test_wrong_inputs():

@@ -42,7 +42,9 @@ def compose(
     Raises:
         ValueError: On a shape, index dtype, ``eps`` or ``impl`` other than the above.
         TypeError: If ``x``, ``u`` and ``v`` are not of one floating dtype.
-        NotImplementedError: If ``impl`` names an implementation that is not available here.
+        ImportError: If ``impl`` is "triton" and triton is missing or does not import.
+        RuntimeError: If ``impl`` is "triton" and ``x`` is on the CPU, unless TRITON_INTERPRET=1 was set before triton
+            was first imported.
     """
     _check_shapes(x, u, v, indices, coefficients)
     _check_dtypes(x, u, v, indices)
@@ -50,8 +52,6 @@ def compose(
         raise ValueError(f"eps must be > 0 or None, got {eps}")
     if impl != "auto" and impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl must be one of {('auto', *IMPLEMENTATIONS)}, got {impl!r}")
-    if impl == "triton":
-        raise NotImplementedError("impl='triton' is not available in this version; use 'auto', 'gather' or 'dense'")
     accumulated = x.dtype if x.dtype in (torch.float32, torch.float64) else torch.float32
     if coefficients.dtype != accumulated:
         coefficients = coefficients.to(accumulated)

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import dense, gather, reference
+from . import dense, gather, reference, triton
 from .crossover import choose_implementation
 
 # An implementation is two functions over flat tensors: x (T, d_in), u (M, d_in), v (M, d_out), indices (T, K) and
@@ -16,11 +16,13 @@ _FORWARD: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
     "reference": reference.forward,
     "gather": gather.forward,
     "dense": dense.forward,
+    "triton": triton.forward,
 }
 _BACKWARD: dict[str, Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]] = {
     "reference": reference.backward,
     "gather": gather.backward,
     "dense": dense.backward,
+    "triton": triton.backward,
 }
 
 

@@ -1,0 +1,51 @@
+"""Whether Triton kernels can run here. Asked when they are called for, so that nothing else needs triton."""
+
+import functools
+from contextlib import AbstractContextManager
+
+import torch
+from torch import Tensor
+
+
+def require_triton(device: torch.device) -> None:
+    """Refuse, with what to do about it, where Triton kernels cannot run.
+
+    Args:
+        device: Where the tensors are that a kernel would be given.
+
+    Raises:
+        ImportError: If triton is not installed, or does not import.
+        RuntimeError: If ``device`` is the CPU and triton does not interpret its kernels.
+    """
+    if not interprets() and device.type == "cpu":
+        raise RuntimeError(
+            "impl='triton' runs on a GPU, got tensors on the CPU; use 'auto', 'gather' or 'dense', or set "
+            "TRITON_INTERPRET=1 before the first import of triton to have its kernels interpreted, slowly"
+        )
+
+
+@functools.cache
+def interprets() -> bool:
+    """Whether kernels are interpreted on the CPU rather than compiled.
+
+    Raises:
+        ImportError: If triton is not installed, or does not import.
+    """
+    try:
+        import triton
+        import triton.language
+    except Exception as error:  # A broken installation fails in ways of its own.
+        raise ImportError(f"impl='triton' needs triton: pip install 'torchdsc[triton]' ({error})") from error
+    # Its own functions were compiled or interpreted when it was imported, and ours have to go the same way.
+    return not isinstance(triton.language.sum, triton.JITFunction)
+
+
+def device_of(tensor: Tensor) -> AbstractContextManager[None]:
+    """Where kernels are launched: on the tensor's GPU, whichever is the current one."""
+    context: AbstractContextManager[None] = torch.cuda.device_of(tensor)  # type: ignore[no-untyped-call]
+    return context
+
+
+def power_of_two(n: int) -> int:
+    """The smallest power of two that is at least ``n`` and 1: what the sides of a kernel's blocks must be."""
+    return 1 << max(0, n - 1).bit_length()
