@@ -40,6 +40,16 @@ def interprets() -> bool:
     return not isinstance(triton.language.sum, triton.JITFunction)
 
 
+@functools.cache
+def has_triton() -> bool:
+    """Whether triton is installed and imports."""
+    try:
+        interprets()
+    except ImportError:
+        return False
+    return True
+
+
 def device_of(tensor: Tensor) -> AbstractContextManager[None]:
     """Where kernels are launched: on the tensor's GPU, whichever is the current one."""
     context: AbstractContextManager[None] = torch.cuda.device_of(tensor)  # type: ignore[no-untyped-call]

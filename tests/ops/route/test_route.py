@@ -106,7 +106,7 @@ def test_which_logits_are_kept(monkeypatch):
 def test_opcheck():
     x, weight, bias = inputs(6, 5, 11, dtype=torch.float32)
     for statistics in (True, False):
-        arguments = (x, weight, bias, torch.rand(6), 3, 20.0, statistics, statistics)
+        arguments = (x, weight, bias, torch.rand(6), 3, 20.0, statistics, statistics, "chunks")
         torch.library.opcheck(torch.ops.torchdsc.route.default, arguments)
 
 

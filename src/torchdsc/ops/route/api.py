@@ -1,13 +1,19 @@
-"""The public function: checks its arguments, and decides how many logits are in memory at a time."""
+"""The public function: checks its arguments, and decides how and with how many logits in memory to select."""
+
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from torchdsc.ops.select import Selection, largest, select
+from torchdsc.ops.triton_runtime import has_triton
 
 from . import screened
 from .contract import route_forward, route_op
+from .triton import LARGEST_TOP_K
+
+Implementation = Literal["auto", "chunks", "screened", "triton"]
 
 # Bytes of logits up to which they are computed once and kept: recomputing them costs a product in the backward pass.
 KEPT_BYTES = 1 << 28
@@ -24,14 +30,18 @@ def route(
     logit_clamp: float = 20.0,
     token_mask: Tensor | None = None,
     statistics: bool = False,
+    impl: Implementation = "auto",
 ) -> Selection:
     """Select each token's top-K atoms by the logits ``r = x weight^T + bias``, with what equations (9) and (12) need.
 
-    Equal to :func:`select` of these logits, which are computed chunk by chunk and worked up while in cache. For the
-    backward pass they are kept; beyond a quarter of a gigabyte they are computed again, so that no T x M tensor
-    exists. In inference on a CPU that multiplies bfloat16, logits of that precision rule out the atoms that cannot be
-    among the top-K, by a bound on their errors, and the rest is compared in float32: the same selection at a third of
-    the cost. On a GPU inference runs one Triton kernel, where Triton is installed.
+    Equal to :func:`select` of these logits, by one of three ways:
+
+    * "chunks": computed chunk by chunk and worked up while in cache. For the backward pass logits are kept; beyond a
+      quarter of a gigabyte they are computed again, so that no T x M tensor exists.
+    * "screened": in inference on a CPU that multiplies bfloat16, logits of that precision rule out the atoms that
+      cannot be among the top-K, by a bound on their errors, and the rest is compared in float32: the same selection
+      at a third of the cost.
+    * "triton": one kernel that writes no logits, for K up to 64; the backward pass computes them again by chunks.
 
     Args:
         x: What the router's weight is applied to, of shape (T, d), float32 or float64.
@@ -41,32 +51,45 @@ def route(
         logit_clamp: tau > 0; matters to the statistics alone.
         token_mask: Optional bool of shape (T,); tokens that are False are left out of ``probability_sum``.
         statistics: Whether to fill ``log_normalizer`` and ``probability_sum``; they are empty otherwise.
+        impl: "auto" screens where that applies, takes Triton on a GPU for more logits than are kept, and chunks
+            elsewhere; any other name is used as given, or refused.
 
     Returns:
         The selection; differentiable in ``x``, ``weight`` and ``bias`` through all but ``indices``.
 
     Raises:
-        ValueError: On a shape other than these, or ``top_k`` outside [1, M].
+        ValueError: On a shape other than these, ``top_k`` outside [1, M], or an ``impl`` that does not apply.
         TypeError: If dtypes differ.
+        ImportError: If ``impl`` is "triton" and triton is missing or does not import.
+        RuntimeError: If ``impl`` is "triton" and ``x`` is on the CPU, unless kernels are interpreted there.
     """
     _check(x, weight, bias, top_k, token_mask)
+    if impl not in get_args(Implementation):
+        raise ValueError(f"impl must be one of {get_args(Implementation)}, got {impl!r}")
     arguments = x, weight, bias, top_k, logit_clamp, token_mask, statistics
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() and impl == "auto":
         # A compiler fuses what surrounds the product, and sizes may be symbols that must not be tied to a range.
         return _whole(*arguments)
-    num_bytes = x.shape[0] * weight.shape[0] * x.element_size()
-    weights = None if token_mask is None else token_mask.to(x.dtype)
-    if torch.is_grad_enabled():
-        # Without statistics the backward pass needs no logits.
-        keep = statistics and num_bytes <= KEPT_BYTES
-        return Selection(*route_op(x, weight, bias, weights, top_k, logit_clamp, statistics, keep)[:4])
-    if not statistics and screened.applies_to(x, weight, bias, top_k):
+    inference = not torch.is_grad_enabled() and not statistics
+    if impl == "screened" or (impl == "auto" and inference and screened.pays(x, weight, bias, top_k)):
+        if not inference or not screened.applies_to(x, weight, bias, top_k):
+            raise ValueError(f"impl must be another than 'screened', which needs {screened.NEEDS}, got {impl!r}")
         found = screened.forward(x, weight, bias, top_k)
         if found is not None:
             return _without_statistics(*found)
-    if num_bytes <= _FEW_BYTES:
+    num_bytes = x.shape[0] * weight.shape[0] * x.element_size()
+    if impl == "auto" and inference and num_bytes <= _FEW_BYTES:
         return _whole(*arguments)
-    return Selection(*route_forward(x, weight, bias, weights, top_k, logit_clamp, statistics)[:4])
+    weights = None if token_mask is None else token_mask.to(x.dtype)
+    way = "triton" if impl == "triton" or (impl == "auto" and _wants_triton(x, top_k, num_bytes)) else "chunks"
+    # Without statistics the backward pass needs no logits.
+    keep = way == "chunks" and torch.is_grad_enabled() and statistics and num_bytes <= KEPT_BYTES
+    run = route_op if torch.is_grad_enabled() else route_forward
+    return Selection(*run(x, weight, bias, weights, top_k, logit_clamp, statistics, keep, way)[:4])
+
+
+def _wants_triton(x: Tensor, top_k: int, num_bytes: int) -> bool:
+    return x.is_cuda and num_bytes > KEPT_BYTES and top_k <= LARGEST_TOP_K and x.dtype == torch.float32 and has_triton()
 
 
 def _whole(

@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from torchdsc.ops.select import largest, select_backward, select_forward
+
+from . import triton
 
 # Bytes of logits at a time, and the fewest tokens: smaller products do not reach a processor's rate.
 _CHUNK_BYTES = {"cpu": 1 << 22, "other": 1 << 28}
@@ -24,20 +25,22 @@ def route_forward(
     top_k: int,
     logit_clamp: float,
     statistics: bool,
-    keep: bool = False,
+    keep: bool,
+    impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The fields of ``Selection``, without gradients, and the logits (T, M) where they are to be kept.
 
-    ``weights`` (T,) count tokens in ``probability_sum``.
+    ``weights`` (T,) count tokens in ``probability_sum``; ``impl`` is "chunks" or "triton", which keeps nothing.
     """
+    if impl == "triton":
+        found = triton.forward(x, weight, bias, weights, top_k, logit_clamp, statistics)
+        return *found, x.new_empty(0, weight.shape[0])
     tokens, num_atoms = x.shape[0], weight.shape[0]
     values, indices = x.new_empty(tokens, top_k), x.new_empty(tokens, top_k, dtype=torch.int64)
     log_normalizer, probability_sum = x.new_empty(tokens if statistics else 0), x.new_zeros(num_atoms * statistics)
     kept = x.new_empty(tokens if keep else 0, num_atoms)
     for rows in _chunks(x, num_atoms):
-        logits = functional.linear(x[rows], weight, bias)
-        if keep:
-            kept[rows] = logits
+        logits = _linear(x[rows], weight, bias, kept[rows] if keep else None)
         if not statistics:
             values[rows], indices[rows] = largest(logits, top_k)
             continue
@@ -58,10 +61,11 @@ def route_op(
     logit_clamp: float,
     statistics: bool,
     keep: bool,
+    impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """:func:`route_forward` with gradients."""
     with torch.autocast(x.device.type, enabled=False):
-        return route_forward(x, weight, bias, weights, top_k, logit_clamp, statistics, keep)
+        return route_forward(x, weight, bias, weights, top_k, logit_clamp, statistics, keep, impl)
 
 
 @route_op.register_fake
@@ -74,6 +78,7 @@ def _(
     logit_clamp: float,
     statistics: bool,
     keep: bool,
+    impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     tokens = x.shape[0]
     return (
@@ -106,7 +111,7 @@ def route_backward_op(
     with torch.autocast(x.device.type, enabled=False):
         for rows in _chunks(x, weight.shape[0]):
             if statistics:
-                logits = kept[rows] if kept.shape[0] else functional.linear(x[rows], weight, bias)
+                logits = kept[rows] if kept.shape[0] else _linear(x[rows], weight, bias)
                 counted = None if weights is None else weights[rows]
                 gradients = grad_values[rows], grad_log_normalizer[rows], grad_probability_sum
                 grad = select_backward(logits, counted, indices[rows], log_normalizer[rows], *gradients, logit_clamp)
@@ -139,6 +144,12 @@ def _(
     return torch.empty_like(x), dweight, x.new_empty(0 if bias is None else weight.shape[0])
 
 
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
+    if bias is None:
+        return torch.mm(x, weight.t(), out=out)
+    return torch.addmm(bias, x, weight.t(), out=out)
+
+
 def _chunks(x: Tensor, num_atoms: int) -> list[slice]:
     budget = _CHUNK_BYTES["cpu" if x.device.type == "cpu" else "other"]
     size = max(_CHUNK_TOKENS, budget // (num_atoms * x.element_size()))
@@ -146,7 +157,7 @@ def _chunks(x: Tensor, num_atoms: int) -> list[slice]:
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, weight, bias, weights, _, ctx.logit_clamp, ctx.statistics, _ = inputs
+    x, weight, bias, weights, _, ctx.logit_clamp, ctx.statistics, *_ = inputs
     _, indices, log_normalizer, _, kept = output
     ctx.mark_non_differentiable(indices, kept)
     ctx.save_for_backward(x, weight, bias, weights, indices, log_normalizer, kept)
@@ -164,7 +175,7 @@ def _backward(
     # Once: under checkpointing each access recomputes.
     saved = ctx.saved_tensors
     dx, dweight, dbias = route_backward_op(*saved, *gradients, ctx.logit_clamp, ctx.statistics)
-    return dx, dweight, None if saved[2] is None else dbias, None, None, None, None, None
+    return dx, dweight, None if saved[2] is None else dbias, None, None, None, None, None, None
 
 
 route_op.register_autograd(_backward, setup_context=_setup_context)

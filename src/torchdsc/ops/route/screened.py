@@ -17,16 +17,23 @@ _LEAST_ATOMS_PER_SELECTED = 64
 _CHUNK = 512
 
 
+NEEDS = (
+    "inference without statistics, contiguous float32 tensors on a CPU that multiplies bfloat16, "
+    f"top_k <= {MOST_SORTED} and the compiled functions"
+)
+
+
 def applies_to(x: Tensor, weight: Tensor, bias: Tensor | None, top_k: int) -> bool:
-    """Whether this path can be taken, and pays."""
+    """Whether the tensors can be screened."""
     return (
-        x.dtype == torch.float32
-        and x.shape[0] >= _FEWEST_TOKENS
-        and top_k <= MOST_SORTED
-        and top_k * _LEAST_ATOMS_PER_SELECTED <= weight.shape[0]
-        and has_bfloat16()
-        and module_for(x, weight, bias) is not None
+        x.dtype == torch.float32 and top_k <= MOST_SORTED and has_bfloat16() and module_for(x, weight, bias) is not None
     )
+
+
+def pays(x: Tensor, weight: Tensor, bias: Tensor | None, top_k: int) -> bool:
+    """Whether they can, and that is quicker."""
+    enough = x.shape[0] >= _FEWEST_TOKENS and top_k * _LEAST_ATOMS_PER_SELECTED <= weight.shape[0]
+    return enough and applies_to(x, weight, bias, top_k)
 
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None, top_k: int) -> tuple[Tensor, Tensor] | None:
