@@ -21,7 +21,8 @@ TURNS = 5
 _ROUNDS = 7
 _NATIVE = "torchdsc/ops/_native"
 
-Values = dict[str, dict[str, float]]
+# The rows of one process, and why they end before the benchmark does, if so.
+Side = dict[str, Any]
 
 
 def compare(
@@ -48,18 +49,18 @@ def compare(
         ValueError: If ``ref`` names no commit with this library.
     """
     request = {"benchmark": benchmark, "device": settings.device, "quick": settings.quick, "rounds": rounds or _ROUNDS}
-    turns: list[dict[str, list[Row]]] = []
+    turns: list[dict[str, Side]] = []
     with worktree(child.ROOT, ref) as (folder, base_commit):
         sources = {"base": folder / "src", "current": child.imported_source()}
         native = _same_native(sources["current"], sources["base"])
         for turn in range(TURNS):
             order = ("base", "current") if turn % 2 == 0 else ("current", "base")
-            rows = {}
+            sides = {}
             for side in order:
                 progress(f"{benchmark}, turn {turn + 1} of {TURNS}: {side}")
-                answer = child.call("benchmarks.base:values", source=sources[side], tolerant=side == "base", **request)
-                rows[side] = answer
-            turns.append(rows)
+                asked = {**request, "tolerant": side == "base"}
+                sides[side] = child.call("benchmarks.base:values", asked, source=sources[side])
+            turns.append(sides)
     return {
         "schema": runner.SCHEMA,
         "benchmark": benchmark,
@@ -78,42 +79,42 @@ def compare(
     }
 
 
-def merge(turns: list[dict[str, list[Row]]]) -> list[Row]:
+def merge(turns: list[dict[str, Side]]) -> list[Row]:
     """Rows of both sides over all turns: ratios of calls that both have, and what the base lacks.
 
     Args:
-        turns: For each turn and side, "base" and "current", the rows that :func:`values` returned.
+        turns: For each turn and side, "base" and "current", what :func:`values` returned.
     """
     merged = []
-    for current in turns[0]["current"]:
-        point = current["point"]
-        # A benchmark that goes by what it measures may stop elsewhere in another turn.
-        pairs = [(_at(turn["current"], point), _at(turn["base"], point)) for turn in turns]
+    for row in turns[0]["current"]["rows"]:
         calls, missing = {}, {}
-        for name in ordered(current["values"]):
-            both = [
-                (a["values"][name], b["values"][name]) for a, b in pairs if name in a["values"] and name in b["values"]
+        for name in ordered(row["values"]):
+            # A benchmark that goes by what it measures may end elsewhere in another turn.
+            pairs = [
+                [_at(turn[side], row["point"])["values"].get(name) for side in ("current", "base")] for turn in turns
             ]
+            both = [pair for pair in pairs if None not in pair]
             if len(both) < 2:
-                reasons = [b["missing"][name] for _, b in pairs if name in b["missing"]]
-                missing[name] = reasons[0] if reasons else "not measured at this point"
+                missing[name] = _why_missing(turns[0]["base"], row["point"], name)
                 continue
-            own, other = ([pair[side] for pair in both] for side in (0, 1))
-            calls[name] = {
-                "current": median(own),
-                "base": median(other),
-                "current_over_base": runner.ratio(own, other),
-            }
-        merged.append({"point": point, "unit": current["unit"], "calls": runner.shortened(calls), "missing": missing})
+            own, other = [pair[0] for pair in both], [pair[1] for pair in both]
+            calls[name] = {"current": median(own), "base": median(other), "current_over_base": runner.ratio(own, other)}
+        found = {"point": row["point"], "unit": row["unit"], "calls": runner.shortened(calls), "missing": missing}
+        merged.append(found)
     return merged
 
 
-def _at(rows: list[Row], point: dict[str, Any]) -> Row:
+def _why_missing(base: Side, point: dict[str, Any], name: str) -> str:
+    reason: str = _at(base, point)["missing"].get(name) or base["ended"] or "not measured there"
+    return reason
+
+
+def _at(side: Side, point: dict[str, Any]) -> Row:
     nothing: Row = {"values": {}, "missing": {}}
-    return next((row for row in rows if row["point"] == point), nothing)
+    return next((row for row in side["rows"] if row["point"] == point), nothing)
 
 
-def values(*, benchmark: str, device: str, quick: bool, rounds: int, tolerant: bool) -> list[Row]:
+def values(*, benchmark: str, device: str, quick: bool, rounds: int, tolerant: bool) -> Side:
     """Median milliseconds, or bytes, of every call against the library imported here; runs in a process of its own.
 
     Args:
@@ -132,13 +133,12 @@ def values(*, benchmark: str, device: str, quick: bool, rounds: int, tolerant: b
             rows.append(measured)
             case = cases.send(measured)
     except StopIteration:
-        return rows
+        return {"rows": rows, "ended": None}
     except Exception as error:
         # Points from here on need what this library does not have.
         if not tolerant:
             raise
-        print(f"{benchmark} ends after {len(rows)} points: {_reason(error)}", file=sys.stderr)
-        return rows
+        return {"rows": rows, "ended": _reason(error)}
 
 
 def _registered(name: str) -> Benchmark:
@@ -177,7 +177,7 @@ def _weighed(case: MemoryCase) -> Row:
     measured, missing = {}, {}
     for name, step in case.steps.items():
         try:
-            measured[name] = child.call(step, **case.point)
+            measured[name] = child.call(step, case.point)
         except child.ChildError as error:
             missing[name] = str(error).strip().splitlines()[-1]
     return {"point": case.point, "unit": "bytes", "values": measured, "missing": missing}

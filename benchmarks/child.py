@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,13 @@ class ChildError(RuntimeError):
     """A fresh process ended without an answer."""
 
 
-def call(function: str, /, *, source: Path | None = None, **arguments: Any) -> Any:
+def call(function: str, arguments: Mapping[str, Any], *, source: Path | None = None) -> Any:
     """Call a function in a fresh process.
 
     Args:
         function: "module:name"; module of this checkout.
+        arguments: Its keyword arguments, as JSON allows.
         source: Folder that holds the torchdsc to import; the one imported here by default.
-        **arguments: Its keyword arguments, as JSON allows.
 
     Returns:
         What it returns, as JSON allows.
@@ -37,7 +38,7 @@ def call(function: str, /, *, source: Path | None = None, **arguments: Any) -> A
     paths = [str(source), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     with tempfile.TemporaryDirectory() as folder:
         answer = Path(folder) / "answer.json"
-        request = json.dumps({"function": function, "arguments": arguments, "source": str(source)})
+        request = json.dumps({"function": function, "arguments": dict(arguments), "source": str(source)})
         done = subprocess.run(
             [sys.executable, "-m", "benchmarks.child", request, str(answer)],
             cwd=ROOT,

@@ -1,7 +1,7 @@
 """Measures the cases of a benchmark: times in turn, memory, ratios and floors, as rows of JSON."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from statistics import quantiles
 from typing import Any
@@ -39,7 +39,8 @@ def run(
     """
     progress("copy rate and matrix-product rate")
     ceilings = measure_ceilings(settings.device)
-    rows, summary = [], None
+    rows: list[Row] = []
+    summary = None
     cases = benchmark.cases(settings)
     try:
         case = next(cases)
@@ -94,11 +95,12 @@ def _time(case: Case, settings: Settings, rounds: int | None, ceilings: Ceilings
     }
     if case.floor is not None:
         row["floor"] = {**ceilings.floor(case.floor, own.median), "per": case.per}
-    return shortened(row)
+    short: Row = shortened(row)
+    return short
 
 
 def _weigh(case: MemoryCase) -> Row:
-    measured = {name: child.call(case.steps[name], **case.point) for name in ordered(case.steps)}
+    measured = {name: child.call(case.steps[name], case.point) for name in ordered(case.steps)}
     own = measured[case.subject]
     computed = {name: dict(terms) for name, terms in case.computed.items()}
     return {
@@ -126,7 +128,7 @@ def time_calls(
     return measure_in_turn(calls, rounds=rounds, warmup=2 if seconds < 1 else 1)
 
 
-def ratio(own: list[float], other: list[float]) -> dict[str, float]:
+def ratio(own: Sequence[float], other: Sequence[float]) -> dict[str, float]:
     """Quartiles over rounds of one call's time over another's; what a round slowed for both cancels out."""
     return _spread([a / b for a, b in zip(own, other, strict=True)])
 

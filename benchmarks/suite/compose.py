@@ -35,7 +35,7 @@ def _case(width: int, atoms: int, top_k: int, tokens: int, kind: str, device: st
 
     x, u, v = random(tokens, width), random(atoms, width), random(atoms, width)
     indices, coefficients = random(tokens, atoms).topk(top_k).indices, random(tokens, top_k).abs()
-    distinct = indices.unique().numel()
+    distinct = torch.unique(indices).numel()
     implementations: dict[str, Callable[..., Tensor]] = {
         "gather": lambda *arguments: compose(*arguments, impl="gather"),
         "dense": lambda *arguments: compose(*arguments, impl="dense"),

@@ -89,10 +89,10 @@ def _cases(settings: Settings) -> Cases:
     return None
 
 
-def _models(sizes: Sizes) -> dict[str, nn.Module]:
+def _models(sizes: Sizes) -> dict[str, Any]:
     experts = {"num_experts": EXPERTS, "top_k": EXPERTS_PER_TOKEN}
 
-    def build(**options: Any) -> nn.Module:
+    def build(**options: Any) -> Any:
         return DSCGPTForCausalLM(DSCGPTConfig(**sizes.common, **options))
 
     models = {"dense": build(feed_forward="dense", intermediate_size=2611)}
@@ -114,7 +114,7 @@ def _left_out(tokens: int, width: int) -> dict[str, str]:
     return {} if reason is None else {"moe (batched_mm)": reason}
 
 
-def _prefill(model: nn.Module, ids: Tensor) -> Callable[[], object]:
+def _prefill(model: Any, ids: Tensor) -> Callable[[], object]:
     @torch.no_grad()
     def call() -> object:
         return model(ids, use_cache=False)
@@ -140,7 +140,7 @@ def _generate(model: Any, ids: Tensor, new_tokens: int) -> Callable[[], object]:
     return call
 
 
-def _floor(model: nn.Module, batch: int, tokens: int, new_tokens: int = 0) -> Floor:
+def _floor(model: Any, batch: int, tokens: int, new_tokens: int = 0) -> Floor:
     """Weights read once a pass, two operations a weight and token; attention's own products and activations left out.
 
     The embeddings count once, as the head. Of the banks only the selected rows count.
@@ -150,7 +150,7 @@ def _floor(model: nn.Module, batch: int, tokens: int, new_tokens: int = 0) -> Fl
     head = sum(p.numel() for name, p in model.named_parameters() if "embed_tokens" in name)
     blocks = sum(p.numel() for p in model.parameters()) - banks - positions - head
     if not new_tokens:
-        logits = batch * tokens * model.config.vocab_size  # type: ignore[union-attr]
+        logits = batch * tokens * model.config.vocab_size
         return Floor(FLOAT * (blocks + head + logits), 2 * batch * tokens * (blocks + head))
     # The prompt's pass gives the first new token; the head sees one position a pass.
     positions_seen = tokens + new_tokens - 1

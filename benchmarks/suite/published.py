@@ -9,12 +9,14 @@ def published_compose(x: Tensor, u: Tensor, v: Tensor, indices: Tensor, coeffici
     """Both banks normalised in each call, then tokens x K x d gathers and two einsums: (T, d)."""
     unit_u, unit_v = unit_rows(u), unit_rows(v)
     latent = torch.einsum("td,tkd->tk", x, unit_u[indices]) * coefficients
-    return torch.einsum("tk,tkd->td", latent, unit_v[indices])
+    y: Tensor = torch.einsum("tk,tkd->td", latent, unit_v[indices])
+    return y
 
 
 def unit_rows(rows: Tensor) -> Tensor:
     """Rows divided by their norms."""
-    return rows / rows.norm(dim=-1, keepdim=True).clamp_min(1e-6)
+    unit: Tensor = rows / rows.norm(dim=-1, keepdim=True).clamp_min(1e-6)
+    return unit
 
 
 class PublishedLayer(nn.Module):

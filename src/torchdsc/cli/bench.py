@@ -13,7 +13,7 @@ def run(arguments: list[str]) -> None:
     usage = "[NAMES ...] [--rounds N] [--output FOLDER] [--base COMMIT] [--quick]"
     parser = command_parser("bench", "Time what is compared in this checkout, after its tests.", usage)
     parser.add_argument("names", nargs="*", help="benchmarks (default: the usual ones), or `page` for their page")
-    parser.add_argument("--rounds", type=int | None, default=None, help="rounds of a point (default: as time allows)")
+    parser.add_argument("--rounds", type=int, default=None, help="rounds of a point (default: as time allows)")
     parser.add_argument("--output", type=str | None, default=None, help="folder of the JSON (default: the results)")
     parser.add_argument("--base", type=str | None, default=None, help="commit to compare the library with")
     parser.add_argument("--quick", action="store_true", help="a few small points, into runs/bench-quick")
