@@ -71,7 +71,10 @@ def _lines(axes: Axes, rows: Sequence[Row], size: str, names: Sequence[str], sca
     shown = []
     for name in names:
         look = LOOKS[name]
-        points = [(row["point"][size], _value(row, name)) for row in rows if _value(row, name) is not None]
+        values = [(row["point"][size], _value(row, name)) for row in rows]
+        points = [(at, value) for at, value in values if value is not None]
+        if not points:
+            continue
         axes.plot(*zip(*points, strict=True), color=look.color, linestyle=look.dashes, linewidth=2)
         axes.plot(*zip(*points, strict=True), color=look.color, linestyle="", marker=look.marker, markersize=6)
         shown += [value for _, value in points]
@@ -121,7 +124,7 @@ def _dot(axes: Axes, spread: Mapping[str, float], y: float, name: str, hollow: b
 def models(rows: Sequence[Row], name: str) -> str:
     """Milliseconds of each model at each point, as bars."""
     labels = {"dense": "Dense", "floor": "floor", "dsc": "DSC", "published": "published"}
-    names = list(ordered({**{n: 0 for row in rows for n in row["calls"]}, "floor": 0}))
+    names = ordered({"floor": 0, **{n: 0 for row in rows for n in row["calls"]}})
     height = 26 * len(names)
     figure = new_figure(760, height + 84)
     width = (760 - 130 - 40 * len(rows)) / max(1, len(rows))

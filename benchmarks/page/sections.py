@@ -19,11 +19,11 @@ INTRODUCTION = """\
 <!-- Generated from benchmarks/results by `python -m benchmarks page`. -->
 
 What is compared at a point runs in turn, round by round, in one process, after the tests of what is timed have passed.
-Times are medians over rounds. A ratio is the median over rounds of one call's time over another's in the same round, with
-quartiles in brackets: below 1 the first is the quicker. The floor is the least time that the work can take: bytes that
-have to move over the measured rate of a large copy, or operations of the matrix products over the measured rate of a
-square product, whichever is longer. Weights that stay in a cache between rounds move faster than that, so that a small
-call can fall below its floor. Each table names Dense and the floor first and the published formulation last: it
+Times are medians over rounds. A ratio is the median over rounds of one call's time over another's in the same round,
+with quartiles in brackets: below 1 the first is the quicker. The floor is the least time that the work can take: bytes
+that have to move over the measured rate of a large copy, or operations of the matrix products over the measured rate
+of a square product, whichever is longer. Weights that stay in a cache between rounds move faster than that, so that a
+small call can fall below its floor. Each table names Dense and the floor first and the published formulation last: it
 normalises both banks in each call, gathers tokens x K x d rows of each and forms M x M Gram matrices.
 
 `torchdsc bench` measures everything again and `torchdsc bench --base COMMIT` compares with another commit."""
@@ -134,11 +134,8 @@ def _memory_tables(result: Result) -> list[str]:
     tables = _with_reasons(table(headings, lines), result["rows"], "MiB. ")
     if result["rows"]:
         terms = result["rows"][-1]["computed"]["published"]["terms"]
-        tables.append(
-            "The computed figure of the last row: "
-            + ", ".join(f"{n} {mebibytes(b)}" for n, b in terms.items())
-            + " MiB."
-        )
+        listed = ", ".join(f"{name} {mebibytes(size)}" for name, size in terms.items())
+        tables.append(f"The computed figure of the last row is made up of: {listed} MiB.")
     return tables
 
 
@@ -182,9 +179,9 @@ SECTIONS = {
     "model": Section(
         "Whole models",
         "Models of the paper's sizes (d 384, 6 layers, 6 heads, vocabulary 50,304) with random weights: a forward pass "
-        "over 256 tokens without gradients, and greedy decoding of 32 tokens after a prompt of 64 through `generate()`, "
-        "whose time is given per new token with the prompt's pass in it. The published formulation is the DSC model with "
-        "its feed-forward layers replaced. The floor reads each weight in use once a pass.",
+        "over 256 tokens without gradients, and greedy decoding of 32 tokens after a prompt of 64 through "
+        "`generate()`, whose time is given per new token with the prompt's pass in it. The published formulation is "
+        "the DSC model with its feed-forward layers replaced. The floor reads each weight in use once a pass.",
         _model_tables,
         _model_figures,
     ),
@@ -198,9 +195,9 @@ SECTIONS = {
     ),
     "compose": Section(
         "The composition",
-        "`torchdsc.ops.compose` by each implementation that runs on the device, against the published gathers. One size "
-        "at a time is varied around tokens 1024, M 1523, K 4, d 384, and the largest point is added; the JSON has all "
-        "points. `dense` is the masked product over all M atoms, and `auto` is what a call gets without asking.",
+        "`torchdsc.ops.compose` by each implementation that runs on the device, against the published gathers. One "
+        "size at a time is varied around tokens 1024, M 1523, K 4, d 384, and the largest point is added; the JSON has "
+        "all points. `dense` is the masked product over all M atoms, and `auto` is what a call gets without asking.",
         _compose_tables,
         _compose_figures,
     ),
@@ -214,8 +211,9 @@ SECTIONS = {
     ),
     "select": Section(
         "Selection",
-        "`torchdsc.ops.select` takes top-K and the statistics of the regularisers in one pass over the logits; the plain "
-        "formulation clamps, takes top-K, softmax and logsumexp one after another. Top-K alone is what inference does.",
+        "`torchdsc.ops.select` takes top-K and the statistics of the regularisers in one pass over the logits; the "
+        "plain formulation clamps, takes top-K, softmax and logsumexp one after another. Top-K alone is what inference "
+        "does.",
         _select_tables,
         _select_figures,
     ),
