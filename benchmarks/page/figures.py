@@ -1,6 +1,7 @@
 """The figures of the page."""
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import cycle
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -12,6 +13,7 @@ from torchdsc.lab.figures.labels import label_ends
 from torchdsc.lab.figures.style import COLORS, FONT_SIZE, MARKERS
 
 from .canvas import FAINT, GRID, LABEL, LOOKS, PUBLISHED, legend, log_axis, method_color, new_figure, place, to_svg
+from .markdown import number
 
 COMPOSE_BASE = {"tokens": 1024, "M": 1523, "K": 4, "d": 384}
 _NEVER = 2.0
@@ -121,24 +123,24 @@ def _dot(axes: Axes, spread: Mapping[str, float], y: float, name: str, hollow: b
     axes.plot([spread["median"]], [y], color=color, marker=marker, markersize=7, markerfacecolor=fill, zorder=3)
 
 
-def models(rows: Sequence[Row], name: str) -> str:
+def models(rows: Sequence[Row], label: Callable[[str], str], name: str) -> str:
     """Milliseconds of each model at each point, as bars."""
-    labels = {"dense": "Dense", "floor": "floor", "dsc": "DSC", "published": "published"}
     names = ordered({"floor": 0, **{n: 0 for row in rows for n in row["calls"]}})
     height = 26 * len(names)
     figure = new_figure(760, height + 84)
     width = (760 - 130 - 40 * len(rows)) / max(1, len(rows))
     for index, row in enumerate(rows):
         axes = place(figure, (130 + (width + 40) * index, 36, width, height), "ms", model_title(row))
-        _categories(axes, [labels.get(n, n.replace("moe", "MoE")) for n in names] if index == 0 else [""] * len(names))
+        _categories(axes, [label(n) for n in names] if index == 0 else [""] * len(names))
         values = {n: value for n in names if (value := _value(row, n)) is not None}
         for place_, n in enumerate(names):
             if n in values:
                 axes.barh(place_, values[n], height=0.6, color=method_color(n), alpha=0.45 if n == "floor" else 1)
-                _beside(axes, values[n], place_, f"{values[n]:.3g}")
+                _beside(axes, values[n], place_, number(values[n]))
             else:
                 _beside(axes, 0, place_, "left out")
-        axes.set_xlim(0, max(values.values()) * 1.22)
+        # Room for the figure beside the longest bar.
+        axes.set_xlim(0, max(values.values()) * 1.3)
         axes.xaxis.set_major_locator(MaxNLocator(3))
     return to_svg(figure, name)
 
@@ -160,7 +162,7 @@ def memory(rows: Sequence[Row], name: str) -> str:
         for index, (_, size, color, hatched) in enumerate(group):
             style: dict[str, Any] = {"facecolor": "white", "hatch": "////"} if hatched else {"facecolor": color}
             axes.barh(index, size / 2**30, height=0.6, edgecolor=color, **style)
-            _beside(axes, size / 2**30, index, f"{size / 2**30:.3g}")
+            _beside(axes, size / 2**30, index, number(size / 2**30))
         axes.set_xlim(0, max(size for _, size, *_ in group) / 2**30 * 1.12)
         axes.xaxis.set_major_locator(MaxNLocator(5))
         top += 26 * len(group) + 88
@@ -179,7 +181,7 @@ def crossovers(points: Sequence[Mapping[str, Any]], name: str) -> str:
     log_axis(axes, "y", [*ratios_, 0.01, _NEVER])
     axes.set_yticks([0.01, 0.03, 0.1, 0.3, 1, _NEVER], ["0.01", "0.03", "0.1", "0.3", "1", "never"])
     ends = []
-    for (atoms, width), (color, marker) in zip(lines, looks, strict=False):
+    for (atoms, width), (color, marker) in zip(lines, cycle(looks), strict=False):
         own = sorted((p["tokens"], p["ratio"]) for p in points if (p["atoms"], p["width"]) == (atoms, width))
         axes.plot(*zip(*own, strict=True), color=color, marker=marker, markersize=6, linewidth=2)
         ends.append((own[-1][1], f"M {atoms}, d {width}", color))

@@ -113,7 +113,7 @@ def _model_tables(result: Result) -> list[str]:
 
 def _model_figures(result: Result) -> Figures:
     description = "Milliseconds of each model: prefill of 256 tokens at batch 1 and 8, and a new token in generate()"
-    return {"model": (figures.models(result["rows"], "model"), description)}
+    return {"model": (figures.models(result["rows"], layers.label, "model"), description)}
 
 
 def _memory_tables(result: Result) -> list[str]:

@@ -95,12 +95,11 @@ def _models(sizes: Sizes) -> dict[str, Any]:
     def build(**options: Any) -> Any:
         return DSCGPTForCausalLM(DSCGPTConfig(**sizes.common, **options))
 
-    models = {"dense": build(feed_forward="dense", intermediate_size=2611)}
+    models = {"dense": build(feed_forward="dense", intermediate_size=2611), "dsc": build(feed_forward="dsc", **_DSC)}
     for kernel in KERNELS:
         models[f"moe ({kernel})"] = build(
             feed_forward="moe", intermediate_size=EXPERT_WIDTH, feed_forward_options={**experts, "impl": kernel}
         )
-    models["dsc"] = build(feed_forward="dsc", **_DSC)
     models["published"] = build(feed_forward="dsc", **_DSC)
     for block in models["published"].model.blocks:
         block.feed_forward = _Flat(PublishedLayer(sizes.width, 1523, 4, 327))

@@ -59,7 +59,7 @@ def layer():
 
 
 def model():
-    factors = {"dense": 1.2, "moe (eager)": 1.1, "moe (grouped_mm)": 0.95, "moe (batched_mm)": 3.0, "dsc": 1}
+    factors = {"dense": 1.2, "dsc": 1, "moe (eager)": 1.1, "moe (grouped_mm)": 0.95, "moe (batched_mm)": 3.0}
     factors |= {"published": 1.6}
     prefills = [
         row(
