@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from torchdsc.lab.environment import commit, hardware, versions
+from torchdsc.lab.environment import hardware, versions
 
 from . import child, runner
 from .case import Benchmark, Case, MemoryCase, Row, Settings, ordered
@@ -67,7 +67,7 @@ def compare(
         "command": command,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "base": {"ref": ref, "commit": base_commit},
-        "commit": commit(),
+        "commit": child.source_commit(),
         "versions": versions(),
         "hardware": hardware(),
         "device": settings.device,

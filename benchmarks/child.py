@@ -60,6 +60,17 @@ def imported_source() -> Path:
     return Path(str(torchdsc.__file__)).resolve().parents[1]
 
 
+def source_commit() -> str:
+    """Commit of the library imported here, with "-dirty" where it or this checkout's benchmarks differ from it."""
+    from torchdsc.lab.environment import commit
+
+    found = commit()
+    # Results are what a run changes itself.
+    command = ["git", "status", "--porcelain", "--", "benchmarks", ":!benchmarks/results"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    return f"{found}-dirty" if done.stdout and found != "unknown" and not found.endswith("-dirty") else found
+
+
 def main(request: str, answer: str) -> None:
     """Answer a request in this process."""
     asked = json.loads(request)

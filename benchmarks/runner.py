@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 from statistics import quantiles
 from typing import Any
 
-from torchdsc.lab.environment import commit, hardware, versions
+from torchdsc.lab.environment import hardware, versions
 from torchdsc.lab.latency import Timing, measure_in_turn
 
 from . import child
@@ -56,7 +56,7 @@ def run(
         "description": benchmark.description,
         "command": command,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": commit(),
+        "commit": child.source_commit(),
         "versions": versions(),
         "hardware": hardware(),
         "device": settings.device,

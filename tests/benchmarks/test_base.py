@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import base
+from benchmarks import base, child
+from torchdsc.lab import environment
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -134,7 +135,8 @@ def load(name):
 """
 COMPARE = """
 import json
-from benchmarks import base
+from benchmarks import base, child
+from torchdsc.lab import environment
 from benchmarks.case import Settings
 base.TURNS = 2
 told = []
@@ -176,3 +178,31 @@ def test_compare(tmp_path):
     # Which side goes first alternates.
     assert [text.rpartition(" ")[2] for text in result["told"]] == ["base", "current", "current", "base"]
     assert worktrees(folder) == 1
+
+
+class TestSourceCommit:
+    @pytest.fixture
+    def checkout(self, repository, monkeypatch):
+        folder, head = repository
+        (folder / "benchmarks" / "results").mkdir(parents=True)
+        (folder / "benchmarks" / "case.py").write_text("")
+        (folder / "benchmarks" / "results" / "a.json").write_text("{}")
+        commit_all(folder, "benchmarks")
+        monkeypatch.setattr(child, "ROOT", folder)
+        monkeypatch.setattr(environment, "commit", lambda: head)
+        return folder, head
+
+    def test_says_that_benchmarks_differ(self, checkout):
+        folder, head = checkout
+        (folder / "benchmarks" / "results" / "a.json").write_text("{'new': 1}")
+        (folder / "readme").write_text("new")
+        assert child.source_commit() == head
+        (folder / "benchmarks" / "case.py").write_text("new")
+        assert child.source_commit() == f"{head}-dirty"
+
+    @pytest.mark.parametrize("known", ["unknown", "0123-dirty"])
+    def test_once(self, checkout, monkeypatch, known):
+        folder, _ = checkout
+        (folder / "benchmarks" / "case.py").write_text("new")
+        monkeypatch.setattr(environment, "commit", lambda: known)
+        assert child.source_commit() == known
