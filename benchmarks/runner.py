@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
-from statistics import quantiles
+from statistics import median, quantiles
 from typing import Any
 
 from torchdsc.lab.environment import hardware, versions
@@ -18,6 +18,8 @@ SCHEMA = 1
 # Without a given number of rounds a point gets as many as fit these seconds, within limits.
 _SECONDS, _LEAST, _MOST = 8.0, 7, 200
 _QUICK_ROUNDS = 3
+# Fresh processes a step whose memory is measured: libraries' buffers differ by tens of megabytes from one to the next.
+_PROCESSES = 3
 
 Progress = Callable[[str], None]
 
@@ -70,7 +72,9 @@ def run(
 
 def measure(case: Case | MemoryCase, settings: Settings, rounds: int | None, ceilings: Ceilings) -> Row:
     """One row: the calls of a case, in the order of tables."""
-    return _weigh(case) if isinstance(case, MemoryCase) else _time(case, settings, rounds, ceilings)
+    if isinstance(case, MemoryCase):
+        return _weigh(case, 1 if settings.quick else min(rounds or _PROCESSES, _PROCESSES))
+    return _time(case, settings, rounds, ceilings)
 
 
 def _time(case: Case, settings: Settings, rounds: int | None, ceilings: Ceilings) -> Row:
@@ -99,8 +103,10 @@ def _time(case: Case, settings: Settings, rounds: int | None, ceilings: Ceilings
     return short
 
 
-def _weigh(case: MemoryCase) -> Row:
-    measured = {name: child.call(case.steps[name], case.point) for name in ordered(case.steps)}
+def _weigh(case: MemoryCase, processes: int) -> Row:
+    names = ordered(case.steps)
+    runs = [{name: int(child.call(case.steps[name], case.point)) for name in names} for _ in range(processes)]
+    measured = {name: round(median(run[name] for run in runs)) for name in names}
     own = measured[case.subject]
     computed = {name: dict(terms) for name, terms in case.computed.items()}
     return {
@@ -108,7 +114,12 @@ def _weigh(case: MemoryCase) -> Row:
         "unit": "bytes",
         "subject": case.subject,
         "calls": {
-            name: {"bytes": value, "subject_over_it": float(f"{own / value:.4g}")} for name, value in measured.items()
+            name: {
+                "bytes": value,
+                "runs": [run[name] for run in runs],
+                "subject_over_it": float(f"{own / value:.4g}"),
+            }
+            for name, value in measured.items()
         },
         "computed": {name: {"bytes": sum(terms.values()), "terms": terms} for name, terms in computed.items()},
         "left_out": dict(case.left_out),

@@ -188,8 +188,9 @@ SECTIONS = {
     "memory": Section(
         "Memory",
         "Peak memory of a training step (forward, regularisers, backward) of the DSC layer alone, beyond weights and "
-        "input, each step in a fresh process. The published formulation is also computed by adding up the tensors that "
-        "it keeps alive, since it need not fit; the smaller point shows how far that computation can be trusted.",
+        "input, each step in fresh processes whose median counts. The published formulation is also computed by adding "
+        "up the tensors that it keeps alive, since it need not fit; the smaller point shows how far that computation "
+        "can be trusted.",
         _memory_tables,
         _memory_figures,
     ),

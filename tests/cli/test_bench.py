@@ -41,6 +41,8 @@ class TestCheckout:
         # Another project's benchmarks are not run.
         checkout("other", workplace / "other")
         monkeypatch.chdir(workplace / "other")
+        with pytest.raises(FileNotFoundError):
+            bench.find_checkout()
         line = "torchdsc bench: benchmarks need a checkout of torchdsc: run this command inside one"
         assert fails("bench") == fails("bench", "layer") == line
 
