@@ -20,7 +20,7 @@ types: .venv/ready
 	$(BIN)/mypy
 
 bench: .venv/ready
-	$(BIN)/python -m benchmarks $(ARGS)
+	$(BIN)/torchdsc bench $(ARGS)
 
 clean:
 	rm -rf .venv runs

@@ -9,7 +9,7 @@ import torchdsc as package
 from torchdsc.cli import main as cli_main
 from torchdsc.lab.config import preset_names
 
-COMMANDS = ("compare", "budget", "train", "generate")
+COMMANDS = ("compare", "budget", "train", "generate", "bench")
 
 
 class TestHelp:
@@ -51,7 +51,10 @@ class TestHelp:
 
 class TestErrors:
     def test_unknown_command(self, fails):
-        assert fails("comparr") == "torchdsc: command must be one of compare, budget, train, generate, got 'comparr'"
+        assert (
+            fails("comparr")
+            == "torchdsc: command must be one of compare, budget, train, generate, bench, got 'comparr'"
+        )
 
     @pytest.mark.parametrize(
         ("arguments", "message"),

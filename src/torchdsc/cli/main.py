@@ -10,6 +10,7 @@ _COMMANDS = {
     "budget": ("torchdsc.cli.budget", "solve the widths of each method for a parameter budget"),
     "train": ("torchdsc.cli.train", "train one method"),
     "generate": ("torchdsc.cli.generate", "generate text with a trained model"),
+    "bench": ("torchdsc.cli.bench", "time the library against its baselines, in a checkout"),
 }
 _RESUMABLE = ("compare", "train")
 

@@ -1,0 +1,221 @@
+"""One section a benchmark: what is compared, its tables and its figures."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from benchmarks.case import Point, Row
+
+from . import figures, layers
+from .markdown import NONE, achieved, floor_ms, left_out, mebibytes, ms, number, ratio, table
+
+Result = Mapping[str, Any]
+# SVG and what it shows, by name.
+Figures = dict[str, tuple[str, str]]
+
+INTRODUCTION = """\
+# Benchmarks
+
+<!-- Generated from benchmarks/results by `python -m benchmarks page`. -->
+
+What is compared at a point runs in turn, round by round, in one process, after the tests of what is timed have passed.
+Times are medians over rounds. A ratio is the median over rounds of one call's time over another's in the same round,
+with quartiles in brackets: below 1 the first is the quicker. The floor is the least time that the work can take: bytes
+that have to move over the measured rate of a large copy, or operations of the matrix products over the measured rate
+of a square product, whichever is longer. Weights that stay in a cache between rounds move faster than that, so that a
+small call can fall below its floor. Each table names Dense and the floor first and the published formulation last: it
+normalises both banks in each call, gathers tokens x K x d rows of each and forms M x M Gram matrices.
+
+`torchdsc bench` measures everything again and `torchdsc bench --base COMMIT` compares with another commit."""
+
+
+@dataclass(frozen=True)
+class Section:
+    """A benchmark's place on the page.
+
+    Attributes:
+        title: Heading.
+        paragraph: What is compared, and how.
+        tables: Markdown of its result.
+        figures: Its figures.
+    """
+
+    title: str
+    paragraph: str
+    tables: Callable[[Result], list[str]]
+    figures: Callable[[Result], Figures]
+
+
+def _compose_tables(result: Result) -> list[str]:
+    base, rows = figures.COMPOSE_BASE, result["rows"]
+    corner = {name: max((row["point"][name] for row in rows), default=0) for name in base}
+
+    def shown(point: Point) -> bool:
+        return sum(point[name] != value for name, value in base.items()) <= 1 or corner.items() <= point.items()
+
+    implementations = [name for name in ("gather", "triton") if any(name in row["calls"] for row in rows)]
+    headings = [
+        *("pass", "tokens", "M", "K", "d", "dense", "floor", *implementations, "published"),
+        *("auto takes", "auto / published"),
+    ]
+    lines = [
+        [
+            *(str(row["point"][name]) for name in ("kind", "tokens", "M", "K", "d")),
+            *(ms(row, "dense"), floor_ms(row), *(ms(row, name) for name in implementations), ms(row, "published")),
+            *(row["subject"], ratio(row, "published")),
+        ]
+        for row in sorted(rows, key=lambda row: row["point"]["kind"])
+        if shown(row["point"])
+    ]
+    return _with_reasons(table(headings, lines), rows, "Milliseconds. ")
+
+
+def _compose_figures(result: Result) -> Figures:
+    drawn: Figures = {}
+    for kind, name in (("forward", "compose-forward"), ("forward+backward", "compose-training")):
+        rows = [row for row in result["rows"] if row["point"]["kind"] == kind]
+        description = f"compose, {kind}: milliseconds against tokens, M, K and d for each implementation"
+        drawn[name] = figures.compose(rows, name), description
+    return drawn
+
+
+def _select_tables(result: Result) -> list[str]:
+    headings = ["pass", "tokens", "M", "K", "floor", "topk alone", "select", "published", "select / published"]
+    lines = [
+        [
+            *(str(row["point"][name]) for name in ("kind", "tokens", "M", "K")),
+            *(floor_ms(row), ms(row, "topk alone"), ms(row, "select"), ms(row, "published"), ratio(row, "published")),
+        ]
+        for row in sorted(result["rows"], key=lambda row: row["point"]["kind"])
+    ]
+    return [table(headings, lines) + "\n\nMilliseconds."]
+
+
+def _select_figures(result: Result) -> Figures:
+    description = "select, milliseconds against tokens: one pass, the plain formulation, and topk alone"
+    return {"select": (figures.select(result["rows"], "select"), description)}
+
+
+def _model_tables(result: Result) -> list[str]:
+    rows = result["rows"]
+    names = list(dict.fromkeys(name for row in rows for name in row["calls"]))
+    others = [name for name in names if name not in ("dense", "dsc", "published")]
+    columns = ["dense", "floor", "dsc", *others, "published"]
+    headings = ["", *(layers.label(name) for name in columns), "floor reached"]
+    lines, shares = [], []
+    for row in rows:
+        title = figures.model_title(row)
+        lines.append([title, *(floor_ms(row) if name == "floor" else ms(row, name) for name in columns), achieved(row)])
+        shares.append([title, *(ratio(row, name) for name in columns if name not in ("floor", "dsc"))])
+    headings_of_shares = ["DSC's time over", *(layers.label(name) for name in columns if name not in ("floor", "dsc"))]
+    return [*_with_reasons(table(headings, lines), rows, "Milliseconds. "), table(headings_of_shares, shares)]
+
+
+def _model_figures(result: Result) -> Figures:
+    description = "Milliseconds of each model: prefill of 256 tokens at batch 1 and 8, and a new token in generate()"
+    return {"model": (figures.models(result["rows"], layers.label, "model"), description)}
+
+
+def _memory_tables(result: Result) -> list[str]:
+    lines = []
+    for row in result["rows"]:
+        calls, computed = row["calls"], row["computed"]["published"]["bytes"]
+        measured = calls.get("published")
+        lines.append(
+            [
+                *(f"{row['point'][name]:,}" for name in ("tokens", "d", "M", "K")),
+                mebibytes(calls["dsc"]["bytes"]),
+                f"{(measured or {'bytes': computed})['bytes'] / calls['dsc']['bytes']:.1f}",
+                mebibytes(computed),
+                NONE if measured is None else mebibytes(measured["bytes"]),
+            ]
+        )
+    headings = ["tokens", "d", "M", "K", "DSC", "published over DSC", "published, computed", "published, measured"]
+    tables = _with_reasons(table(headings, lines), result["rows"], "MiB. ")
+    if result["rows"]:
+        terms = result["rows"][-1]["computed"]["published"]["terms"]
+        listed = ", ".join(f"{name} {mebibytes(size)}" for name, size in terms.items())
+        tables.append(f"The computed figure of the last row is made up of: {listed} MiB.")
+    return tables
+
+
+def _memory_figures(result: Result) -> Figures:
+    description = "Peak memory of a training step in GiB: DSC, and the published formulation measured and computed"
+    return {"memory": (figures.memory(result["rows"], "memory"), description)}
+
+
+def _crossover_tables(result: Result) -> list[str]:
+    lines = [
+        [*(str(point[name]) for name in ("tokens", "atoms", "width")), _share(point["ratio"])]
+        for point in result["crossovers"]
+    ]
+    return [table(["tokens", "M", "d", "K / M"], lines, text_columns=0)]
+
+
+def _share(value: float) -> str:
+    return "never" if value > 1 else number(value)
+
+
+def _crossover_figures(result: Result) -> Figures:
+    description = "Share K / M from which the masked product is the quicker, against tokens, for M and d"
+    return {"crossover": (figures.crossovers(result["crossovers"], "crossover"), description)}
+
+
+def _with_reasons(text: str, rows: list[Row], lead: str) -> list[str]:
+    return [f"{text}\n\n{lead}{left_out(rows)}".rstrip()]
+
+
+SECTIONS = {
+    "layer": Section(
+        "The layer",
+        "One feed-forward layer of the paper's size (d 384, M 1523, K 4, static width 327) against layers of as many "
+        "parameters: Dense of width 2611, five experts of 545 with two active on each of transformers' kernels, and a "
+        "mixture of 1523 rank-1 LoRAs beside the same static layer. The floor is here timed as well: the router's and "
+        "the static layer's matrix products, and nothing else. Training is a forward and backward pass with the "
+        "regularisers, where the frame term, which needs no data, is paid in each step.",
+        layers.tables,
+        layers.figures,
+    ),
+    "model": Section(
+        "Whole models",
+        "Models of the paper's sizes (d 384, 6 layers, 6 heads, vocabulary 50,304) with random weights: a forward pass "
+        "over 256 tokens without gradients, and greedy decoding of 32 tokens after a prompt of 64 through "
+        "`generate()`, whose time is given per new token with the prompt's pass in it. The published formulation is "
+        "the DSC model with its feed-forward layers replaced. The floor reads each weight in use once a pass.",
+        _model_tables,
+        _model_figures,
+    ),
+    "memory": Section(
+        "Memory",
+        "Peak memory of a training step (forward, regularisers, backward) of the DSC layer alone, beyond weights and "
+        "input, each step in fresh processes whose median counts. The published formulation is also computed by adding "
+        "up the tensors that it keeps alive, since it need not fit; the smaller point shows how far that computation "
+        "can be trusted.",
+        _memory_tables,
+        _memory_figures,
+    ),
+    "compose": Section(
+        "The composition",
+        "`torchdsc.ops.compose` by each implementation that runs on the device, against the published gathers. One "
+        "size at a time is varied around tokens 1024, M 1523, K 4, d 384, and the largest point is added; the JSON has "
+        "all points. `dense` is the masked product over all M atoms, and `auto` is what a call gets without asking.",
+        _compose_tables,
+        _compose_figures,
+    ),
+    "crossover": Section(
+        "What auto takes",
+        "The masked product costs tokens x M whatever K is, the gathered one tokens x K: from some share K / M on, the "
+        'masked one is the quicker, forward and backward together. `impl="auto"` follows these measurements, nearest '
+        "point first.",
+        _crossover_tables,
+        _crossover_figures,
+    ),
+    "select": Section(
+        "Selection",
+        "`torchdsc.ops.select` takes top-K and the statistics of the regularisers in one pass over the logits; the "
+        "plain formulation clamps, takes top-K, softmax and logsumexp one after another. Top-K alone is what inference "
+        "does.",
+        _select_tables,
+        _select_figures,
+    ),
+}

@@ -1,0 +1,33 @@
+"""The registered benchmarks, each in a file that states what is compared and nothing else.
+
+They are imported by name: against an older library one of them may fail to, and the others still run.
+"""
+
+from importlib import import_module
+
+from benchmarks.case import Benchmark
+
+# In the order in which they run and stand on the page.
+_REGISTERED = {
+    "layer": "layer:LAYER",
+    "layer_sweep": "layer:LAYER_SWEEP",
+    "model": "model:MODEL",
+    "memory": "memory:MEMORY",
+    "compose": "compose:COMPOSE",
+    "select": "select:SELECT",
+    "crossover": "crossover:CROSSOVER",
+}
+NAMES = tuple(_REGISTERED)
+
+
+def load(name: str) -> Benchmark:
+    """A benchmark by name.
+
+    Raises:
+        ValueError: If there is none of that name.
+    """
+    if name not in _REGISTERED:
+        raise ValueError(f"names must be among {', '.join(NAMES)}, got {name!r}")
+    module, _, attribute = _REGISTERED[name].partition(":")
+    benchmark: Benchmark = getattr(import_module(f"{__name__}.{module}"), attribute)
+    return benchmark
