@@ -24,22 +24,22 @@ def too_large(num_bytes: int) -> str | None:
 
 
 def forward_call(layer: nn.Module, x: Tensor) -> Callable[[], object]:
-    """A forward pass in evaluation mode without gradients."""
+    """A forward pass in evaluation mode, which the layer is left in, without gradients."""
+    layer.eval()
 
     @torch.no_grad()
     def forward() -> object:
-        layer.eval()
         return layer(x)
 
     return forward
 
 
 def training_call(layer: nn.Module, x: Tensor) -> Callable[[], object]:
-    """A forward and backward pass with the layer's regularisers, down to the gradients of x and the weights."""
+    """A forward and backward pass in training mode, with regularisers, to the gradients of x and the weights."""
+    layer.train()
     leaf = x.clone().requires_grad_()
 
     def step() -> None:
-        layer.train()
         if isinstance(layer, PublishedLayer):
             y, regularizers = layer(leaf, regularize=True)
             (y.sum() + regularizers).backward()

@@ -160,20 +160,25 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     x, weight, bias, weights, _, ctx.logit_clamp, ctx.statistics, *_ = inputs
     _, indices, log_normalizer, _, kept = output
     ctx.mark_non_differentiable(indices, kept)
+    # Zeros in place of the logits' gradient would be as large as they are.
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(x, weight, bias, weights, indices, log_normalizer, kept)
 
 
 def _backward(
     ctx: Any,
-    grad_values: Tensor,
+    grad_values: Tensor | None,
     _: Tensor | None,
-    grad_log_normalizer: Tensor,
-    grad_probability_sum: Tensor,
+    grad_log_normalizer: Tensor | None,
+    grad_probability_sum: Tensor | None,
     __: Tensor | None,
 ) -> tuple[Tensor | None, ...]:
-    gradients = grad_values, grad_log_normalizer, grad_probability_sum
     # Once: under checkpointing each access recomputes.
-    saved = ctx.saved_tensors
+    saved = x, weight, _, _, indices, *_ = ctx.saved_tensors
+    tokens, num_atoms = (x.shape[0], weight.shape[0]) if ctx.statistics else (0, 0)
+    shapes = (indices.shape, (tokens,), (num_atoms,))
+    given = grad_values, grad_log_normalizer, grad_probability_sum
+    gradients = [x.new_zeros(shape) if g is None else g for g, shape in zip(given, shapes, strict=True)]
     dx, dweight, dbias = route_backward_op(*saved, *gradients, ctx.logit_clamp, ctx.statistics)
     return dx, dweight, None if saved[2] is None else dbias, None, None, None, None, None, None
 
