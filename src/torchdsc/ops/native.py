@@ -6,7 +6,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-__all__ = ["FEW_PAIRS", "MOST_SORTED", "address", "has_bfloat16", "module_for"]
+__all__ = ["FEW_PAIRS", "MOST_SORTED", "address", "has_bfloat16", "module_for", "rows_of"]
 
 # Selections up to which calls cost more than their work: decoding, not prefill.
 FEW_PAIRS = 64
@@ -33,6 +33,13 @@ def module_for(*tensors: Tensor | None) -> ModuleType | None:
         ):
             return None
     return _native
+
+
+def rows_of(matrix: Tensor) -> tuple[Tensor, int]:
+    """What :func:`module_for` is to check of a matrix with contiguous rows, and the elements from one to the next."""
+    stride = matrix.stride(0) if matrix.dim() == 2 and matrix.shape[0] > 1 else matrix.shape[-1]
+    contiguous = matrix.dim() == 2 and matrix.stride(1) == 1
+    return (matrix[0] if contiguous and matrix.shape[0] else matrix), stride
 
 
 def address(tensor: Tensor | None) -> int:

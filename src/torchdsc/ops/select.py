@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .native import MOST_SORTED, address, module_for
+from .native import MOST_SORTED, address, module_for, rows_of
 
 # Logits per chunk: what a pass reads twice should still be in cache the second time.
 _CHUNK = {"cpu": 1 << 19, "other": 1 << 28}
@@ -67,12 +67,13 @@ def select_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The fields of :class:`Selection`, without gradients; ``weights`` (T,) count tokens in ``probability_sum``."""
     tokens, num_atoms = logits.shape
-    native = module_for(logits, weights)
+    row, stride = rows_of(logits)
+    native = module_for(row, weights)
     if native is not None and logits.dtype == torch.float32 and top_k <= MOST_SORTED:
         values, indices = logits.new_empty(tokens, top_k), logits.new_empty(tokens, top_k, dtype=torch.int64)
         log_normalizer, probability_sum = logits.new_empty(tokens), logits.new_empty(num_atoms)
         arrays = (logits, weights, values, indices, log_normalizer, probability_sum)
-        sizes = tokens, num_atoms, top_k, torch.get_num_threads()
+        sizes = tokens, num_atoms, top_k, stride, torch.get_num_threads()
         native.select_rows(*map(address, arrays), *sizes, logit_clamp)
         return values, indices, log_normalizer, probability_sum
     values, indices = logits.topk(top_k, dim=1)
@@ -117,14 +118,15 @@ def _select_backward_op(
 
 def largest(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     """``logits.topk(top_k)`` of rows (T, M), without gradients; ties may fall otherwise."""
-    native = module_for(logits)
+    row, stride = rows_of(logits)
+    native = module_for(row)
     if native is None or logits.dtype != torch.float32 or top_k > MOST_SORTED:
         values, indices = logits.topk(top_k)
         return values, indices
     tokens, num_atoms = logits.shape
     values, indices = logits.new_empty(tokens, top_k), logits.new_empty(tokens, top_k, dtype=torch.int64)
     threads = torch.get_num_threads() if logits.numel() > _FEW_LOGITS else 1
-    native.largest_of_rows(*map(address, (logits, values, indices)), tokens, num_atoms, top_k, threads)
+    native.largest_of_rows(*map(address, (logits, values, indices)), tokens, num_atoms, top_k, stride, threads)
     return values, indices
 
 
@@ -137,14 +139,16 @@ def select_backward(
     grad_log_normalizer: Tensor,
     grad_probability_sum: Tensor,
     logit_clamp: float,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """Gradient of the logits (T, M) from those of what :func:`select_forward` returns."""
-    grad = torch.empty_like(logits)
+    """Gradient of the logits (T, M) from those of what :func:`select_forward` returns, written to ``out``."""
+    grad = torch.empty_like(logits) if out is None else out
     gradients = tuple(t.contiguous() for t in (grad_values, grad_log_normalizer, grad_probability_sum))
     arrays = (logits, weights, indices, log_normalizer, *gradients)
-    native = module_for(*arrays)
+    (row, stride), (grad_row, grad_stride) = rows_of(logits), rows_of(grad)
+    native = module_for(row, grad_row, *arrays[1:])
     if native is not None and logits.dtype == torch.float32:
-        sizes = *logits.shape, indices.shape[1], torch.get_num_threads()
+        sizes = *logits.shape, indices.shape[1], stride, grad_stride, torch.get_num_threads()
         native.select_rows_backward(*map(address, arrays), address(grad), *sizes, logit_clamp)
         return grad
     clamped = _beyond(logits, logit_clamp)

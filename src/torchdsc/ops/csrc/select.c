@@ -48,7 +48,7 @@ typedef struct {
     const float *logits, *weights;
     float *values, *log_normalizer;
     int64_t *indices;
-    int64_t num_atoms, top_k;
+    int64_t num_atoms, top_k, stride;       /* stride: floats from one row of logits to the next */
     float clamp;
 } Forward;
 
@@ -56,7 +56,7 @@ typedef struct {
 VECTORIZED static void select_row(const Forward *f, int64_t token, Largest largest_values, float *exponentials,
                                   float *partial) {
     const int64_t n = f->num_atoms;
-    const float *row = f->logits + token * n, clamp = f->clamp;
+    const float *row = f->logits + token * f->stride, clamp = f->clamp;
     int64_t *at = f->indices + token * f->top_k;
     write_largest(row, n, largest_values, f->values + token * f->top_k, at);
     float largest = clamped(row[at[0]], clamp);
@@ -85,15 +85,15 @@ static void carry_over(float *partial, double *sums, int64_t n) {
     }
 }
 
-/* select_rows(logits, weights or 0, values, indices, log_normalizer, probability_sum, tokens, num_atoms, top_k, threads,
- * clamp). Sums over tokens go thread by thread in a fixed order. */
+/* select_rows(logits, weights or 0, values, indices, log_normalizer, probability_sum, tokens, num_atoms, top_k, stride,
+ * threads, clamp). Sums over tokens go thread by thread in a fixed order. */
 PyObject *select_rows(PyObject *self, PyObject *args) {
-    int64_t p[10];
+    int64_t p[11];
     float clamp;
-    if (!read_integers(args, p, 10) || !read_float(args, 10, &clamp)) return NULL;
-    int64_t tokens = p[6], n = p[7], threads = p[9];
+    if (!read_integers(args, p, 11) || !read_float(args, 11, &clamp)) return NULL;
+    int64_t tokens = p[6], n = p[7], threads = p[10];
     Forward f = {(const float *)(intptr_t)p[0], (const float *)(intptr_t)p[1], (float *)(intptr_t)p[2],
-                 (float *)(intptr_t)p[4], (int64_t *)(intptr_t)p[3], n, p[8], clamp};
+                 (float *)(intptr_t)p[4], (int64_t *)(intptr_t)p[3], n, p[8], p[9], clamp};
     float *probability_sum = (float *)(intptr_t)p[5];
     double *sums = calloc((size_t)(threads * n), sizeof(double));
     int64_t capacity = capacity_for(f.top_k), floats = 2 * n + capacity;
@@ -135,15 +135,15 @@ typedef struct {
     const float *logits, *weights, *log_normalizer, *grad_values, *grad_log_normalizer, *grad_probability_sum;
     const int64_t *indices;
     float *grad;
-    int64_t num_atoms, top_k;
+    int64_t num_atoms, top_k, stride, grad_stride;
     float clamp;
 } Backward;
 
 /* With p the softmax, d/dr of g . p and of h lse: p (h + w (g - g . p)); nothing passes a clamped logit. */
 VECTORIZED static void select_row_backward(const Backward *b, int64_t token) {
     const int64_t n = b->num_atoms;
-    const float *row = b->logits + token * n, *g = b->grad_probability_sum, clamp = b->clamp;
-    float *out = b->grad + token * n, normalizer = b->log_normalizer[token];
+    const float *row = b->logits + token * b->stride, *g = b->grad_probability_sum, clamp = b->clamp;
+    float *out = b->grad + token * b->grad_stride, normalizer = b->log_normalizer[token];
     double mean = 0.0;
     int64_t i = 0;
     for (; i + BLOCK <= n; i += BLOCK) {
@@ -174,15 +174,16 @@ VECTORIZED static void select_row_backward(const Backward *b, int64_t token) {
 }
 
 /* select_rows_backward(logits, weights or 0, indices, log_normalizer, grad_values, grad_log_normalizer,
- * grad_probability_sum, grad, tokens, num_atoms, top_k, threads, clamp). */
+ * grad_probability_sum, grad, tokens, num_atoms, top_k, stride, grad_stride, threads, clamp). */
 PyObject *select_rows_backward(PyObject *self, PyObject *args) {
-    int64_t p[12];
+    int64_t p[14];
     float clamp;
-    if (!read_integers(args, p, 12) || !read_float(args, 12, &clamp)) return NULL;
+    if (!read_integers(args, p, 14) || !read_float(args, 14, &clamp)) return NULL;
     Backward b = {(const float *)(intptr_t)p[0], (const float *)(intptr_t)p[1], (const float *)(intptr_t)p[3],
                   (const float *)(intptr_t)p[4], (const float *)(intptr_t)p[5], (const float *)(intptr_t)p[6],
-                  (const int64_t *)(intptr_t)p[2], (float *)(intptr_t)p[7], p[9], p[10], clamp};
-    int64_t tokens = p[8], threads = p[11];
+                  (const int64_t *)(intptr_t)p[2], (float *)(intptr_t)p[7], p[9], p[10], p[11], p[12],
+                  clamp};
+    int64_t tokens = p[8], threads = p[13];
     Py_BEGIN_ALLOW_THREADS
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t token = 0; token < tokens; token++) select_row_backward(&b, token);
@@ -194,13 +195,14 @@ VECTORIZED static void largest_of_row(const float *row, int64_t n, Largest large
     write_largest(row, n, largest, values, at);
 }
 
-/* largest_of_rows(logits, values, indices, tokens, num_atoms, top_k, threads). */
+/* largest_of_rows(logits, values, indices, tokens, num_atoms, top_k, stride, threads). */
 PyObject *largest_of_rows(PyObject *self, PyObject *args) {
-    int64_t p[7];
-    if (!read_integers(args, p, 7)) return NULL;
+    int64_t p[8];
+    if (!read_integers(args, p, 8)) return NULL;
     const float *logits = (const float *)(intptr_t)p[0];
     float *values = (float *)(intptr_t)p[1];
-    int64_t *indices = (int64_t *)(intptr_t)p[2], tokens = p[3], n = p[4], k = p[5], threads = p[6];
+    int64_t *indices = (int64_t *)(intptr_t)p[2], tokens = p[3], n = p[4], k = p[5], stride = p[6];
+    int64_t threads = p[7];
     int64_t capacity = capacity_for(k);
     float *keys = malloc((size_t)(threads * capacity) * sizeof(float));
     int64_t *room = malloc((size_t)(threads * capacity) * sizeof(int64_t));
@@ -213,7 +215,7 @@ PyObject *largest_of_rows(PyObject *self, PyObject *args) {
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t t = 0; t < tokens; t++) {
         Largest largest = largest_in(keys + THREAD * capacity, room + THREAD * capacity, k);
-        largest_of_row(logits + t * n, n, largest, values + t * k, indices + t * k);
+        largest_of_row(logits + t * stride, n, largest, values + t * k, indices + t * k);
     }
     Py_END_ALLOW_THREADS
     free(keys);

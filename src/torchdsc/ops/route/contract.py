@@ -34,13 +34,14 @@ def route_forward(
     """
     if impl == "triton":
         found = triton.forward(x, weight, bias, weights, top_k, logit_clamp, statistics)
-        return *found, x.new_empty(0, weight.shape[0])
+        return *found, _logits(x, 0, weight.shape[0])
     tokens, num_atoms = x.shape[0], weight.shape[0]
     values, indices = x.new_empty(tokens, top_k), x.new_empty(tokens, top_k, dtype=torch.int64)
     log_normalizer, probability_sum = x.new_empty(tokens if statistics else 0), x.new_zeros(num_atoms * statistics)
-    kept = x.new_empty(tokens if keep else 0, num_atoms)
-    for rows in _chunks(x, num_atoms):
-        logits = _linear(x[rows], weight, bias, kept[rows] if keep else None)
+    chunks = _chunks(x, num_atoms)
+    kept, room = _logits(x, tokens if keep else 0, num_atoms), _logits(x, 0 if keep else _longest(chunks), num_atoms)
+    for rows in chunks:
+        logits = _linear(x[rows], weight, bias, kept[rows] if keep else room[: rows.stop - rows.start])
         if not statistics:
             values[rows], indices[rows] = largest(logits, top_k)
             continue
@@ -86,7 +87,7 @@ def _(
         x.new_empty(tokens, top_k, dtype=torch.int64),
         x.new_empty(tokens if statistics else 0),
         x.new_empty(weight.shape[0] if statistics else 0),
-        x.new_empty(tokens if keep else 0, weight.shape[0]),
+        _logits(x, tokens if keep else 0, weight.shape[0]),
     )
 
 
@@ -108,16 +109,20 @@ def route_backward_op(
     """Gradients of x, weight and bias (empty without one), from logits that are kept or computed again."""
     dx, dweight = torch.empty_like(x), torch.zeros_like(weight, memory_format=torch.contiguous_format)
     dbias = x.new_zeros(0 if bias is None else weight.shape[0])
+    chunks = _chunks(x, weight.shape[0])
+    room = _logits(x, _longest(chunks), weight.shape[0])
+    again = _logits(x, 0 if kept.shape[0] or not statistics else room.shape[0], weight.shape[0])
     with torch.autocast(x.device.type, enabled=False):
-        for rows in _chunks(x, weight.shape[0]):
+        for rows in chunks:
+            count = rows.stop - rows.start
+            grad = room[:count]
             if statistics:
-                logits = kept[rows] if kept.shape[0] else _linear(x[rows], weight, bias)
+                logits = kept[rows] if kept.shape[0] else _linear(x[rows], weight, bias, again[:count])
                 counted = None if weights is None else weights[rows]
                 gradients = grad_values[rows], grad_log_normalizer[rows], grad_probability_sum
-                grad = select_backward(logits, counted, indices[rows], log_normalizer[rows], *gradients, logit_clamp)
+                select_backward(logits, counted, indices[rows], log_normalizer[rows], *gradients, logit_clamp, out=grad)
             else:
-                grad = x.new_zeros(grad_values[rows].shape[0], weight.shape[0])
-                grad.scatter_(1, indices[rows], grad_values[rows])
+                grad.zero_().scatter_(1, indices[rows], grad_values[rows])
             torch.mm(grad, weight, out=dx[rows])
             dweight.addmm_(grad.t(), x[rows])
             if bias is not None:
@@ -144,7 +149,16 @@ def _(
     return torch.empty_like(x), dweight, x.new_empty(0 if bias is None else weight.shape[0])
 
 
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
+def _logits(like: Tensor, tokens: int, num_atoms: int) -> Tensor:
+    """Room for logits (T, M) whose rows start at multiples of 16 elements: products write others much slower."""
+    return like.new_empty_strided((tokens, num_atoms), (-(-num_atoms // 16) * 16, 1))
+
+
+def _longest(chunks: list[slice]) -> int:
+    return max((rows.stop - rows.start for rows in chunks), default=0)
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
     if bias is None:
         return torch.mm(x, weight.t(), out=out)
     return torch.addmm(bias, x, weight.t(), out=out)
