@@ -87,26 +87,35 @@ def frame_potential(rows: Tensor, eps: float = 1e-6) -> Tensor:
         Scalar, float32 (float64 for float64 rows).
     """
     with torch.autocast(rows.device.type, enabled=False):
-        unit = nn.functional.normalize(rows.to(torch.promote_types(rows.dtype, torch.float32)), dim=1, eps=eps)
-        wide = unit.t() if unit.shape[0] > unit.shape[1] else unit
-        potential: Tensor = _GramNorm.apply(wide)  # type: ignore[no-untyped-call]
-        return potential - unit.square().sum(1).square().sum()
+        precise = rows.to(torch.promote_types(rows.dtype, torch.float32))
+        potential: Tensor = _FramePotential.apply(precise, eps)  # type: ignore[no-untyped-call]
+        return potential
 
 
-class _GramNorm(torch.autograd.Function):
-    """``|A A^T|_F^2`` of A (n, m), with gradient ``4 A A^T A``: one product backwards, where autograd makes two."""
+class _FramePotential(torch.autograd.Function):
+    """``|U^T U|_F^2 - sum_i |u_i|^4`` of ``u_i = row_i / max(eps, |row_i|)``, in as few passes over the rows as can be.
 
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor) -> Tensor:
-        gram = rows @ rows.t()
-        ctx.save_for_backward(rows, gram)
-        return gram.square().sum()
+    Its gradient in u_i is ``4 (U^T U - |u_i|^2) u_i``: one product, where autograd makes two.
+    """
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        rows, gram = ctx.saved_tensors
-        product: Tensor = gram @ rows
-        return product * (4.0 * grads[0])
+    def forward(ctx: Any, rows: Tensor, eps: float) -> Tensor:
+        norms = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+        scale = norms.clamp_min(eps).reciprocal_()
+        unit = rows * scale
+        squares = (norms * scale).square_()
+        gram = unit.t() @ unit if unit.shape[0] > unit.shape[1] else unit @ unit.t()
+        ctx.save_for_backward(unit, gram, scale, squares, norms > eps)
+        return gram.square().sum() - squares.square().sum()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        unit, gram, scale, squares, divided = ctx.saved_tensors
+        product = unit @ gram if unit.shape[0] > unit.shape[1] else gram @ unit
+        # Where the row was divided by its norm, what points along it is lost.
+        along = torch.linalg.vecdot(product, unit).unsqueeze(1) - squares.square()
+        product = torch.addcmul(product, unit, squares + along * divided, value=-1.0)
+        return product * (scale * (4.0 * grads[0])), None
 
 
 def frame_loss(bank: BasisBank, eps: float = 1e-6, *, normalized: bool = False, samples: int | None = None) -> Tensor:
