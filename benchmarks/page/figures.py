@@ -60,6 +60,20 @@ def select(rows: Sequence[Row], name: str) -> str:
     return to_svg(figure, name)
 
 
+def atoms(rows: Sequence[Row], name: str) -> str:
+    """Milliseconds against the number of atoms, forward and in training."""
+    figure = new_figure(760, 270)
+    for index, row in enumerate(rows):
+        axes = place(figure, (52 + 378 * index, 36, 310, 176), "atoms M", f"ms, {pass_name(row['point']['kind'])}")
+        counts = [int(call) for call in row["calls"]]
+        spreads = [row["calls"][str(count)]["ms"] for count in counts]
+        axes.fill_between(counts, [s["q1"] for s in spreads], [s["q3"] for s in spreads], color=GRID, lw=0)
+        axes.plot(counts, [s["median"] for s in spreads], color=method_color("dsc"), marker="o", ms=4)
+        axes.set_xscale("log", base=2)
+        axes.set_ylim(bottom=0)
+    return to_svg(figure, name)
+
+
 def _drawn(rows: Sequence[Row]) -> list[str]:
     names = {name for row in rows for name in row["calls"]} | {"floor" for row in rows if "floor" in row}
     return [name for name in ordered(sorted(names)) if name in LOOKS]

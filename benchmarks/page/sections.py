@@ -96,6 +96,37 @@ def _select_figures(result: Result) -> Figures:
     return {"select": (figures.select(result["rows"], "select"), description)}
 
 
+def _router_tables(result: Result) -> list[str]:
+    beside = [row for row in result["rows"] if "published" in row["calls"]]
+    others = ("dense", "linear", "published")
+    lines = [
+        [
+            f"{row['point']['router']}, {figures.pass_name(row['point']['kind'])}",
+            f"{row['point']['M']:,}",
+            ms(row, row["subject"]),
+            *(ratio(row, name) for name in others),
+        ]
+        for row in beside
+    ]
+    headings = ["router, pass", "M", "ms", "over Dense", "over the linear router", "over published"]
+    first = table(headings, lines) + "\n\nThe layer with its static part of width 327, 4096 tokens."
+    lines = [
+        [figures.pass_name(row["point"]["kind"]), f"{int(name):,}", ms(row, name), ratio(row, name)]
+        for row in result["rows"]
+        if row not in beside
+        for name in row["calls"]
+    ]
+    most = max(row["point"]["M"] for row in result["rows"])
+    headings = ["pass", "M", "ms", f"M {most:,} over it"]
+    return [first, table(headings, lines) + "\n\nProduct keys without a static layer, 4096 tokens, K 4, d 384."]
+
+
+def _router_figures(result: Result) -> Figures:
+    rows = [row for row in result["rows"] if "published" not in row["calls"]]
+    description = "Milliseconds against the number of atoms with product keys, forward and in training"
+    return {"routers": (figures.atoms(rows, "routers"), description)}
+
+
 def _model_tables(result: Result) -> list[str]:
     rows = result["rows"]
     names = list(dict.fromkeys(name for row in rows for name in row["calls"]))
@@ -175,6 +206,14 @@ SECTIONS = {
         "regularisers, where the frame term, which needs no data, is paid in each step.",
         layers.tables,
         layers.figures,
+    ),
+    "routers": Section(
+        "Routers",
+        "A low-rank router (rank d / 4) and product keys (one head, queries of d / 2 features) in the layer of the "
+        "paper's size, and product keys alone over banks of a thousand to a million atoms. In training with a million "
+        "atoms gradients of the bank are row-sparse and the frame term is estimated from 1,024 of its rows.",
+        _router_tables,
+        _router_figures,
     ),
     "model": Section(
         "Whole models",

@@ -6,7 +6,6 @@ Forward, and forward with backward and regularisers, where the frame term is cou
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import product
-from math import isqrt
 from typing import Any
 
 import torch
@@ -110,14 +109,10 @@ def _layers(sizes: Sizes) -> dict[str, nn.Module]:
     moes = {f"moe ({kernel})": StandardMoE(width, sizes.expert, 5, 2, impl=kernel) for kernel in kernels}
     loras = MixtureOfLoRAs(width, num_experts=sizes.num_atoms, rank=1, top_k=sizes.top_k)
     dsc = DSC(width, num_atoms=sizes.num_atoms, top_k=sizes.top_k)
-    low_rank = DSC(width, num_atoms=sizes.num_atoms, top_k=sizes.top_k, router="low_rank")
-    product_key = DSC(width, num_atoms=isqrt(sizes.num_atoms) ** 2, top_k=sizes.top_k, router="product_key")
     return {
         "dense": DenseFFN(width, sizes.dense),
         "floor": ProductsAlone(sizes),
         "dsc": DSCResidual(DenseFFN(width, static), dsc),
-        "dsc (low_rank)": DSCResidual(DenseFFN(width, static), low_rank),
-        "dsc (product_key)": DSCResidual(DenseFFN(width, static), product_key),
         **moes,
         "mixture_of_loras": DSCResidual(DenseFFN(width, static), loras),
         "published": PublishedLayer(width, sizes.num_atoms, sizes.top_k, static),
