@@ -106,7 +106,8 @@ class _FramePotential(torch.autograd.Function):
         squares = (norms * scale).square_()
         gram = unit.t() @ unit if unit.shape[0] > unit.shape[1] else unit @ unit.t()
         ctx.save_for_backward(unit, gram, scale, squares, norms > eps)
-        return gram.square().sum() - squares.square().sum()
+        potential: Tensor = gram.square().sum() - squares.square().sum()
+        return potential
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:

@@ -4,7 +4,7 @@ from .bank import BasisBank
 from .dsc import DSC, Routing
 from .options import DSCOptions
 from .residual import DSCResidual
-from .router import LinearRouter, LowRankRouter, ProductKeyRouter, Router
+from .routers import LinearRouter, LowRankRouter, ProductKeyRouter, Router
 from .statistics import RegularizerWeights, RoutedLayer, RoutingStatistics, forget_statistics
 
 __all__ = [

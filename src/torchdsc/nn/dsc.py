@@ -9,7 +9,7 @@ from torchdsc.ops import compose, gate
 
 from .bank import BasisBank
 from .options import DSCOptions
-from .router import Router, build_router
+from .routers import Router, build_router
 from .statistics import RoutedLayer, RoutingStatistics, check_token_mask, sum_statistics
 
 
@@ -126,7 +126,9 @@ class DSC(RoutedLayer):
         coefficients, strength = self._gate(selection.logits)
         u, v, indices = self.bank.rows(selection.indices)
         y = compose(flat, u, v, indices, coefficients, eps=options.eps, impl=options.impl)
-        y = y * self.gamma
+        # In inference in place: what compose returns is new.
+        inference = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        y = y.mul_(self.gamma) if inference and y.dtype == self.gamma.dtype else y * self.gamma
         if y.dtype != x.dtype:
             y = y.to(x.dtype)
         if x.dim() != 2:

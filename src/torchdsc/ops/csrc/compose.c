@@ -3,19 +3,20 @@
 
 /* Product with a row and, where it is asked for, the row's squared norm. */
 INLINE float dot_and_square(const float *x, const float *row, int64_t n, float *square) {
-    float products[LANES] = {0}, squares[LANES] = {0};
+    Vector products = {0}, squares = {0};
     int64_t i = 0;
-    for (; i + LANES <= n; i += LANES)
-        for (int lane = 0; lane < LANES; lane++) {
-            products[lane] += x[i + lane] * row[i + lane];
-            squares[lane] += row[i + lane] * row[i + lane];
-        }
-    for (; i < n; i++) {
-        products[0] += x[i] * row[i];
-        squares[0] += row[i] * row[i];
+    for (; i + LANES <= n; i += LANES) {
+        Vector values = AT(row + i);
+        products += AT(x + i) * values;
+        squares += values * values;
     }
-    *square = sum_lanes(squares);
-    return sum_lanes(products);
+    float product = 0.0f, rest = 0.0f;
+    for (; i < n; i++) {
+        product += x[i] * row[i];
+        rest += row[i] * row[i];
+    }
+    *square = rest + sum_lanes((const float *)&squares);
+    return product + sum_lanes((const float *)&products);
 }
 
 INLINE float inverse_norm(float square, float eps) {
@@ -42,7 +43,9 @@ VECTORIZED static void compose_token(const Composition *c, int64_t token) {
         c->latent[pair] = latent;
         float weight = latent * c->coefficients[pair];
         if (eps >= 0) weight *= inverse_norm(dot(row_v, row_v, c->d_out), eps);
-        for (int64_t i = 0; i < c->d_out; i++) y[i] += weight * row_v[i];
+        int64_t i = 0;
+        for (; i + LANES <= c->d_out; i += LANES) *(Vector *)(y + i) += weight * AT(row_v + i);
+        for (; i < c->d_out; i++) y[i] += weight * row_v[i];
     }
 }
 

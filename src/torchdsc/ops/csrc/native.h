@@ -26,14 +26,22 @@ INLINE float sum_lanes(const float *lanes) {
     return sum;
 }
 
+/* The same as a type, for loops that the compiler would not put into registers by itself; anywhere in memory. */
+typedef float Vector __attribute__((vector_size(LANES * sizeof(float)), aligned(sizeof(float)), may_alias));
+
+#define AT(p) (*(const Vector *)(p))
+
 INLINE float dot(const float *a, const float *b, int64_t n) {
-    float lanes[LANES] = {0};
+    Vector even = {0}, odd = {0};
     int64_t i = 0;
-    for (; i + LANES <= n; i += LANES)
-        for (int lane = 0; lane < LANES; lane++) lanes[lane] += a[i + lane] * b[i + lane];
-    float sum = 0.0f;
-    for (; i < n; i++) sum += a[i] * b[i];
-    return sum + sum_lanes(lanes);
+    for (; i + 2 * LANES <= n; i += 2 * LANES) {
+        even += AT(a + i) * AT(b + i);
+        odd += AT(a + i + LANES) * AT(b + i + LANES);
+    }
+    float rest = 0.0f;
+    for (; i < n; i++) rest += a[i] * b[i];
+    even += odd;
+    return rest + sum_lanes((const float *)&even);
 }
 
 /* The k largest of the values offered so far. Up to SORTED of them are kept in falling order, which keeps the bar as

@@ -1,0 +1,144 @@
+"""The linear router, and the one of low rank."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from torchdsc.nn.options import RouterNorm
+from torchdsc.ops import Selection, route, select
+from torchdsc.ops.select import largest
+
+from .base import Router, cast_like
+
+
+class LinearRouter(Router):
+    """``r = norm(x) W_r``, with one logit per atom.
+
+    Args:
+        in_features: d_in.
+        num_atoms: M.
+        bias: Whether the logits have a bias, zero at the start.
+        norm: "layer" (parameter-free LayerNorm), "layer_affine" or "none".
+        init_std: Standard deviation of the initial weight.
+        device: Where the parameters live.
+        dtype: Their dtype.
+
+    Attributes:
+        weight: W_r, stored as (M, d_in).
+
+    Raises:
+        ValueError: If ``norm`` is unknown.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        num_atoms: int,
+        *,
+        bias: bool = False,
+        norm: RouterNorm = "layer",
+        init_std: float = 0.02,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(in_features, num_atoms, norm, init_std, device, dtype)
+        self.weight = nn.Parameter(torch.empty(num_atoms, in_features, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(num_atoms, device=device, dtype=dtype)) if bias else None
+        self.reset_parameters()
+
+    def deviations(self, init_std: float) -> list[tuple[nn.Parameter, float]]:
+        """See :class:`Router`."""
+        return [(self.weight, init_std)]
+
+    def scores(self, x: Tensor) -> Tensor:
+        """Logits of shape (..., M)."""
+        return functional.linear(*self._operands(x))
+
+    def select_from(
+        self,
+        scores: Tensor,
+        top_k: int,
+        *,
+        logit_clamp: float,
+        token_mask: Tensor | None = None,
+        statistics: bool = False,
+        raw_normalizer: bool = False,
+    ) -> Selection:
+        """See :class:`Router`; scores are logits of shape (T, M)."""
+        if not statistics:
+            differentiable = torch.is_grad_enabled() or torch.compiler.is_compiling()
+            values, indices = scores.topk(top_k) if differentiable else largest(scores, top_k)
+            return Selection(values, indices, scores.new_empty(0), scores.new_empty(0))
+        found = select(scores, top_k, logit_clamp=logit_clamp, token_mask=token_mask)
+        return found._replace(log_normalizer=scores.logsumexp(-1)) if raw_normalizer else found
+
+    def _select(
+        self, x: Tensor, top_k: int, logit_clamp: float, token_mask: Tensor | None, statistics: bool
+    ) -> Selection | None:
+        x, weight, bias = self._operands(x)
+        return route(
+            x, weight, bias, top_k=top_k, logit_clamp=logit_clamp, token_mask=token_mask, statistics=statistics
+        )
+
+    def _operands(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """What the logits are the linear function of: input, weight (M, .) and bias, in the dtype of ``x``."""
+        weight = self.weight if self.weight.dtype == x.dtype else self.weight.to(x.dtype)
+        return x, weight, cast_like(self.bias, x)
+
+
+class LowRankRouter(LinearRouter):
+    """``r = (norm(x) A^T) B^T`` of rank r: d r + r M parameters and multiplications, against d M of the linear router.
+
+    Args:
+        in_features: d_in.
+        num_atoms: M.
+        rank: r >= 1.
+        bias: Whether the logits have a bias, zero at the start.
+        norm: "layer" (parameter-free LayerNorm), "layer_affine" or "none".
+        init_std: The linear router's standard deviation whose logits this one's start with, in their spread.
+        device: Where the parameters live.
+        dtype: Their dtype.
+
+    Attributes:
+        down: A, of shape (r, d_in).
+        weight: B, of shape (M, r).
+
+    Raises:
+        ValueError: If ``rank`` is below 1 or ``norm`` unknown.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        num_atoms: int,
+        *,
+        rank: int,
+        bias: bool = False,
+        norm: RouterNorm = "layer",
+        init_std: float = 0.02,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        if rank < 1:
+            raise ValueError(f"rank must be >= 1, got {rank}")
+        Router.__init__(self, in_features, num_atoms, norm, init_std, device, dtype)
+        self.rank = rank
+        self.down = nn.Parameter(torch.empty(rank, in_features, device=device, dtype=dtype))
+        self.weight = nn.Parameter(torch.empty(num_atoms, rank, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(num_atoms, device=device, dtype=dtype)) if bias else None
+        self.reset_parameters()
+
+    def deviations(self, init_std: float) -> list[tuple[nn.Parameter, float]]:
+        """A keeps the size of a normalised token; B makes the spread."""
+        width = self.in_features
+        return [(self.down, 1 / math.sqrt(width)), (self.weight, init_std * math.sqrt(width / self.rank))]
+
+    def _operands(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        down = self.down if self.down.dtype == x.dtype else self.down.to(x.dtype)
+        return super()._operands(functional.linear(x, down))
+
+    def extra_repr(self) -> str:
+        """Sizes, for ``print(model)``."""
+        return f"{super().extra_repr()}, rank={self.rank}"

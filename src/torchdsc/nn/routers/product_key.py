@@ -1,0 +1,98 @@
+"""The router of product keys."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from torchdsc.nn.options import RouterNorm
+from torchdsc.ops import Selection, select_product_key
+
+from .base import Router
+
+
+class ProductKeyRouter(Router):
+    """``r_(i sqrt(M) + j) = clamp(a_i, +-tau/2) + clamp(b_j, +-tau/2)``, with a and b from the halves of a query.
+
+    Each head makes a query ``norm(x) Q`` and compares its halves with sqrt(M) keys each: d q + sqrt(M) q parameters
+    and multiplications a head for q features, against d M of the linear router. Heads select K / heads atoms each.
+
+    Args:
+        in_features: d_in.
+        num_atoms: M, a square.
+        rank: q, features of a head's query, even.
+        heads: Queries, each with keys of its own.
+        norm: "layer" (parameter-free LayerNorm), "layer_affine" or "none".
+        init_std: The linear router's standard deviation whose logits this one's start with, in their spread.
+        device: Where the parameters live.
+        dtype: Their dtype.
+
+    Attributes:
+        query: Q, of shape (heads q, d_in).
+        keys: Shape (heads, 2, sqrt(M), q / 2).
+
+    Raises:
+        ValueError: If ``num_atoms`` is no square, ``rank`` odd or below 2, ``heads`` below 1, or ``norm`` unknown.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        num_atoms: int,
+        *,
+        rank: int,
+        heads: int = 1,
+        norm: RouterNorm = "layer",
+        init_std: float = 0.02,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(in_features, num_atoms, norm, init_std, device, dtype)
+        self.side = math.isqrt(num_atoms)
+        if self.side * self.side != num_atoms:
+            nearest = f"{self.side**2} or {(self.side + 1) ** 2}"
+            raise ValueError(f"num_atoms must be a square for product keys, for example {nearest}, got {num_atoms}")
+        if rank < 2 or rank % 2:
+            raise ValueError(f"rank must be even and >= 2 for product keys, got {rank}")
+        if heads < 1:
+            raise ValueError(f"heads must be >= 1, got {heads}")
+        self.rank, self.heads = rank, heads
+        self.query = nn.Parameter(torch.empty(heads * rank, in_features, device=device, dtype=dtype))
+        self.keys = nn.Parameter(torch.empty(heads, 2, self.side, rank // 2, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def deviations(self, init_std: float) -> list[tuple[nn.Parameter, float]]:
+        """Q keeps the size of a normalised token; a logit is a sum over the q features of both halves."""
+        width = self.in_features
+        return [(self.query, 1 / math.sqrt(width)), (self.keys, init_std * math.sqrt(width / self.rank))]
+
+    def scores(self, x: Tensor) -> Tensor:
+        """Both halves' scores, of shape (..., heads, 2, sqrt(M))."""
+        query, keys = (t if t.dtype == x.dtype else t.to(x.dtype) for t in (self.query, self.keys))
+        halves = functional.linear(x, query).view(-1, self.heads * 2, self.rank // 2)
+        scores = torch.bmm(halves.transpose(0, 1), keys.flatten(0, 1).transpose(1, 2))
+        return scores.transpose(0, 1).reshape(*x.shape[:-1], self.heads, 2, self.side)
+
+    def select_from(
+        self,
+        scores: Tensor,
+        top_k: int,
+        *,
+        logit_clamp: float,
+        token_mask: Tensor | None = None,
+        statistics: bool = False,
+        raw_normalizer: bool = False,
+    ) -> Selection:
+        """See :class:`Router`; scores are those of both halves, of shape (T, heads, 2, sqrt(M))."""
+        left, right = scores.unbind(-2)
+        found = select_product_key(
+            left, right, top_k, logit_clamp=logit_clamp, token_mask=token_mask, statistics=statistics
+        )
+        if raw_normalizer and statistics:
+            return found._replace(log_normalizer=left.logsumexp(-1) + right.logsumexp(-1))
+        return found
+
+    def extra_repr(self) -> str:
+        """Sizes, for ``print(model)``."""
+        return f"{super().extra_repr()}, rank={self.rank}, heads={self.heads}"
