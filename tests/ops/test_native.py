@@ -61,6 +61,8 @@ def test_largest(tensor_operations, top_k, atoms):
     logits[3] = 1.0
     logits[4, :70], logits[5, 7], logits[6, 9], logits[7] = torch.inf, torch.nan, -torch.inf, -torch.inf
     logits[8] = logits[8].round()
+    # Fewer than K that are more than the least there is.
+    logits[9], logits[9, -1], logits[10, ::3] = -torch.inf, 0.0, torch.nan
     values, indices = largest(logits, top_k)
     expected = tensor_operations(lambda: largest(logits, top_k))[0]
     assert torch.equal(values.nan_to_num(nan=5e5), expected.nan_to_num(nan=5e5))

@@ -85,18 +85,52 @@ INLINE void offer(Largest *l, float value, int64_t index) {
     if (l->held == l->capacity) prune(l);
 }
 
-/* Offer values[0..n), numbered from 0. */
+/* Whether one of count values (a constant, for the compiler's sake) is not at most the bar, as NaN never is. */
+INLINE int any_beyond(const float *values, float bar, const int count) {
+    int some = 0;
+    for (int i = 0; i < count; i++) some |= !(values[i] <= bar);
+    return some;
+}
+
+/* Raise groups[0..count) to the largest of every count-th value; NaN is passed over. */
+INLINE void raise_groups(const float *values, int64_t n, float *groups, const int count) {
+    for (int64_t i = 0; i + count <= n; i += count)
+        for (int j = 0; j < count; j++) groups[j] = values[i + j] > groups[j] ? values[i + j] : groups[j];
+}
+
+/* A value that at least k of values[0..n) reach, close to the k-th largest of them, at a fraction of its cost: the k-th
+ * largest of the maxima of 4 k groups or more. NaN, below which is nothing, where there are too few values. */
+INLINE float reached_by(const float *values, int64_t n, int64_t k) {
+    float groups[BLOCK], best[SORTED];
+    const int count = k <= LANES / 4 ? LANES : BLOCK;
+    if (k > SORTED || n < count) return NAN;
+    for (int j = 0; j < count; j++) groups[j] = -INFINITY;
+    if (count == LANES)
+        raise_groups(values, n, groups, LANES);
+    else
+        raise_groups(values, n, groups, BLOCK);
+    for (int64_t j = 0; j < k; j++) best[j] = -INFINITY;
+    for (int j = 0; j < count; j++) {
+        /* Without branches, which would be mispredicted: each place takes the larger, and hands on the smaller. */
+        float value = groups[j];
+        for (int64_t place = 0; place < k; place++) {
+            float kept = value > best[place] ? value : best[place];
+            value = value > best[place] ? best[place] : value;
+            best[place] = kept;
+        }
+    }
+    return best[k - 1] > -INFINITY ? best[k - 1] : NAN;
+}
+
+/* Offer values[0..n), numbered from 0, to the empty list. */
 INLINE void offer_all(Largest *largest, const float *values, int64_t n) {
+    largest->least = nextafterf(reached_by(values, n, largest->k), -INFINITY);
     int64_t i = 0;
     for (; i + BLOCK <= n; i += BLOCK) {
-        int some = 0;
-        for (int j = 0; j < BLOCK; j++) some |= !(values[i + j] <= largest->least);
-        if (!some) continue;
-        for (int part = 0; part < BLOCK; part += LANES) {
-            some = 0;
-            for (int j = 0; j < LANES; j++) some |= !(values[i + part + j] <= largest->least);
-            if (some)
-                for (int j = part; j < part + LANES; j++) offer(largest, values[i + j], i + j);
+        if (!any_beyond(values + i, largest->least, BLOCK)) continue;
+        for (int64_t j = i; j < i + BLOCK; j += LANES) {
+            if (!any_beyond(values + j, largest->least, LANES)) continue;
+            for (int64_t lane = j; lane < j + LANES; lane++) offer(largest, values[lane], lane);
         }
     }
     for (; i < n; i++) offer(largest, values[i], i);

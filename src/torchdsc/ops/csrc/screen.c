@@ -77,6 +77,11 @@ typedef struct {
     Largest largest;
 } Scratch;
 
+INLINE void offer_exact(const Screen *s, const float *x, int64_t atom, Largest *found) {
+    float logit = dot(x, s->weight + atom * s->width, s->width);
+    offer(found, s->bias != NULL ? logit + s->bias[atom] : logit, atom);
+}
+
 /* |x w - a| <= |x - x'| |w'| + |x| |w - w'| + accumulation + rounding of a, with primes for rounded rows.
  *
  * Atoms whose upper bound lies below the K-th largest lower bound cannot be among the top-K. |w'| <= |w| + |w - w'|. */
@@ -102,18 +107,22 @@ VECTORIZED static void screen_row(const Screen *s, int64_t token, const Scratch 
             upper[j] += bias + rounding;
         }
     Largest bounds = scratch->largest, found = scratch->largest;
-    offer_all(&bounds, lower, n);
-    prune(&bounds);
-    const float threshold = bounds.least;
-    for (int64_t i = 0; i < n; i += LANES) {
-        int64_t end = i + LANES < n ? i + LANES : n;
-        int candidates = 0;
-        for (int64_t j = i; j < end; j++) candidates |= upper[j] >= threshold;
-        if (!candidates) continue;
-        for (int64_t j = i; j < end; j++)
-            if (upper[j] >= threshold)
-                offer(&found, dot(x, s->weight + j * d, d) + (s->bias != NULL ? s->bias[j] : 0.0f), j);
+    float threshold = reached_by(lower, n, k);
+    if (threshold != threshold) {
+        offer_all(&bounds, lower, n);
+        prune(&bounds);
+        threshold = bounds.least;
     }
+    /* What is beyond the next smaller number is not below the threshold. */
+    const float bar = nextafterf(threshold, -INFINITY);
+    int64_t i = 0;
+    for (; i + BLOCK <= n; i += BLOCK) {
+        if (!any_beyond(upper + i, bar, BLOCK)) continue;
+        for (int64_t j = i; j < i + BLOCK; j++)
+            if (upper[j] > bar) offer_exact(s, x, j, &found);
+    }
+    for (; i < n; i++)
+        if (upper[i] > bar) offer_exact(s, x, i, &found);
     sort_largest(&found);
     for (int64_t i = 0; i < k; i++) {
         s->values[token * k + i] = found.keys[i];
