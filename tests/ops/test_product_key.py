@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from torchdsc.ops import select, select_product_key
+from torchdsc.ops import native, select, select_product_key
 
 
 def written_out(left, right, top_k, logit_clamp, token_mask):
@@ -48,21 +48,38 @@ def test_equals_all_sums(tokens, side, heads, top_k, masked, logit_clamp):
 
 
 @torch.no_grad()
-def test_inference_selects_the_same():
-    left, right = torch.randn(2, 50, 2, 20).unbind(0)
-    found = select_product_key(left, right, 8, logit_clamp=20.0)
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("tokens", [0, 1, 50])
+@pytest.mark.parametrize(
+    ("side", "heads", "top_k"), [(20, 2, 8), (200, 1, 4), (70, 3, 60), (8, 1, 64), (1, 2, 2), (90, 1, 64)]
+)
+@pytest.mark.parametrize("logit_clamp", [20.0, 1.0])
+def test_inference_selects_the_same(monkeypatch, compiled, tokens, side, heads, top_k, logit_clamp):
+    if not compiled:
+        monkeypatch.setattr(native, "_native", None)
+    # As a router gives them: one half's scores of a token lie far from the other's.
+    left, right = torch.randn(heads, 2, tokens, side).permute(2, 0, 1, 3).unbind(2)
+    found = select_product_key(left, right, top_k, logit_clamp=logit_clamp)
     with torch.enable_grad():
-        expected = select_product_key(left, right, 8, logit_clamp=20.0)
-    assert torch.equal(found.indices, expected.indices)
+        expected = select_product_key(left, right, top_k, logit_clamp=logit_clamp)
     assert torch.equal(found.logits, expected.logits)
+    if logit_clamp == 20:
+        assert torch.equal(found.indices, expected.indices)
+    half = logit_clamp / 2
+    sums = left.clamp(-half, half).unsqueeze(-1) + right.clamp(-half, half).unsqueeze(-2)
+    shape = tokens, heads, top_k // heads
+    chosen = sums.reshape(tokens, heads, side * side).gather(2, found.indices.view(shape))
+    assert torch.equal(chosen, found.logits.view(shape))
     assert found.log_normalizer.numel() == found.probability_sum.numel() == 0
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
-def test_not_finite_scores_spoil_only_their_own_row(bad):
+@pytest.mark.parametrize("gradients", [False, True])
+def test_not_finite_scores_spoil_only_their_own_row(bad, gradients):
     left, right = torch.randn(2, 5, 1, 6).unbind(0)
     right[3, 0, 2] = bad
-    found = select_product_key(left, right, 2, logit_clamp=20.0)
+    with torch.set_grad_enabled(gradients):
+        found = select_product_key(left, right, 2, logit_clamp=20.0)
     assert found.logits[3].isnan().any()
     assert found.logits[[0, 1, 2, 4]].isfinite().all()
 

@@ -7,7 +7,11 @@ sums is exact from the top-K of each half, logsumexp is the sum of the halves', 
 import torch
 from torch import Tensor
 
-from .select import Selection, largest
+from .native import MOST_SORTED, address, module_for
+from .select import Selection
+
+# Tokens up to which waking other threads costs more than the work.
+_FEW_TOKENS = 16
 
 
 def select_product_key(
@@ -45,7 +49,8 @@ def select_product_key(
     if top_k < heads or top_k % heads or top_k > heads * side * side:
         raise ValueError(f"top_k must be a multiple of heads = {heads}, at most {heads} x {side}^2 atoms, got {top_k}")
     half = logit_clamp / 2
-    values, indices = _top_sums(left, right, top_k // heads, half)
+    top_sums = _top_sums if torch.is_grad_enabled() or torch.compiler.is_compiling() else _top_sums_untraced
+    values, indices = top_sums(left, right, top_k // heads, half)
     flat = values.reshape(tokens, top_k), indices.reshape(tokens, top_k)
     if not statistics:
         return Selection(*flat, left.new_empty(0), left.new_empty(0))
@@ -64,7 +69,7 @@ def _top_sums(left: Tensor, right: Tensor, top_k: int, half: float) -> tuple[Ten
     """The K largest clamped sums of each token and head, sorted, and their atoms: two (T, heads, K)."""
     side = left.shape[-1]
     kept = min(top_k, side)
-    (a, at_left), (b, at_right) = _largest(left, kept), _largest(right, kept)
+    (a, at_left), (b, at_right) = left.topk(kept), right.topk(kept)
     rows, columns = _candidates(top_k, kept, left.device)
     # Adding nothing of the raw score makes a score that is not finite NaN, which clamping would hide.
     a, b = (torch.add(score.clamp(-half, half), score, alpha=0.0) for score in (a, b))
@@ -73,12 +78,20 @@ def _top_sums(left: Tensor, right: Tensor, top_k: int, half: float) -> tuple[Ten
     return values, atoms.gather(-1, order)
 
 
-def _largest(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
-        values, indices = scores.topk(count)
-        return values, indices
-    values, indices = largest(scores.reshape(-1, scores.shape[-1]), count)
-    return values.view(*scores.shape[:-1], count), indices.view(*scores.shape[:-1], count)
+def _top_sums_untraced(left: Tensor, right: Tensor, top_k: int, half: float) -> tuple[Tensor, Tensor]:
+    """The same without gradients, head by head in one pass where the compiled function is there."""
+    tokens, heads, side = left.shape
+    native = module_for(*(scores[:1, 0] for scores in (left, right))) if tokens else None
+    if native is None or left.dtype != torch.float32 or top_k > MOST_SORTED:
+        return _top_sums(left, right, top_k, half)
+    values = left.new_empty(tokens, heads, top_k)
+    indices = torch.empty_like(values, dtype=torch.int64)
+    threads = torch.get_num_threads() if tokens > _FEW_TOKENS else 1
+    for head in range(heads):
+        arrays = (scores[:, head] for scores in (left, right, values, indices))
+        sizes = tokens, side, top_k, left.stride(0), right.stride(0), values.stride(0), threads
+        native.select_sums(*map(address, arrays), *sizes, half)
+    return values, indices
 
 
 def _candidates(top_k: int, kept: int, device: torch.device) -> tuple[Tensor, Tensor]:

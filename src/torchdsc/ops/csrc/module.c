@@ -75,6 +75,7 @@ static PyMethodDef methods[] = {
     {"select_rows", select_rows, METH_VARARGS, "Top-K and statistics of rows of logits in one pass."},
     {"select_rows_backward", select_rows_backward, METH_VARARGS, "Gradient of the logits in one pass."},
     {"largest_of_rows", largest_of_rows, METH_VARARGS, "Top-K of rows of logits."},
+    {"select_sums", select_sums, METH_VARARGS, "Top-K of the sums of two halves."},
     {"round_rows", round_rows, METH_VARARGS, "Rows in bfloat16, their norms, and the norms of what rounding took away."},
     {"screen", screen, METH_VARARGS, "Exact top-K from logits in bfloat16 and bounds on their errors."},
     {"has_bfloat16", has_bfloat16, METH_NOARGS, "Whether the processor multiplies bfloat16 natively."},

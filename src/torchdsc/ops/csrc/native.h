@@ -145,6 +145,7 @@ PyObject *compose(PyObject *self, PyObject *args);
 PyObject *select_rows(PyObject *self, PyObject *args);
 PyObject *select_rows_backward(PyObject *self, PyObject *args);
 PyObject *largest_of_rows(PyObject *self, PyObject *args);
+PyObject *select_sums(PyObject *self, PyObject *args);
 PyObject *round_rows(PyObject *self, PyObject *args);
 PyObject *screen(PyObject *self, PyObject *args);
 
