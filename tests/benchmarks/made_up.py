@@ -58,6 +58,19 @@ def layer():
     return result("layer", rows)
 
 
+def routers():
+    rows = []
+    for kind, factor in (("forward", 1), ("forward+backward", 4)):
+        for router in ("low_rank", "product_key"):
+            point = {"router": router, "tokens": 4096, "M": 1521, "kind": kind}
+            times = {"dense": 100, router: 30, "linear": 40, "published": 80}
+            rows.append(row(point, router, {name: factor * time for name, time in times.items()}))
+        point = {"router": "product_key", "tokens": 4096, "M": 1 << 20, "kind": kind}
+        times = {str(1 << power): factor * (5 + power) for power in (10, 14, 18, 20)}
+        rows.append(row(point, str(1 << 20), times))
+    return result("routers", rows)
+
+
 def model():
     factors = {"dense": 1.2, "dsc": 1, "moe (eager)": 1.1, "moe (grouped_mm)": 0.95, "moe (batched_mm)": 3.0}
     factors |= {"published": 1.6}
@@ -114,4 +127,4 @@ def crossover():
     return result("crossover", [], crossovers=points)
 
 
-ALL = {"compose": compose, "layer": layer, "model": model, "memory": memory, "select": select, "crossover": crossover}
+ALL = {function.__name__: function for function in (layer, routers, model, memory, compose, crossover, select)}

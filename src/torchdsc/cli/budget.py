@@ -20,7 +20,13 @@ def run(arguments: list[str]) -> None:
     parser.add_argument("--top_k", type=int, default=4, help="K of DSC, and experts per token of Mixture-of-LoRAs")
     parser.add_argument("--rank", type=int, default=1, help="of Mixture-of-LoRAs")
     parser.add_argument("--experts_per_token", type=int, default=2, help="of MoE")
-    parser.add_argument("--router", default="linear", choices=get_args(RouterKind), help="of DSC")
+    parser.add_argument(
+        "--router",
+        default="linear",
+        choices=get_args(RouterKind),
+        metavar="KIND",
+        help="of DSC: linear, low_rank or product_key",
+    )
     parser.add_argument("--router_rank", type=int, help="of a low_rank or product_key router")
     parser.add_argument("--router_heads", type=int, default=1, help="of a product_key router")
     parser.add_argument("--json", action="store_true", help="print JSON")
