@@ -236,8 +236,8 @@ SECTIONS = {
     "compose": Section(
         "The composition",
         "`torchdsc.ops.compose` by each implementation that runs on the device, against the published gathers. One "
-        "size at a time is varied around tokens 1024, M 1523, K 4, d 384, and the largest point is added; the JSON has "
-        "all points. `dense` is the masked product over all M atoms, and `auto` is what a call gets without asking.",
+        "size at a time is varied around tokens 1024, M 1523, K 4, d 384, and the largest point is added. `dense` is "
+        "the masked product over all M atoms, and `auto` is what a call gets without asking.",
         _compose_tables,
         _compose_figures,
     ),
