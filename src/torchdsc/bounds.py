@@ -10,7 +10,7 @@ __all__ = ["certified_spectral_bound", "frame_excess", "spectral_norm", "welch_b
 
 
 def certified_spectral_bound(layer: DSC) -> float:
-    """Bound on ``|dW|_2`` for every input: ``max_i |gamma_i|``, equations (7) and (8).
+    """Bound on ``|dW|_2`` for every input: ``scale max_i |gamma_i|``, equations (7) and (8).
 
     Strict in real arithmetic; in floating point it holds up to a few units in the last place, for ``gate="none"``
     too, since coefficients never sum to more than 1. It bounds the update with the routing held fixed. It is no
@@ -22,7 +22,7 @@ def certified_spectral_bound(layer: DSC) -> float:
     Returns:
         The bound; 0 for a layer without output features.
     """
-    return float(layer.gamma.detach().abs().max())
+    return float(layer.output_scale.detach().abs().max())
 
 
 @torch.no_grad()

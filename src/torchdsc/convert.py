@@ -1,15 +1,14 @@
 """Conversion of existing models: DSC beside, or instead of, their feed-forward modules."""
 
-import inspect
 import re
 from collections.abc import Callable
-from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from .nn import DSC, BasisBank, DSCResidual
+from .nn.host import TokenMasked, feature_sizes, pass_attention_mask
 
 __all__ = ["convert"]
 
@@ -68,38 +67,20 @@ def convert(
     _leave_fused_encoder(model)
     if share_bank:
         _declare_shared(model, layers[0].bank)
-    accepted = list(inspect.signature(model.forward).parameters)
-    position = accepted.index("attention_mask") if "attention_mask" in accepted else None
-    model.register_forward_pre_hook(partial(_pass_mask, position), with_kwargs=True)
+    pass_attention_mask(model)
     return names
 
 
-class _Masked(nn.Module):
-    """A converted module: hands the last attention mask of its model to the DSC layer.
-
-    The mask stays until the next call: a checkpointed block that is recomputed in the backward pass needs it again.
-    """
+class _Masked(nn.Module, TokenMasked):
+    """A converted module: hands the attention mask of its model to the DSC layer."""
 
     def __init__(self, module: DSCResidual | DSC) -> None:
         super().__init__()
         self.module = module
-        self.token_mask: Tensor | None = None
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        mask = self.token_mask
-        if mask is not None and mask.shape != x.shape[:-1]:
-            mask = None
-        output: Tensor = self.module(x, *args, token_mask=mask, **kwargs)
+        output: Tensor = self.module(x, *args, token_mask=self.mask_of(x), **kwargs)
         return output
-
-
-def _pass_mask(position: int | None, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    mask = kwargs.get("attention_mask")
-    if position is not None and position < len(args):
-        mask = args[position]
-    for module in model.modules():
-        if isinstance(module, _Masked):
-            module.token_mask = mask
 
 
 def _leave_fused_encoder(model: nn.Module) -> None:
@@ -137,18 +118,9 @@ def _matches(model: nn.Module, target: str | Callable[[str, nn.Module], bool]) -
 
 
 def _sizes(name: str, base: nn.Module, in_features: int | None, out_features: int | None) -> tuple[int, int]:
-    linears = [module for module in base.modules() if _linear_sizes(module) is not None]
-    if not linears and (in_features is None or out_features is None):
+    first, last = feature_sizes(base)
+    first = first if in_features is None else in_features
+    last = last if out_features is None else out_features
+    if first is None or last is None:
         raise ValueError(f"in_features and out_features must be given for {name!r}: it holds no linear layer")
-    first = in_features if in_features is not None else _linear_sizes(linears[0])[0]  # type: ignore[index]
-    last = out_features if out_features is not None else _linear_sizes(linears[-1])[1]  # type: ignore[index]
     return first, last
-
-
-def _linear_sizes(module: nn.Module) -> tuple[int, int] | None:
-    if isinstance(module, nn.Linear):
-        return module.in_features, module.out_features
-    # Hugging Face's Conv1D, GPT-2's linear layer, stores its weight as (in, out).
-    if type(module).__name__ == "Conv1D" and isinstance(getattr(module, "weight", None), Tensor):
-        return int(module.weight.shape[0]), int(module.weight.shape[1])  # type: ignore[index]
-    return None

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .nn import BasisBank, RegularizerWeights, RoutedLayer, RoutingStatistics
+from .nn import BasisBank, RoutedLayer, RoutingStatistics
 
 __all__ = [
     "Regularization",
@@ -242,7 +242,7 @@ def regularization_of(
         share = entry.num_tokens / (entry.num_tokens.clamp_min(1.0) if num_tokens is None else num_tokens)
         if num_tokens is not None and layer is collected[0][0]:
             token_share = token_share + share
-        _add_token_terms(sums, layer.regularizers, entry, mean, share)
+        _add_token_terms(sums, layer, entry, mean, share)
     frame = token_share if frame_share is None else frame_share
     if not (isinstance(frame, (int, float)) and frame == 0):
         _add_frame(sums, frame_layers, frame)
@@ -272,36 +272,45 @@ class _Sums:
         self.total = zero
         self.terms = dict.fromkeys(("aux", "budget", "frame", "z"), zero)
 
-    def add(self, name: str, value: Tensor, weight: float, share: Tensor | float) -> None:
+    def add(self, name: str, value: Tensor, weight: float, share: Tensor | float, factor: Tensor | None) -> None:
         self.terms[name] = self.terms[name] + (value * share).detach()
-        self.total = self.total + weight * share * value
+        weighted = weight * share * value
+        self.total = self.total + (weighted if factor is None else weighted * factor)
 
     def result(self) -> Regularization:
         return Regularization(total=self.total, **self.terms)
 
 
 def _add_token_terms(
-    sums: _Sums, weights: RegularizerWeights, entry: RoutingStatistics, mean: RoutingStatistics, share: Tensor
+    sums: _Sums, layer: RoutedLayer, entry: RoutingStatistics, mean: RoutingStatistics, share: Tensor
 ) -> None:
     tokens = mean.num_tokens.clamp_min(1.0)
+    weights, factor = layer.regularizers, layer.regularizer_factor()
     if weights.aux > 0:
-        sums.add("aux", aux_loss(mean.probability_sum, tokens, mean.load), weights.aux, share)
+        sums.add("aux", aux_loss(mean.probability_sum, tokens, mean.load), weights.aux, share, factor)
     if weights.budget > 0:
-        sums.add("budget", budget_loss(mean.strength_sum, tokens, weights.budget_target), weights.budget, share)
+        value = budget_loss(mean.strength_sum, tokens, weights.budget_target)
+        sums.add("budget", value, weights.budget, share, factor)
     if weights.z > 0:
         own = entry.num_tokens.clamp_min(1.0)
-        sums.add("z", z_loss(entry.squared_log_normalizer_sum, own), weights.z, share)
+        sums.add("z", z_loss(entry.squared_log_normalizer_sum, own), weights.z, share, factor)
 
 
 def _add_frame(sums: _Sums, layers: Iterable[RoutedLayer], share: Tensor | float) -> None:
-    """L_frame of each bank once, however many layers share it, with the weights of the first."""
+    """L_frame of each bank once, however many layers share it, with the weights of the first.
+
+    A frozen bank is left out: its potential is a constant.
+    """
     seen: set[int] = set()
     for layer in layers:
         bank, weights = getattr(layer, "bank", None), layer.regularizers
-        if isinstance(bank, BasisBank) and weights.frame > 0 and id(bank) not in seen:
-            seen.add(id(bank))
-            value = frame_loss(bank, weights.eps, normalized=weights.frame_normalized, samples=weights.frame_samples)
-            sums.add("frame", value, weights.frame, share)
+        if not isinstance(bank, BasisBank) or weights.frame == 0 or id(bank) in seen:
+            continue
+        seen.add(id(bank))
+        if torch.is_grad_enabled() and not (bank.u.requires_grad or bank.v.requires_grad):
+            continue
+        value = frame_loss(bank, weights.eps, normalized=weights.frame_normalized, samples=weights.frame_samples)
+        sums.add("frame", value, weights.frame, share, layer.regularizer_factor())
 
 
 def _regularized_layers(model: nn.Module) -> Iterator[RoutedLayer]:

@@ -30,10 +30,10 @@ class Routing(NamedTuple):
 
 
 class DSC(RoutedLayer):
-    """Dynamic Subspace Composition: ``y = gamma * ((x U_I^T) * z) V_I``, equations (4), (5) and (14).
+    """Dynamic Subspace Composition: ``y = scale gamma * ((x U_I^T) * z) V_I``, equations (4), (5) and (14).
 
     It maps x to the update x dW(z(x)) alone; :class:`DSCResidual` adds it to a base. The default is the paper's
-    Algorithm 2, ``DSC.basic(...)`` its Algorithm 1. ``|dW|_2 < max |gamma|`` for every token, equations (7) and (8).
+    Algorithm 2, ``DSC.basic(...)`` its Algorithm 1. ``|dW|_2 < scale max |gamma|`` for every token, equations (7), (8).
 
     Args:
         in_features: d_in.
@@ -46,7 +46,7 @@ class DSC(RoutedLayer):
     Attributes:
         bank: The atoms, a :class:`BasisBank`; raw rows ``bank.u`` (M, d_in) and ``bank.v`` (M, d_out).
         router: Tokens to scores; the linear router's ``router.weight`` is (M, d_in).
-        gamma: Output scale of shape (d_out,), or () for Algorithm 1.
+        gamma: Learned output scale of shape (d_out,), or () for Algorithm 1.
 
     Raises:
         ValueError: On an option out of its range, or a ``bank`` of another size.
@@ -102,6 +102,19 @@ class DSC(RoutedLayer):
         """Algorithm 1: the router sees x itself, and gamma is a scalar."""
         return cls(in_features, out_features, **{"router_norm": "none", "channelwise_gamma": False, **options})
 
+    @property
+    def output_scale(self) -> Tensor:
+        """``scale gamma``, of the shape of gamma."""
+        return self.gamma if self.options.scale == 1.0 else self.gamma * self.options.scale
+
+    def regularizer_factor(self) -> Tensor | None:
+        """See :class:`RoutedLayer`: 0 as long as a gamma that starts at zero has not moved.
+
+        The task gives bank and router no gradient then. Adam, which divides by a gradient's size, would follow the
+        regularisers alone, at its full rate.
+        """
+        return None if self.options.gamma_init != 0 else (self.gamma.detach() != 0).any()
+
     def reset_parameters(self) -> None:
         """Initialise the bank (shared or not), the router and gamma again."""
         self.bank.reset_parameters()
@@ -128,7 +141,8 @@ class DSC(RoutedLayer):
         y = compose(flat, u, v, indices, coefficients, eps=options.eps, impl=options.impl)
         # In inference in place: what compose returns is new.
         inference = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        y = y.mul_(self.gamma) if inference and y.dtype == self.gamma.dtype else y * self.gamma
+        scale = self.output_scale
+        y = y.mul_(scale) if inference and y.dtype == scale.dtype else y * scale
         if y.dtype != x.dtype:
             y = y.to(x.dtype)
         if x.dim() != 2:
@@ -163,11 +177,11 @@ class DSC(RoutedLayer):
         return torch.einsum("...ki,...ko->...io", left, right).to(x.dtype)
 
     def factors(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The rank-K factors of dW: rows u_k of shape (..., K, d_in), and ``z_k v_k gamma`` of (..., K, d_out)."""
+        """The rank-K factors of dW: rows u_k, (..., K, d_in), and ``z_k v_k scale gamma``, (..., K, d_out)."""
         routing = self.route(x)
         u, v = self.bank.unit(self.options.eps)
         dtype = routing.coefficients.dtype
-        right = routing.coefficients.unsqueeze(-1) * v[routing.indices].to(dtype) * self.gamma.to(dtype)
+        right = routing.coefficients.unsqueeze(-1) * v[routing.indices].to(dtype) * self.output_scale.to(dtype)
         return u[routing.indices].to(dtype), right
 
     def _tokens(self, x: Tensor) -> Tensor:

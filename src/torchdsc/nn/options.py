@@ -28,7 +28,10 @@ class DSCOptions:
         router_norm: What the router sees of x: "layer" its parameter-free LayerNorm (Algorithm 2), "layer_affine" one
             with parameters (the published run), "none" x itself (Algorithm 1).
         channelwise_gamma: One output scale per channel (Algorithm 2) or a single one (Algorithm 1).
-        gamma_init: Initial value of gamma. At 0 the layer changes nothing until gamma has moved.
+        gamma_init: Initial value of gamma. At 0 the layer changes nothing until gamma has moved, and the regularisers
+            of its bank and router have no weight until then.
+        scale: Constant factor of the output, > 0, as LoRA's alpha / r: an optimizer moves scale x gamma by scale times
+            its learning rate.
         atom_init_norm: Root mean square norm of the raw rows of an orthogonal init. Outputs do not depend on it, the
             step that a learning rate makes does: direction changes go with step over norm.
         logit_clamp: tau, > 0.
@@ -56,6 +59,7 @@ class DSCOptions:
     router_norm: RouterNorm = "layer"
     channelwise_gamma: bool = True
     gamma_init: float = 0.1
+    scale: float = 1.0
     atom_init_norm: float = 0.01
     logit_clamp: float = 20.0
     eps: float = 1e-6
@@ -76,7 +80,7 @@ class DSCOptions:
         _check_int("top_k", self.top_k, 1)
         if self.top_k > self.num_atoms:
             raise ValueError(f"top_k must be at most num_atoms = {self.num_atoms}, got {self.top_k}")
-        for name in ("logit_clamp", "eps", "atom_init_norm"):
+        for name in ("logit_clamp", "eps", "atom_init_norm", "scale"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} must be finite and > 0, got {getattr(self, name)}")
         for name in ("aux_weight", "budget_weight", "frame_weight", "z_weight", "budget"):

@@ -164,6 +164,10 @@ class RoutedLayer(nn.Module):
         """
         raise NotImplementedError
 
+    def regularizer_factor(self) -> Tensor | None:
+        """Scalar that the weights of this layer's regularisers are multiplied by; None for 1."""
+        return None
+
     def _flatten(self, x: Tensor, in_features: int, dtype: torch.dtype) -> Tensor:
         """Tokens of shape (T, d_in) in the dtype of the parameters, or the error that says what is wrong."""
         if x.dim() == 0 or x.shape[-1] != in_features:
