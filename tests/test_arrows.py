@@ -21,7 +21,7 @@ ALLOWED = {
     "convert": CORE,
     "diagnostics": CORE | {"bounds"},
     "models": CORE | {"baselines"},
-    "adapters": CORE,
+    "adapters": CORE | {"baselines"},
     "lab": CORE | {"baselines", "bounds", "convert", "diagnostics", "models", "adapters", "torchdsc"},
     "cli": CORE | {"baselines", "bounds", "convert", "diagnostics", "models", "adapters", "lab", "torchdsc"},
     "torchdsc": CORE | {"bounds", "convert"},

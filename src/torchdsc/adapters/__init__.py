@@ -1,0 +1,29 @@
+"""Adapters of pretrained Hugging Face models through PEFT; importing this registers them with PEFT."""
+
+try:
+    import peft
+except ImportError as error:
+    raise ImportError("torchdsc.adapters needs peft >= 0.21: pip install 'torchdsc[adapters]'") from error
+
+if not hasattr(peft.tuners.tuners_utils.BaseTuner, "_remap_adapter_state_dict_for_load"):
+    raise ImportError(f"torchdsc.adapters needs peft >= 0.21, found {peft.__version__}: pip install -U peft")
+
+from .config import DSCAdapterConfig, MixtureOfLoRAsConfig
+from .layer import AdapterLayer, DSCAdapterLayer, MixtureOfLoRAsLayer
+from .loss import last_regularization
+from .model import DSCAdapterModel, MixtureOfLoRAsModel
+from .plugin import register
+
+register(DSCAdapterConfig.METHOD, DSCAdapterConfig, DSCAdapterModel)
+register(MixtureOfLoRAsConfig.METHOD, MixtureOfLoRAsConfig, MixtureOfLoRAsModel)
+
+__all__ = [
+    "AdapterLayer",
+    "DSCAdapterConfig",
+    "DSCAdapterLayer",
+    "DSCAdapterModel",
+    "MixtureOfLoRAsConfig",
+    "MixtureOfLoRAsLayer",
+    "MixtureOfLoRAsModel",
+    "last_regularization",
+]

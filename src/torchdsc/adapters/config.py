@@ -1,0 +1,175 @@
+"""Configurations of the adapters, in PEFT's form."""
+
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, ClassVar
+
+from peft import PeftConfig
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+
+from torchdsc.nn import DSCOptions
+from torchdsc.nn.options import RouterKind, RouterNorm
+from torchdsc.ops.compose.api import Implementation
+from torchdsc.ops.gate import GateKind
+
+from .plugin import peft_type
+
+
+@dataclass
+class AdapterConfig(PeftConfig):
+    """What the adapters' configurations share: where adapters go.
+
+    Args:
+        target_modules: Names (or ends of names) of the modules to adapt, a regular expression as a string, or
+            "all-linear". Linear layers, quantised or not, Conv1D, and whole modules that hold some, such as an MLP; by
+            default those that PEFT adapts by LoRA in the architecture.
+        exclude_modules: Names or regular expression of modules to leave out.
+        layers_to_transform: Indices of the layers to adapt; all by default.
+        layers_pattern: Name of the list of layers, where ``layers_to_transform`` is given and it has no usual name.
+        modules_to_save: Other modules to train and save, such as a new head.
+    """
+
+    METHOD: ClassVar[str]
+
+    target_modules: list[str] | str | None = field(default=None, metadata={"help": "Modules to adapt."})
+    exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "Modules to leave out."})
+    layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "Layers to adapt."})
+    layers_pattern: list[str] | str | None = field(default=None, metadata={"help": "Name of the list of layers."})
+    modules_to_save: list[str] | None = field(default=None, metadata={"help": "Other modules to train and save."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = peft_type(self.METHOD)
+        for name in ("target_modules", "exclude_modules"):
+            if isinstance(getattr(self, name), list):
+                setattr(self, name, set(getattr(self, name)))
+        for name in ("layers_to_transform", "layers_pattern"):
+            if isinstance(self.target_modules, str) and getattr(self, name) is not None:
+                raise ValueError(
+                    f"{name} must be None where target_modules is a string, got {getattr(self, name)!r} with "
+                    f"target_modules = {self.target_modules!r}"
+                )
+        if self.layers_pattern is not None and self.layers_to_transform is None:
+            raise ValueError(f"layers_to_transform must be given with layers_pattern = {self.layers_pattern!r}")
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:
+        """See PEFT; refuses a local folder whose weights are only there as a pickle."""
+        folder = Path(pretrained_model_name_or_path, subfolder or "")
+        if (folder / WEIGHTS_NAME).is_file() and not (folder / SAFETENSORS_WEIGHTS_NAME).is_file():
+            raise ValueError(
+                f"{folder} must hold {SAFETENSORS_WEIGHTS_NAME}, got only {WEIGHTS_NAME}: pickled weights are not read"
+            )
+        return super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
+
+    @classmethod
+    def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:
+        """Refuse what an ``adapter_config.json`` of this version cannot hold, rather than ignore it."""
+        kwargs = super().check_kwargs(**kwargs)
+        if kwargs.get("peft_type") != cls.METHOD:
+            return kwargs
+        unknown = sorted(set(kwargs) - {f.name for f in fields(cls)})
+        if unknown:
+            raise ValueError(
+                f"adapter_config.json must hold fields of {cls.__name__}, got {unknown}: it was written by another "
+                "version of torchdsc, or changed by hand"
+            )
+        return kwargs
+
+
+@dataclass
+class DSCAdapterConfig(AdapterConfig):
+    """A DSC layer beside each target module: ``y = base(x) + scale gamma * ((x U_I^T) * z) V_I``.
+
+    Gamma starts at zero, so that a fresh adapter changes nothing. The regularisers go into the loss of Hugging Face
+    models by themselves; for other models, and losses computed outside the model, add
+    ``torchdsc.regularization(model).total`` or set their weights to 0. The fields from ``num_atoms`` on are those of
+    :class:`torchdsc.DSCOptions`, with other defaults where adapters want them.
+
+    Args:
+        share_bank: One bank for all target modules of a shape, instead of one each.
+        share_router: One router for all target modules of a shape.
+        **options: See :class:`torchdsc.DSCOptions`.
+
+    Raises:
+        ValueError: On an option out of its range.
+    """
+
+    METHOD = "DSC"
+
+    share_bank: bool = field(default=False, metadata={"help": "One bank for all target modules of a shape."})
+    share_router: bool = field(default=False, metadata={"help": "One router for all target modules of a shape."})
+    num_atoms: int = field(default=64, metadata={"help": "M, atoms in a bank."})
+    top_k: int = field(default=4, metadata={"help": "K, atoms composed per token."})
+    router: RouterKind = field(default="linear", metadata={"help": "linear, low_rank or product_key."})
+    router_rank: int | None = None
+    router_heads: int = 1
+    router_bias: bool = False
+    router_norm: RouterNorm = "layer"
+    channelwise_gamma: bool = True
+    gamma_init: float = field(default=0.0, metadata={"help": "0 for an adapter that starts as the identity."})
+    scale: float = field(default=32.0, metadata={"help": "Factor of gamma, as LoRA's alpha / r."})
+    atom_init_norm: float = 1.0
+    logit_clamp: float = 20.0
+    eps: float = 1e-6
+    gate: GateKind = "sum"
+    z_loss_on_raw_logits: bool = False
+    frame_normalized: bool = True
+    aux_weight: float = field(default=0.01, metadata={"help": "Weight of the load balance."})
+    budget_weight: float = field(default=0.01, metadata={"help": "Weight of the activation budget."})
+    frame_weight: float = field(default=0.001, metadata={"help": "Weight of the frame potential."})
+    z_weight: float = field(default=1e-4, metadata={"help": "Weight of the router z-loss."})
+    frame_samples: int | None = None
+    sparse_gradients: bool = False
+    budget: float = 1.0
+    impl: Implementation = "auto"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.options()
+
+    def options(self) -> DSCOptions:
+        """The options of the layers."""
+        return DSCOptions(**{f.name: getattr(self, f.name) for f in fields(DSCOptions)})
+
+
+@dataclass
+class MixtureOfLoRAsConfig(AdapterConfig):
+    """A mixture of LoRA experts beside each target module; at rank 1 the null hypothesis of DSC.
+
+    Args:
+        num_experts: N.
+        rank: r of each expert.
+        top_k: Experts per token.
+        scale: Constant factor of the update, LoRA's alpha / r.
+        normalize_weights: Divide the selected softmax weights by their sum.
+        router_norm: LayerNorm before the router.
+        aux_weight: Weight of the load balance.
+        z_weight: Weight of the router z-loss.
+        impl: Implementation of the composition.
+    """
+
+    METHOD = "MIXTURE_OF_LORAS"
+
+    num_experts: int = field(default=8, metadata={"help": "N."})
+    rank: int = field(default=1, metadata={"help": "r of each expert."})
+    top_k: int = field(default=2, metadata={"help": "Experts per token."})
+    scale: float = field(default=2.0, metadata={"help": "Factor of the update, LoRA's alpha / r."})
+    normalize_weights: bool = True
+    router_norm: RouterNorm = "none"
+    aux_weight: float = field(default=0.01, metadata={"help": "Weight of the load balance."})
+    z_weight: float = field(default=1e-4, metadata={"help": "Weight of the router z-loss."})
+    impl: Implementation = "auto"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("num_experts", "rank", "top_k"):
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+                raise ValueError(f"{name} must be an int >= 1, got {getattr(self, name)!r}")
+        if self.top_k > self.num_experts:
+            raise ValueError(f"top_k must be at most num_experts = {self.num_experts}, got {self.top_k}")
+
+    def arguments(self) -> dict[str, Any]:
+        """The arguments of :class:`torchdsc.baselines.MixtureOfLoRAs`."""
+        own = {f.name for f in fields(MixtureOfLoRAsConfig)} - {f.name for f in fields(AdapterConfig)}
+        return {name: getattr(self, name) for name in own}

@@ -1,0 +1,206 @@
+"""A target module with its adapters: ``base(x) + update(x)``."""
+
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar, cast
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from torchdsc.baselines import MixtureOfLoRAs
+from torchdsc.nn import DSC, RoutedLayer
+from torchdsc.nn.host import TokenMasked, feature_sizes
+
+from .config import AdapterConfig, DSCAdapterConfig, MixtureOfLoRAsConfig
+
+# What PEFT calls a sample without adapter in a mixed batch.
+BASE = "__base__"
+
+
+class AdapterLayer(nn.Module, BaseTunerLayer, TokenMasked):
+    """A target module and one routed layer an adapter; subclasses build it.
+
+    Args:
+        base_layer: The module to adapt: one that maps (..., d_in) to (..., d_out), or to a tuple that starts so.
+        name: Name of the module, for errors.
+
+    Raises:
+        TypeError: If the module holds no linear layer that tells d_in and d_out.
+    """
+
+    # The attribute that holds the adapters, under PEFT's prefix of the method.
+    container: ClassVar[str]
+
+    # What PEFT's mixin has, for type checkers.
+    base_layer: nn.Module
+    in_features: int
+    out_features: int
+    active_adapters: list[str]
+    disable_adapters: bool
+    get_base_layer: Callable[[], nn.Module]
+    set_adapter: Callable[..., None]
+    _move_adapter_to_device_of_base_layer: Callable[[str], None]
+    _cast_input_dtype: Callable[[Tensor, torch.dtype], Tensor]
+
+    def __init__(self, base_layer: nn.Module, name: str) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self._disable_adapters = False
+        self.merged_adapters: list[str] = []
+        setattr(self, self.container, nn.ModuleDict())
+        first, last = feature_sizes(self.get_base_layer())
+        if first is None or last is None:
+            raise TypeError(
+                f"target_modules must match linear layers, Conv1D or modules that hold some, got {name!r}, a "
+                f"{type(self.get_base_layer()).__name__}"
+            )
+        self.in_features, self.out_features = first, last
+
+    @property
+    def adapters(self) -> nn.ModuleDict:
+        """The adapters by name."""
+        container: nn.ModuleDict = getattr(self, self.container)
+        return container
+
+    def update_layer(
+        self, adapter_name: str, config: AdapterConfig, owner: "AdapterLayer | None", **kwargs: Any
+    ) -> None:
+        """Add an adapter.
+
+        Args:
+            adapter_name: Its name.
+            config: Its configuration.
+            owner: The first layer of this shape, whose parts may be shared; None for the first itself.
+            **kwargs: ``inference_mode`` of PEFT.
+
+        Raises:
+            ValueError: If parts are to be shared with a layer on another device.
+        """
+        layer = self.build(config, None if owner is None else owner.adapters[adapter_name])
+        self.adapters[adapter_name] = layer
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        devices = {part.device for part in _parameters(self.adapters[adapter_name])} - {torch.device("meta")}
+        if len(devices) > 1:
+            raise ValueError(f"shared banks and routers must be on the device of every target module, got {devices}")
+        self.set_adapter(self.active_adapters, inference_mode=kwargs.get("inference_mode", False))
+
+    def build(self, config: AdapterConfig, owner: nn.Module | None) -> RoutedLayer:
+        """A new adapter."""
+        raise NotImplementedError
+
+    def forward(self, *args: Any, adapter_names: list[str] | None = None, expansion: int = 1, **kwargs: Any) -> Any:
+        """The module's output plus the updates of the active adapters.
+
+        Args:
+            *args: Of the module; the first is what it maps, of shape (..., d_in).
+            adapter_names: Adapter of each sample of a mixed batch, instead of the active ones.
+            expansion: Samples that generation makes of each.
+            **kwargs: Of the module.
+        """
+        output = self.base_layer(*args, **kwargs)
+        if self.disable_adapters:
+            return output
+        x = args[0] if args else next(value for value in kwargs.values() if isinstance(value, Tensor))
+        y: Tensor = output[0] if isinstance(output, tuple) else output
+        if adapter_names is None:
+            for name in self.active_adapters:
+                if name in self.adapters:
+                    y = y + self._update(name, x, self.mask_of(x)).to(y.dtype)
+        else:
+            y = self._mixed(x, y, adapter_names, expansion)
+        return (y, *output[1:]) if isinstance(output, tuple) else y
+
+    def _update(self, name: str, x: Tensor, mask: Tensor | None) -> Tensor:
+        layer = self.adapters[name]
+        dtype = next(_parameters(layer)).dtype
+        update: Tensor = layer(self._cast_input_dtype(x, dtype), mask)
+        return update
+
+    def _mixed(self, x: Tensor, y: Tensor, adapter_names: list[str], expansion: int) -> Tensor:
+        factor = x.shape[0] // len(adapter_names)
+        if factor not in (1, expansion) or factor * len(adapter_names) != x.shape[0]:
+            raise ValueError(
+                f"adapter_names must name an adapter for each of {x.shape[0]} samples, got {len(adapter_names)} names"
+            )
+        names = [name for name in adapter_names for _ in range(factor)]
+        y = y.clone()
+        for name in dict.fromkeys(names):
+            if name in self.adapters:
+                rows = torch.tensor([i for i, other in enumerate(names) if other == name], device=x.device)
+                y[rows] += self._update(name, x[rows], None).to(y.dtype)
+        return y
+
+    def active_layers(self) -> Iterator[RoutedLayer]:
+        """The routed layers that a forward pass runs."""
+        if not self.disable_adapters:
+            yield from (
+                cast(RoutedLayer, self.adapters[name]) for name in self.active_adapters if name in self.adapters
+            )
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Refuse: see :data:`NO_MERGE`."""
+        raise ValueError(NO_MERGE)
+
+    def unmerge(self) -> None:
+        """Nothing: nothing is ever merged."""
+
+    def __repr__(self) -> str:
+        return "torchdsc." + super().__repr__()
+
+
+NO_MERGE = (
+    "adapters whose weights are composed token by token cannot be merged into a weight: there is no single update to "
+    "add to it. Keep them beside the model, or unload() them"
+)
+
+
+class DSCAdapterLayer(AdapterLayer):
+    """A target module with a :class:`torchdsc.DSC` an adapter."""
+
+    container = "dsc_layers"
+    adapter_layer_names = ("dsc_layers",)
+
+    def build(self, config: AdapterConfig, owner: nn.Module | None) -> DSC:
+        """See :class:`AdapterLayer`."""
+        assert isinstance(config, DSCAdapterConfig)
+        options = config.options()
+        if not isinstance(owner, DSC):
+            return DSC(self.in_features, self.out_features, **vars(options))
+        layer = DSC(
+            self.in_features, self.out_features, bank=owner.bank if config.share_bank else None, **vars(options)
+        )
+        if config.share_bank:
+            _refer(layer, "bank", owner.bank)
+        if config.share_router:
+            _refer(layer, "router", owner.router)
+        return layer
+
+
+class MixtureOfLoRAsLayer(AdapterLayer):
+    """A target module with a :class:`torchdsc.baselines.MixtureOfLoRAs` an adapter."""
+
+    container = "molora_layers"
+    adapter_layer_names = ("molora_layers",)
+
+    def build(self, config: AdapterConfig, owner: nn.Module | None) -> MixtureOfLoRAs:
+        """See :class:`AdapterLayer`."""
+        assert isinstance(config, MixtureOfLoRAsConfig)
+        return MixtureOfLoRAs(self.in_features, self.out_features, **config.arguments())
+
+
+def _refer(layer: nn.Module, name: str, part: nn.Module) -> None:
+    """Give ``layer`` a part that another layer owns: it is neither trained, moved nor saved twice.
+
+    The reference is to the module, so that it sees parameters that are loaded or cast; copies of a model refer to
+    their own.
+    """
+    del layer._modules[name]
+    layer.__dict__[name] = part
+
+
+def _parameters(layer: nn.Module) -> Iterator[nn.Parameter]:
+    """Parameters of a layer, those of parts it refers to first."""
+    for name in ("bank", "router"):
+        if isinstance(layer.__dict__.get(name), nn.Module):
+            yield from layer.__dict__[name].parameters()
+    yield from layer.parameters()

@@ -1,0 +1,147 @@
+"""The regularisers in the loss of a Hugging Face model, without a line in the training loop.
+
+A model that its loss is computed in gets the terms added to it. Under transformers' Trainer they are exact whatever the
+accumulation: with ``num_items_in_batch`` they are sums over routed tokens divided by it, as the task's loss is. Models
+that average their loss over each micro-batch although they accept that argument are told not to, so that Trainer
+averages the losses of micro-batches; their regularisers follow.
+"""
+
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from torchdsc.losses import Regularization, regularization_of
+from torchdsc.nn import RoutedLayer, RoutingStatistics
+
+from .layer import AdapterLayer
+
+# Losses of transformers that divide by num_items_in_batch, where a model hands it to them.
+_SUMMED_LOSSES = ("ForCausalLM", "ForConditionalGeneration", "ForMaskedLM")
+_TERMS = "_torchdsc_terms"
+_HANDLE = "_torchdsc_handle"
+
+
+def add_regularization(model: nn.Module) -> None:
+    """From now on ``model``, a Hugging Face model with adapters, adds their regularisers to its loss in training."""
+    if not isinstance(model, PreTrainedModel) or _HANDLE in model.__dict__:
+        return
+    if not sums_loss(model) and not hasattr(model, "accepts_loss_kwargs"):
+        model.accepts_loss_kwargs = False
+    model.__dict__[_HANDLE] = model.register_forward_hook(_add, with_kwargs=True)
+
+
+def leave_regularization(model: nn.Module) -> None:
+    """Undo :func:`add_regularization`."""
+    handle = model.__dict__.pop(_HANDLE, None)
+    if handle is not None:
+        handle.remove()
+        if model.__dict__.get("accepts_loss_kwargs") is False:
+            del model.__dict__["accepts_loss_kwargs"]
+
+
+def last_regularization(model: nn.Module) -> dict[str, float]:
+    """The terms that the last loss of ``model`` in training held, for a log; empty before the first.
+
+    Args:
+        model: A Hugging Face model with adapters, or the PEFT model around it.
+
+    Returns:
+        "total" (weighted), "aux", "budget", "frame" and "z".
+    """
+    for module in model.modules():
+        terms: Regularization | None = module.__dict__.get(_TERMS)
+        if terms is not None:
+            return terms.as_dict()
+    return {}
+
+
+def sums_loss(model: PreTrainedModel) -> bool:
+    """Whether ``model`` divides the sum of its losses by the ``num_items_in_batch`` it is given.
+
+    Most models accept the argument and average regardless. Those that do not average call ``self.loss_function``, of
+    a kind that takes the number.
+    """
+    code = getattr(inspect.unwrap(type(model).forward), "__code__", None)
+    return code is not None and "loss_function" in code.co_names and model.loss_type in _SUMMED_LOSSES
+
+
+def _add(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    if not model.training or not torch.is_grad_enabled():
+        return None
+    layers = [layer for layer in _active_layers(model) if layer.regularizers.any]
+    if not any(layer.statistics_log.entries for layer in layers):
+        return None
+    loss, items = _loss_of(output), kwargs.get("num_items_in_batch")
+    if loss is None:
+        if items is not None:
+            raise ValueError(
+                "labels must reach the model in training, got num_items_in_batch without them: label smoothing and "
+                "compute_loss_func of Trainer take them out, and the regularisers with them"
+            )
+        _demand_collection(output, layers)
+        return None
+    collected = [(layer, entry) for layer in layers for entry in layer.statistics_log.take()]
+    share = None if items is None else _labelled(model, kwargs) / items
+    terms = regularization_of(collected, num_tokens=items, frame_share=share, frame_layers=layers)
+    model.__dict__[_TERMS] = Regularization(*(value.detach() for value in vars(terms).values()))
+    return _with_loss(output, loss + terms.total.to(loss.dtype))
+
+
+def _active_layers(model: nn.Module) -> Iterator[RoutedLayer]:
+    """Layers that train: of active adapters, with a router that wants gradients."""
+    for module in model.modules():
+        if isinstance(module, AdapterLayer):
+            for layer in module.active_layers():
+                if any(parameter.requires_grad for parameter in layer.router.parameters()):
+                    yield layer
+
+
+def _labelled(model: nn.Module, kwargs: dict[str, Any]) -> Tensor:
+    """Labels of this call, counted as Trainer counts those of the step: a causal LM shifts them."""
+    labels = kwargs.get("shift_labels")
+    if labels is None:
+        labels = kwargs["labels"]
+        if model.loss_type != "ForMaskedLM":
+            labels = labels[..., 1:]
+    count: Tensor = (labels != -100).sum(dtype=torch.float32)
+    return count
+
+
+def _loss_of(output: Any) -> Tensor | None:
+    if isinstance(output, dict):
+        return output.get("loss")
+    first = output[0] if isinstance(output, tuple) and output else None
+    return first if isinstance(first, Tensor) and first.dim() == 0 else None
+
+
+def _with_loss(output: Any, loss: Tensor) -> Any:
+    if isinstance(output, tuple):
+        return (loss, *output[1:])
+    output["loss"] = loss
+    return output
+
+
+def _demand_collection(output: Any, layers: list[RoutedLayer]) -> None:
+    """Raise in the backward pass through ``output`` if nobody has collected the regularisers by then."""
+    if torch.compiler.is_compiling():
+        return
+    kept: list[tuple[RoutedLayer, RoutingStatistics]] = [
+        (layer, entry) for layer in layers for entry in layer.statistics_log.entries
+    ]
+
+    def check(gradient: Tensor) -> None:
+        if any(entry is other for layer, entry in kept for other in layer.statistics_log.entries):
+            raise RuntimeError(
+                "the regularisers were not collected before the backward pass: the model had no labels, so that they "
+                "are in no loss. Give it labels, add torchdsc.regularization(model).total to the loss, or set the "
+                "adapter's aux_weight, budget_weight, frame_weight and z_weight to 0"
+            )
+
+    values = output.values() if isinstance(output, dict) else output if isinstance(output, tuple) else (output,)
+    for value in values:
+        if isinstance(value, Tensor) and value.requires_grad:
+            value.register_hook(check)

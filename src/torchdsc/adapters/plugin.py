@@ -1,0 +1,27 @@
+"""Registration with PEFT, which has no hook for methods of other packages."""
+
+from peft import PeftConfig, PeftType
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.tuners.tuners_utils import BaseTuner
+from peft.utils import register_peft_method
+
+
+def peft_type(name: str) -> PeftType:
+    """The member ``name`` of PEFT's enum of methods, entered there where it is missing.
+
+    ``register_peft_method`` refuses a name that is no member, and plain string keys in PEFT's mappings fail in
+    ``load_adapter``.
+    """
+    if name not in PeftType._member_map_:
+        member = str.__new__(PeftType, name)
+        member._name_, member._value_ = name, name
+        PeftType._member_names_.append(name)
+        PeftType._member_map_[name] = member
+        PeftType._value2member_map_[name] = member
+    return PeftType[name]
+
+
+def register(name: str, config: type[PeftConfig], model: type[BaseTuner]) -> None:
+    """Make a method known to PEFT, once however often this is imported."""
+    if peft_type(name) not in PEFT_TYPE_TO_CONFIG_MAPPING:
+        register_peft_method(name=name.lower(), config_cls=config, model_cls=model, prefix=model.prefix)
