@@ -1,0 +1,248 @@
+"""The configuration of an adaptation study: a base model, tasks, methods at a budget, seeds and tuning trials."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from importlib import resources, util
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import yaml
+
+__all__ = ["KINDS", "AdaptConfig", "Method", "Task", "adapt_preset_names", "load_adapt_preset"]
+
+TaskKind = Literal["classification", "regression", "causal_lm"]
+Metric = Literal["accuracy", "matthews", "f1", "correlation", "loss"]
+MethodKind = Literal["dsc", "mixture_of_loras", "lora", "vblora", "vera", "full"]
+KINDS: tuple[str, ...] = get_args(MethodKind)
+_METRICS: dict[str, Metric] = {"classification": "accuracy", "regression": "correlation", "causal_lm": "loss"}
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a base model is adapted to.
+
+    Attributes:
+        name: What the task is called in tables.
+        train: File (csv, tsv, jsonl, txt), or id of a data set on the hub, "id:split" or "id/config:split".
+        evaluation: The same for the final evaluation; a held-out part of ``train`` by default.
+        kind: "classification", "regression" or "causal_lm".
+        text: Columns of text, one or two; a text file has one, "text".
+        label: Column of labels.
+        columns: Names of the columns of a file without a header.
+        metric: "accuracy", "f1" (of label 1), "matthews", "correlation" (mean of Pearson's and Spearman's) or "loss"
+            (nats per token; the score is its negative); by default accuracy, correlation or loss, after ``kind``.
+        retain: For causal LMs, text of the old domain: its loss before and after tells what is forgotten.
+        max_train: Examples to train on at most, the first after shuffling with a fixed seed.
+        max_evaluation: Examples to evaluate on at most, the first.
+    """
+
+    name: str
+    train: str
+    evaluation: str | None = None
+    kind: TaskKind = "classification"
+    text: list[str] = field(default_factory=lambda: ["text"])
+    label: str = "label"
+    columns: list[str] | None = None
+    metric: Metric | None = None
+    retain: str | None = None
+    max_train: int | None = None
+    max_evaluation: int | None = None
+
+    def __post_init__(self) -> None:
+        _check(f"kind of task {self.name!r}", self.kind, self.kind in get_args(TaskKind), str(get_args(TaskKind)))
+        metrics = get_args(Metric)
+        _check(
+            f"metric of task {self.name!r}", self.metric, self.metric is None or self.metric in metrics, str(metrics)
+        )
+        _check(f"text of task {self.name!r}", self.text, len(self.text) in (1, 2), "one or two columns")
+        if self.retain is not None and self.kind != "causal_lm":
+            raise ValueError(f"retain of task {self.name!r} must be None for kind = {self.kind!r}, got {self.retain!r}")
+        for name in ("max_train", "max_evaluation"):
+            value = getattr(self, name)
+            _check(f"{name} of task {self.name!r}", value, value is None or value >= 1, "None or >= 1")
+
+    @property
+    def scored_by(self) -> Metric:
+        """The metric in force."""
+        return self.metric or _METRICS[self.kind]
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to adapt.
+
+    Attributes:
+        name: What the method is called in tables.
+        kind: "dsc", "mixture_of_loras", "lora", "vblora", "vera" or "full" fine-tuning.
+        budget: Trainable parameters of the adapter, heads left out; its size (atoms, experts, rank or vectors) is the
+            largest within. None where ``options`` give the size.
+        learning_rates: Trials; by default those of the study.
+        options: Fields of the method's PEFT configuration.
+    """
+
+    name: str
+    kind: MethodKind
+    budget: int | None = None
+    learning_rates: list[float] | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _check(f"kind of method {self.name!r}", self.kind, self.kind in KINDS, f"one of {KINDS}")
+        _check(f"budget of method {self.name!r}", self.budget, self.budget is None or self.budget >= 1, "None or >= 1")
+        if self.kind == "full" and (self.budget is not None or self.options):
+            raise ValueError(
+                f"method {self.name!r} must have no budget and options, as full fine-tuning has no adapter"
+            )
+
+
+@dataclass(frozen=True)
+class AdaptConfig:
+    """Methods that adapt a base model to tasks, at equal numbers of tuning trials.
+
+    Attributes:
+        base: Folder or hub id of the base model, or "package:NAME/folder" inside an installed package.
+        tasks: What to adapt to.
+        methods: How.
+        seeds: Every method adapts to every task once with each, at the learning rate that tuning has chosen.
+        learning_rates: Trials of a method; with a single one nothing is tuned.
+        tuning_tasks: Names of the tasks that learning rates are tuned on, by the mean score; all by default.
+        tuning_seed: Seed of the trials.
+        validation_examples: Examples held out of train, which trials are scored on (and the best checkpoint).
+        steps: Optimizer steps.
+        batch_size: Examples of a step.
+        accumulation: Micro-batches that a step is cut into; must divide batch_size.
+        max_length: Tokens of an example at most; of a block for causal LMs.
+        warmup_steps: Linear warm-up, before a cosine to zero.
+        weight_decay: Of AdamW.
+        max_grad_norm: Gradient clipping.
+        eval_every: Steps between evaluations on held-out examples, of which the best checkpoint is kept; None for the
+            last step's weights.
+        timing_rounds: Rounds in which steps are timed in turn.
+        reference: Name of the method that others are compared to; the first "lora" by default.
+    """
+
+    base: str
+    tasks: list[Task]
+    methods: list[Method]
+    seeds: list[int] = field(default_factory=lambda: [0])
+    learning_rates: list[float] = field(default_factory=lambda: [1e-3])
+    tuning_tasks: list[str] | None = None
+    tuning_seed: int = 1000
+    validation_examples: int = 500
+    steps: int = 200
+    batch_size: int = 16
+    accumulation: int = 1
+    max_length: int = 128
+    warmup_steps: int = 10
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    eval_every: int | None = None
+    timing_rounds: int = 8
+    reference: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("tasks", "methods"):
+            names = [item.name for item in getattr(self, name)]
+            if not names or len(set(names)) != len(names):
+                raise ValueError(f"{name} must be one or more of different names, got {names}")
+        for name in ("seeds", "learning_rates"):
+            values = getattr(self, name)
+            if not values or len(set(values)) != len(values):
+                raise ValueError(f"{name} must be one or more different numbers, got {values}")
+        for rate in self.learning_rates:
+            _check("learning_rates", rate, rate > 0, "> 0")
+        for name in ("steps", "batch_size", "accumulation", "max_length", "validation_examples"):
+            _check(name, getattr(self, name), getattr(self, name) >= 1, ">= 1")
+        _check("timing_rounds", self.timing_rounds, self.timing_rounds >= 2, ">= 2")
+        _check("warmup_steps", self.warmup_steps, 0 <= self.warmup_steps <= self.steps, f"in 0 .. steps = {self.steps}")
+        _check("weight_decay", self.weight_decay, self.weight_decay >= 0, ">= 0")
+        _check("max_grad_norm", self.max_grad_norm, self.max_grad_norm > 0, "> 0")
+        _check("eval_every", self.eval_every, self.eval_every is None or self.eval_every >= 1, "None or >= 1")
+        if self.batch_size % self.accumulation:
+            raise ValueError(f"accumulation must divide batch_size = {self.batch_size}, got {self.accumulation}")
+        known = {task.name for task in self.tasks}
+        if self.tuning_tasks is not None and (not self.tuning_tasks or set(self.tuning_tasks) - known):
+            raise ValueError(f"tuning_tasks must be among {sorted(known)}, got {self.tuning_tasks}")
+        if self.reference is not None and self.reference not in {method.name for method in self.methods}:
+            raise ValueError(f"reference must be the name of a method, got {self.reference!r}")
+
+    def rates(self, method: Method) -> list[float]:
+        """Learning rates to try."""
+        return method.learning_rates or self.learning_rates
+
+    def tuned_on(self) -> list[Task]:
+        """Tasks that learning rates are tuned on."""
+        return [task for task in self.tasks if self.tuning_tasks is None or task.name in self.tuning_tasks]
+
+    def as_dict(self) -> dict[str, Any]:
+        """The fields, for YAML and JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "AdaptConfig":
+        """The configuration of plain values, as from YAML.
+
+        Raises:
+            ValueError: If a field is unknown or missing, or out of its range.
+        """
+        values = dict(values)
+        for name, kind in (("tasks", Task), ("methods", Method)):
+            values[name] = [
+                item if isinstance(item, kind) else _build(kind, name, item) for item in values.get(name, [])
+            ]
+        config: AdaptConfig = _build(cls, "config", values)
+        return config
+
+
+def adapt_preset_names() -> list[str]:
+    """Names of the presets of ``torchdsc adapt``."""
+    return sorted(path.name.removesuffix(".yaml") for path in _folder().iterdir() if path.name.endswith(".yaml"))
+
+
+def load_adapt_preset(name: str) -> dict[str, Any]:
+    """Fields of a preset.
+
+    Raises:
+        ValueError: If there is no such preset.
+    """
+    if name not in adapt_preset_names():
+        raise ValueError(f"preset must be one of {adapt_preset_names()}, got {name!r}")
+    values: dict[str, Any] = yaml.safe_load(_folder().joinpath(f"{name}.yaml").read_text(encoding="utf-8"))
+    return values
+
+
+def resolve_base(base: str) -> str:
+    """The folder or hub id of ``base``.
+
+    Raises:
+        ValueError: If a package is not installed.
+    """
+    if not base.startswith("package:"):
+        return os.path.expandvars(base)
+    package, _, inner = base.removeprefix("package:").partition("/")
+    found = util.find_spec(package)
+    if found is None or found.origin is None:
+        raise ValueError(f"base must name an installed package, got {base!r}: pip install {package.replace('_', '-')}")
+    return str(Path(found.origin).parent / inner)
+
+
+def _folder() -> Any:
+    return resources.files("torchdsc").joinpath("configs", "adapt")
+
+
+def _build(kind: Any, name: str, values: Any) -> Any:
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{name} must hold mappings, got {values!r}")
+    unknown = sorted(set(values) - {f.name for f in fields(kind)})
+    if unknown:
+        raise ValueError(f"{name} must set fields of {kind.__name__}, got {unknown}")
+    try:
+        return kind(**values)
+    except TypeError as error:
+        raise ValueError(f"{name}: {str(error).removeprefix(f'{kind.__name__}.__init__() ')}") from error
+
+
+def _check(name: str, value: object, holds: bool, expected: str) -> None:
+    if not holds:
+        raise ValueError(f"{name} must be {expected}, got {value!r}")

@@ -1,0 +1,200 @@
+"""Data of a task: rows of files or data sets, split and encoded."""
+
+import csv
+import hashlib
+import json
+import os
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean, pstdev
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from .config import Task
+
+__all__ = ["TaskData", "load_task"]
+
+Row = dict[str, Any]
+# Splitting a task's rows does not depend on a run's seed.
+_SPLIT_SEED = 1234
+
+
+class _Examples(Dataset[dict[str, Any]]):
+    def __init__(self, rows: list[dict[str, Any]]) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.rows[index]
+
+
+@dataclass(frozen=True)
+class TaskData:
+    """A task's encoded examples.
+
+    Attributes:
+        task: The task.
+        train: To train on.
+        validation: Held out of train: for tuning, and the best checkpoint.
+        evaluation: For the final score; the validation part where the task names none.
+        retain: Blocks of the old domain, or None.
+        labels: Names of the classes, by id; one for regression; none for causal LMs.
+        scale: Mean and standard deviation of train's labels, which regression standardises them by.
+        sha256: Of the files, in order; empty for data sets on the hub.
+    """
+
+    task: Task
+    train: Dataset[dict[str, Any]]
+    validation: Dataset[dict[str, Any]]
+    evaluation: Dataset[dict[str, Any]]
+    retain: Dataset[dict[str, Any]] | None
+    labels: list[str]
+    scale: tuple[float, float]
+    sha256: list[str]
+
+
+def load_task(task: Task, tokenizer: PreTrainedTokenizerBase, *, max_length: int, validation_examples: int) -> TaskData:
+    """Read, split and encode a task's data.
+
+    Args:
+        task: The task.
+        tokenizer: Of the base model.
+        max_length: Tokens of an example at most, or of a block.
+        validation_examples: Examples held out of train.
+
+    Returns:
+        The examples.
+
+    Raises:
+        ValueError: If a column is missing, a label is not one of train's or no number, or train is too small.
+        OSError: If a file cannot be read.
+    """
+    hashes: list[str] = []
+    if task.kind == "causal_lm":
+        return _load_text(task, tokenizer, max_length, validation_examples, hashes)
+    rows = list(_rows(task, task.train, hashes))
+    random.Random(_SPLIT_SEED).shuffle(rows)
+    if len(rows) <= validation_examples:
+        raise ValueError(
+            f"train of task {task.name!r} must hold more than validation_examples = {validation_examples} examples, "
+            f"got {len(rows)}"
+        )
+    held, train = rows[:validation_examples], rows[validation_examples:][: task.max_train]
+    labels = sorted({str(row[task.label]) for row in rows}) if task.kind == "classification" else [task.label]
+
+    scale = _scale(task, train) if task.kind == "regression" else (0.0, 1.0)
+
+    def encode(rows: list[Row]) -> _Examples:
+        return _Examples([_encode(task, row, tokenizer, labels, scale, max_length) for row in rows])
+
+    validation = encode(held)
+    evaluation = validation
+    if task.evaluation is not None:
+        evaluation = encode(list(_rows(task, task.evaluation, hashes))[: task.max_evaluation])
+    return TaskData(task, encode(train), validation, evaluation, None, labels, scale, hashes)
+
+
+def _scale(task: Task, rows: list[Row]) -> tuple[float, float]:
+    values = [_number(task, row[task.label]) for row in rows]
+    return fmean(values), pstdev(values) or 1.0
+
+
+def _number(task: Task, value: Any) -> float:
+    try:
+        return float(value)
+    except ValueError as error:
+        raise ValueError(f"labels of task {task.name!r} must be numbers, got {value!r}") from error
+
+
+def _encode(
+    task: Task,
+    row: Row,
+    tokenizer: PreTrainedTokenizerBase,
+    labels: list[str],
+    scale: tuple[float, float],
+    max_length: int,
+) -> dict[str, Any]:
+    encoded = dict(tokenizer(*(str(row[name]) for name in task.text), truncation=True, max_length=max_length))
+    value = row[task.label]
+    if task.kind == "classification":
+        if str(value) not in labels:
+            raise ValueError(f"labels of task {task.name!r} must be among those of train, {labels}, got {value!r}")
+        return {**encoded, "labels": labels.index(str(value))}
+    return {**encoded, "labels": (_number(task, value) - scale[0]) / scale[1]}
+
+
+def _load_text(task: Task, tokenizer: PreTrainedTokenizerBase, length: int, held: int, hashes: list[str]) -> TaskData:
+    def blocks(source: str) -> list[dict[str, Any]]:
+        text = "\n".join(str(row[task.text[0]]) for row in _rows(task, source, hashes))
+        ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"])
+        cut = ids[: len(ids) // length * length].view(-1, length)
+        if not len(cut):
+            raise ValueError(f"{source} must hold at least {length} tokens, got {len(ids)}")
+        return [{"input_ids": block, "labels": block, "attention_mask": torch.ones_like(block)} for block in cut]
+
+    train = blocks(task.train)
+    if len(train) <= held:
+        raise ValueError(
+            f"train of task {task.name!r} must hold more than validation_examples = {held} blocks of {length} tokens, "
+            f"got {len(train)}"
+        )
+    # The end, not a sample: blocks beside each other share their sentences.
+    train, validation = train[:-held][: task.max_train], train[-held:]
+    evaluation = validation if task.evaluation is None else blocks(task.evaluation)[: task.max_evaluation]
+    retain = None if task.retain is None else _Examples(blocks(task.retain)[: task.max_evaluation])
+    return TaskData(
+        task, _Examples(train), _Examples(validation), _Examples(evaluation), retain, [], (0.0, 1.0), hashes
+    )
+
+
+def _rows(task: Task, source: str, hashes: list[str]) -> Iterator[Row]:
+    path = Path(os.path.expandvars(source)).expanduser()
+    if "$" in str(path):
+        raise ValueError(f"{source} of task {task.name!r} holds a variable that is not set")
+    if path.suffix in (".csv", ".tsv", ".jsonl", ".txt"):
+        hashes.append(hashlib.sha256(path.read_bytes()).hexdigest())
+        rows = _read(path, task)
+    else:
+        rows = _from_hub(source)
+    needed = task.text if task.kind == "causal_lm" else [*task.text, task.label]
+    for number, row in enumerate(rows, 1):
+        missing = [name for name in needed if row.get(name) is None]
+        if missing:
+            raise ValueError(f"{source}, row {number}, must have columns {needed}, got none or nothing in {missing}")
+        yield row
+
+
+def _read(path: Path, task: Task) -> Iterator[Row]:
+    with path.open(encoding="utf-8-sig", newline="" if path.suffix == ".csv" else None) as file:
+        if path.suffix == ".txt":
+            yield {"text": file.read()}
+        elif path.suffix == ".jsonl":
+            for number, line in enumerate(file, 1):
+                try:
+                    yield json.loads(line)
+                except ValueError as error:
+                    raise ValueError(f"{path}, line {number}, must be JSON: {error}") from error
+        elif path.suffix == ".csv":
+            yield from csv.DictReader(file, fieldnames=task.columns)
+        else:
+            # Quotation marks in a tab-separated file are text.
+            yield from csv.DictReader(file, fieldnames=task.columns, delimiter="\t", quoting=csv.QUOTE_NONE)
+
+
+def _from_hub(source: str) -> Iterator[Row]:
+    try:
+        from datasets import load_dataset
+    except ImportError as error:
+        raise ImportError("a data set of the hub needs datasets: pip install 'torchdsc[corpora]'") from error
+    name, _, split = source.partition(":")
+    parts = name.split("/")
+    # "user/name/config", or "name" and "user/name" without one.
+    arguments = ("/".join(parts[:2]), *parts[2:])
+    yield from load_dataset(*arguments, split=split or "train")

@@ -1,0 +1,144 @@
+"""Methods as PEFT configurations, their size solved for a budget of trainable parameters."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftConfig, VBLoRAConfig, VeraConfig, get_peft_model
+from peft.utils import AuxiliaryTrainingWrapper
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
+
+from torchdsc.adapters import DSCAdapterConfig, MixtureOfLoRAsConfig
+
+from .config import Method, TaskKind, resolve_base
+from .data import TaskData
+
+__all__ = ["adapter_config", "adapter_parameters", "build_model", "solve_size"]
+
+_CONFIGS: dict[str, Callable[..., PeftConfig]] = {
+    "dsc": DSCAdapterConfig,
+    "mixture_of_loras": MixtureOfLoRAsConfig,
+    "lora": LoraConfig,
+    "vblora": VBLoRAConfig,
+    "vera": VeraConfig,
+}
+# The option that makes an adapter larger.
+_SIZE = {"dsc": "num_atoms", "mixture_of_loras": "num_experts", "lora": "r", "vblora": "num_vectors", "vera": "r"}
+_TASK_TYPES: dict[TaskKind, str] = {"classification": "SEQ_CLS", "regression": "SEQ_CLS", "causal_lm": "CAUSAL_LM"}
+
+
+def adapter_config(method: Method, kind: TaskKind) -> PeftConfig | None:
+    """The PEFT configuration of a method; None for full fine-tuning.
+
+    Raises:
+        ValueError: If an option is unknown or out of its range.
+    """
+    if method.kind == "full":
+        return None
+    options = dict(method.options)
+    if method.kind == "lora":
+        # LoRA's usual proportion.
+        options.setdefault("lora_alpha", 2 * options.get("r", 8))
+    try:
+        return _CONFIGS[method.kind](task_type=_TASK_TYPES[kind], **options)
+    except TypeError as error:
+        raise ValueError(f"options of method {method.name!r}: {error}") from error
+
+
+def solve_size(method: Method, base: str, kind: TaskKind) -> Method:
+    """The method with the largest size whose adapter stays within its budget.
+
+    Args:
+        method: With a budget; one without is returned as it is.
+        base: The base model.
+        kind: Kind of the task.
+
+    Returns:
+        The method with its size among the options.
+
+    Raises:
+        ValueError: If the smallest size is above the budget, or the options give the size already.
+    """
+    if method.budget is None:
+        return method
+    name = _SIZE[method.kind]
+    if name in method.options:
+        raise ValueError(
+            f"options of method {method.name!r} must leave {name} to its budget, got {method.options[name]}"
+        )
+    with torch.device("meta"):
+        model = _pretrained(base, kind, 2, weights=False)
+
+    def sized(size: int) -> Method:
+        options = {**method.options, name: size}
+        if method.kind in ("dsc", "mixture_of_loras"):
+            # Few atoms are all selected.
+            default = adapter_config(replace(method, options={}), kind).top_k  # type: ignore[union-attr]
+            options["top_k"] = min(options.get("top_k", default), size)
+        return replace(method, options=options)
+
+    def count(size: int) -> int:
+        with torch.device("meta"):
+            adapted = get_peft_model(model, adapter_config(sized(size), kind))
+        parameters = adapter_parameters(adapted)
+        adapted.unload()
+        return parameters
+
+    # Sizes that a configuration refuses (a product-key router takes squares) are passed over.
+    allowed = (lambda size: size**2) if method.options.get("router") == "product_key" else (lambda size: size)
+    low, high = 1, 2
+    if count(allowed(low)) > method.budget:
+        raise ValueError(
+            f"budget of method {method.name!r} must be at least {count(allowed(low))} (size 1), got {method.budget}"
+        )
+    while count(allowed(high)) <= method.budget:
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if count(allowed(middle)) <= method.budget else (low, middle)
+    return sized(allowed(low))
+
+
+def build_model(method: Method, base: str, data: TaskData) -> nn.Module:
+    """The base model with the method's adapter, its new head initialised by torch's present seed.
+
+    Args:
+        method: With its size.
+        base: The base model.
+        data: Of the task, which has the labels.
+
+    Returns:
+        A PEFT model, or the base model for full fine-tuning.
+    """
+    kind = data.task.kind
+    # The head first: methods of the same seed start with the same one.
+    model = _pretrained(base, kind, max(1, len(data.labels)), weights=True)
+    if kind == "classification":
+        model.config.id2label = dict(enumerate(data.labels))
+        model.config.label2id = {label: index for index, label in enumerate(data.labels)}
+    config = adapter_config(method, kind)
+    adapted: nn.Module = model if config is None else get_peft_model(model, config)
+    return adapted
+
+
+def adapter_parameters(model: nn.Module) -> int:
+    """Trainable parameters without those of heads and other modules that are trained whole."""
+    wrapped = [module for module in model.modules() if isinstance(module, AuxiliaryTrainingWrapper)]
+    heads = {id(p) for module in wrapped for p in module.parameters()}
+    return sum(p.numel() for p in model.parameters() if p.requires_grad and id(p) not in heads)
+
+
+def _pretrained(base: str, kind: TaskKind, num_labels: int, *, weights: bool) -> PreTrainedModel:
+    auto: Any = AutoModelForCausalLM if kind == "causal_lm" else AutoModelForSequenceClassification
+    settings: dict[str, Any] = {} if kind == "causal_lm" else {"num_labels": num_labels}
+    if kind == "regression":
+        settings["problem_type"] = "regression"
+    path = resolve_base(base)
+    model: PreTrainedModel
+    if weights:
+        model = auto.from_pretrained(path, dtype=torch.float32, **settings)
+    else:
+        model = auto.from_config(AutoConfig.from_pretrained(path, **settings))
+    return model

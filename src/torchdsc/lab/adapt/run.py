@@ -1,0 +1,231 @@
+"""One adaptation: a base model, a method, a task, a learning rate and a seed, to a record."""
+
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from torch import nn
+from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments, set_seed
+from transformers.data.data_collator import DataCollatorWithPadding
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from torchdsc.adapters import last_regularization
+from torchdsc.lab.checkpoints import last_checkpoint, remove_checkpoints
+from torchdsc.lab.environment import (
+    command_line,
+    commit,
+    hardware,
+    peak_memory_bytes,
+    quiet_transformers,
+    reset_peak_memory,
+    versions,
+)
+from torchdsc.lab.files import read_json, write_json
+from torchdsc.lab.trainer import QuietProgress
+
+from .config import AdaptConfig, Method
+from .data import TaskData
+from .methods import adapter_parameters, build_model
+from .metrics import score
+
+__all__ = ["RECORD", "Job", "adapt_run"]
+
+RECORD, WEIGHTS = "record.json", "adapter"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of a study.
+
+    Attributes:
+        task: Name of the task.
+        method: With its size.
+        learning_rate: Peak of the schedule.
+        seed: Of the head, the adapter, the order of examples and dropout.
+        is_trial: Whether it is scored on held-out examples of train, for tuning, and its weights are not kept.
+    """
+
+    task: str
+    method: Method
+    learning_rate: float
+    seed: int
+    is_trial: bool
+
+    @property
+    def name(self) -> str:
+        """Name of the run's folder."""
+        phase = "trial" if self.is_trial else "run"
+        return f"{phase}-{self.task}-{self.method.name}-lr{self.learning_rate:g}-seed{self.seed}".replace("/", "_")
+
+
+def adapt_run(
+    config: AdaptConfig, job: Job, data: TaskData, tokenizer: PreTrainedTokenizerBase, folder: Path, label: str
+) -> dict[str, Any]:
+    """Adapt, or go on where it stopped, or return what a finished run recorded.
+
+    The folder ends with ``record.json``, and but for trials with the adapter (or model) and its tokenizer.
+
+    Args:
+        config: The study.
+        job: What to do.
+        data: Of the job's task.
+        tokenizer: Of the base model.
+        folder: The run's own folder.
+        label: What the progress bar says.
+
+    Returns:
+        The record.
+
+    Raises:
+        KeyboardInterrupt: If the training was stopped; a later call goes on from the last checkpoint.
+    """
+    file = folder / RECORD
+    if file.is_file():
+        record = read_json(file)
+        remove_checkpoints(folder)
+        return record
+    folder.mkdir(parents=True, exist_ok=True)
+    with quiet_transformers():
+        record = _adapt(config, job, data, tokenizer, folder, label)
+    write_json(file, record)
+    remove_checkpoints(folder)
+    return record
+
+
+def _adapt(
+    config: AdaptConfig, job: Job, data: TaskData, tokenizer: PreTrainedTokenizerBase, folder: Path, label: str
+) -> dict[str, Any]:
+    set_seed(job.seed)
+    reset_peak_memory()
+    model = build_model(job.method, config.base, data)
+    trainer = _trainer(config, job, data, tokenizer, model, folder, label)
+    retained = None if data.retain is None or job.is_trial else _loss(trainer, data.retain)
+    start, checkpoint = time.perf_counter(), last_checkpoint(folder)
+    trainer.train(None if checkpoint is None else str(checkpoint))
+    seconds = time.perf_counter() - start
+    if trainer.state.global_step < config.steps:
+        raise KeyboardInterrupt(f"stopped at step {trainer.state.global_step} of {config.steps}")
+    metrics = _evaluate(trainer, data, data.validation if job.is_trial else data.evaluation)
+    if retained is not None and data.retain is not None:
+        metrics |= {"retain_loss_before": retained, "retain_loss_after": _loss(trainer, data.retain)}
+    record = {
+        "task": job.task,
+        "method": job.method.name,
+        "kind": job.method.kind,
+        "learning_rate": job.learning_rate,
+        "seed": job.seed,
+        "is_trial": job.is_trial,
+        "metric": data.task.scored_by,
+        **metrics,
+        "params_adapter": adapter_parameters(model),
+        "params_trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "steps": config.steps,
+        "curve": _curve(trainer),
+        "regularization": last_regularization(model),
+        "train_seconds": seconds,
+        "peak_memory_bytes": peak_memory_bytes(),
+        "config": {**_settings(config), "task": asdict(data.task), "method": asdict(job.method)},
+        "data_sha256": data.sha256,
+        "versions": versions(),
+        "hardware": hardware(),
+        "commit": commit(),
+        "command": command_line(),
+    }
+    if not job.is_trial:
+        record["adapter_bytes"] = _save(model, tokenizer, folder / WEIGHTS)
+    return record
+
+
+def _settings(config: AdaptConfig) -> dict[str, Any]:
+    return {name: value for name, value in config.as_dict().items() if name not in ("tasks", "methods", "seeds")}
+
+
+def _save(model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path) -> int:
+    """Bytes of the weights that were written."""
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    weights = folder / SAFETENSORS_WEIGHTS_NAME
+    files = [weights] if weights.is_file() else list(folder.glob("*.safetensors"))
+    return sum(file.stat().st_size for file in files)
+
+
+def _trainer(
+    config: AdaptConfig,
+    job: Job,
+    data: TaskData,
+    tokenizer: PreTrainedTokenizerBase,
+    model: nn.Module,
+    folder: Path,
+    label: str,
+) -> Trainer:
+    metric = data.task.scored_by
+    evaluates = config.eval_every is not None
+    every = config.eval_every or max(1, config.steps // 4)
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=config.steps,
+        per_device_train_batch_size=config.batch_size // config.accumulation,
+        gradient_accumulation_steps=config.accumulation,
+        per_device_eval_batch_size=2 * config.batch_size,
+        learning_rate=job.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=config.warmup_steps,
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm,
+        eval_strategy="steps" if evaluates else "no",
+        eval_steps=every,
+        save_strategy="steps",
+        save_steps=every,
+        save_total_limit=1,
+        load_best_model_at_end=evaluates,
+        metric_for_best_model=None if not evaluates else "loss" if metric == "loss" else "score",
+        greater_is_better=None if not evaluates else metric != "loss",
+        logging_steps=max(1, config.steps // 20),
+        logging_nan_inf_filter=False,
+        seed=job.seed,
+        data_seed=job.seed,
+        report_to="none",
+        remove_unused_columns=False,
+        dataloader_pin_memory=torch.cuda.is_available(),
+    )
+
+    def compute(prediction: Any) -> dict[str, float]:
+        return {"score": score(metric, np.asarray(prediction.predictions, float), np.asarray(prediction.label_ids))}
+
+    trainer = Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=data.train,
+        eval_dataset=data.validation,
+        data_collator=DataCollatorWithPadding(tokenizer) if metric != "loss" else None,
+        compute_metrics=None if metric == "loss" else compute,
+    )
+    for default in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(default)
+    trainer.add_callback(QuietProgress(label))
+    return trainer
+
+
+def _evaluate(trainer: Trainer, data: TaskData, part: Any) -> dict[str, float]:
+    found = trainer.evaluate(part)
+    loss = found["eval_loss"]
+    return {"score": -loss if data.task.scored_by == "loss" else found["eval_score"], "loss": loss}
+
+
+def _loss(trainer: Trainer, part: Any) -> float:
+    loss: float = trainer.evaluate(part)["eval_loss"]
+    return loss
+
+
+def _curve(trainer: Trainer) -> list[dict[str, float]]:
+    """Training losses, and scores on held-out examples, by step."""
+    keys = {"loss": "loss", "eval_score": "score", "eval_loss": "validation_loss"}
+    return [
+        {"step": entry["step"], **{name: entry[key] for key, name in keys.items() if key in entry}}
+        for entry in trainer.state.log_history
+        if any(key in entry for key in keys)
+    ]

@@ -1,0 +1,234 @@
+"""A study: tuning trials, runs at the rates they chose, and a comparison. Several processes may share its folder."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+import yaml
+from rich.console import Console
+from torch.optim import AdamW
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers.data.data_collator import DataCollatorWithPadding, default_data_collator
+
+from torchdsc.lab.environment import hardware, peak_memory_bytes, quiet_transformers, reset_peak_memory
+from torchdsc.lab.files import read_json, write_json, write_text
+from torchdsc.lab.latency import measure_in_turn
+
+from .config import AdaptConfig, Method, resolve_base
+from .data import TaskData, load_task
+from .methods import build_model, solve_size
+from .report import write_report
+from .run import RECORD, Job, adapt_run
+from .summary import to_markdown
+
+__all__ = ["adapt", "write_results"]
+
+CONFIG, RESULTS, TABLE, TIMING = "config.yaml", "results.json", "table.md", "timing.json"
+_POLL_SECONDS = 5.0
+
+
+def adapt(config: AdaptConfig, folder: Path, *, console: Console | None = None) -> dict[str, Any]:
+    """Run a study, or what is left of it, and write its results.
+
+    ``folder`` ends with ``config.yaml``, one folder a run, ``results.json``, ``table.md`` and ``report.html``. Runs
+    that are there are kept, and one that was interrupted goes on from its last checkpoint. Processes that are given
+    the same folder share the work: each takes runs that no other is at.
+
+    Args:
+        config: The study.
+        folder: Its own folder.
+        console: Where to print.
+
+    Returns:
+        What ``results.json`` holds: "config", "rates", "timing", "trials" and "runs".
+
+    Raises:
+        ValueError: If ``folder`` holds another study, data do not suit their task, or a budget is too small.
+        OSError: If a file cannot be read or written.
+    """
+    console = console or Console()
+    tokenizer = AutoTokenizer.from_pretrained(resolve_base(config.base))
+    sizes = {"max_length": config.max_length, "validation_examples": config.validation_examples}
+    data = {task.name: load_task(task, tokenizer, **sizes) for task in config.tasks}
+    with quiet_transformers():
+        methods = [solve_size(method, config.base, config.tasks[0].kind) for method in config.methods]
+    _take_folder(config, folder)
+    for method in methods:
+        console.print(f"{method.name}: {method.kind} {method.options}", markup=False, highlight=False, soft_wrap=True)
+
+    def run(jobs: list[Job]) -> list[dict[str, Any]]:
+        def one(job: Job, label: str) -> dict[str, Any]:
+            return adapt_run(config, job, data[job.task], tokenizer, folder / job.name, label)
+
+        return _share(jobs, folder, one, console)
+
+    trials = run([job for method in methods for job in _trials(config, method)])
+    rates = {method.name: _best_rate(config, method, trials) for method in methods}
+    runs = run(
+        [
+            Job(task.name, method, rates[method.name], seed, is_trial=False)
+            for seed in config.seeds
+            for method in methods
+            for task in config.tasks
+        ]
+    )
+    with _locked(folder / ".timing", wait=True):
+        timing = _timing(config, methods, data, tokenizer, folder)
+    results = {
+        "format": 1,
+        "config": config.as_dict(),
+        "rates": rates,
+        "timing": timing,
+        "trials": trials,
+        "runs": runs,
+    }
+    write_results(results, folder)
+    console.print(to_markdown(results), markup=False, highlight=False, soft_wrap=True)
+    console.print(f"report: {folder / 'report.html'}", highlight=False, soft_wrap=True)
+    return results
+
+
+def write_results(results: dict[str, Any], folder: Path) -> None:
+    """Write ``results.json``, ``table.md`` and ``report.html``."""
+    write_json(folder / RESULTS, results)
+    write_text(folder / TABLE, to_markdown(results))
+    write_report(results, folder)
+
+
+def _trials(config: AdaptConfig, method: Method) -> list[Job]:
+    rates = config.rates(method)
+    if len(rates) == 1:
+        return []
+    return [
+        Job(task.name, method, rate, config.tuning_seed, is_trial=True) for rate in rates for task in config.tuned_on()
+    ]
+
+
+def _best_rate(config: AdaptConfig, method: Method, trials: list[dict[str, Any]]) -> float:
+    """The learning rate with the highest mean score over the tuning tasks."""
+    rates = config.rates(method)
+    own = [trial for trial in trials if trial["method"] == method.name]
+    if len(rates) == 1:
+        return rates[0]
+    return max(rates, key=lambda rate: fmean(trial["score"] for trial in own if trial["learning_rate"] == rate))
+
+
+def _share(
+    jobs: list[Job], folder: Path, run: Callable[[Job, str], dict[str, Any]], console: Console
+) -> list[dict[str, Any]]:
+    """Run jobs in order, leaving out those that another process is at, until all are done."""
+    while True:
+        open_jobs = [job for job in jobs if not (folder / job.name / RECORD).is_file()]
+        taken = False
+        for job in open_jobs:
+            with _locked(folder / job.name / ".lock") as is_mine:
+                if is_mine and not (folder / job.name / RECORD).is_file():
+                    done = sum((folder / other.name / RECORD).is_file() for other in jobs)
+                    console.print(f"[bold]{done + 1} of {len(jobs)}[/]: {job.name}", highlight=False)
+                    run(job, job.name)
+                    taken = True
+        if not open_jobs:
+            return [read_json(folder / job.name / RECORD) for job in jobs]
+        if not taken:
+            time.sleep(_POLL_SECONDS)
+
+
+@contextmanager
+def _locked(path: Path, *, wait: bool = False) -> Iterator[bool]:
+    """Whether this process now holds the lock, which ends with the process; always where files cannot be locked."""
+    try:
+        import fcntl
+    except ImportError:
+        yield True
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+            return
+        yield True
+
+
+def _take_folder(config: AdaptConfig, folder: Path) -> None:
+    file = folder / CONFIG
+    wanted = yaml.safe_load(yaml.safe_dump(config.as_dict()))
+    if file.is_file():
+        kept = yaml.safe_load(file.read_text(encoding="utf-8"))
+        # More seeds, methods and tasks may be added to a study; what is there must stay what it is.
+        changed = [name for name in wanted if not _extends(kept.get(name), wanted[name])]
+        if changed:
+            raise ValueError(
+                f"output {folder} holds a study with {changed[0]} {kept.get(changed[0])!r} instead of "
+                f"{wanted[changed[0]]!r}: choose another folder, or delete this one"
+            )
+    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"output must be a new or empty folder, or a study's, got {folder} with other files")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(file, yaml.safe_dump(config.as_dict(), sort_keys=False))
+
+
+def _extends(kept: Any, wanted: Any) -> bool:
+    is_list = isinstance(kept, list) and isinstance(wanted, list)
+    return kept == wanted or (is_list and all(item in wanted for item in kept))
+
+
+def _timing(
+    config: AdaptConfig,
+    methods: list[Method],
+    data: dict[str, TaskData],
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+) -> dict[str, dict[str, Any]]:
+    """Milliseconds of a training step of each method, on one batch of the first task, in turn; measured once."""
+    file = folder / TIMING
+    kept = read_json(file) if file.is_file() else {}
+    if all(method.name in kept for method in methods):
+        return kept
+    task = data[config.tasks[0].name]
+    collate = DataCollatorWithPadding(tokenizer) if task.task.scored_by != "loss" else default_data_collator
+    batch = collate([task.train[index % len(task.train)] for index in range(config.batch_size)])  # type: ignore[arg-type]
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    batch = {name: value.to(device) for name, value in batch.items()}
+
+    def step(method: Method) -> Callable[[], object]:
+        model = build_model(method, config.base, task).to(device).train()
+        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        optimizer = AdamW(parameters, lr=1e-5)
+
+        def call() -> None:
+            model(**batch).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        return call
+
+    with quiet_transformers():
+        peaks = {method.name: _peak(step(method)) for method in methods}
+        timings = measure_in_turn({method.name: step(method) for method in methods}, rounds=config.timing_rounds)
+    shape = list(batch["input_ids"].shape)
+    measured = {
+        name: {
+            "median": timing.median,
+            "q1": timing.q1,
+            "q3": timing.q3,
+            "samples": timing.samples,
+            "peak_memory_bytes": peaks[name],
+            "batch": shape,
+            "hardware": hardware(),
+        }
+        for name, timing in timings.items()
+    }
+    write_json(file, measured)
+    return measured
+
+
+def _peak(step: Callable[[], object]) -> int:
+    reset_peak_memory()
+    step()
+    return peak_memory_bytes()

@@ -1,0 +1,161 @@
+"""A study's results reduced to a row a method, with differences to a reference and their intervals."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean, stdev, variance
+from typing import Any
+
+from torchdsc.lab.tables import DASH, MINUS, TIMES
+
+__all__ = ["Difference", "MethodRow", "difference", "reference_of", "summarize", "to_markdown"]
+
+# Two-sided 95 % points of Student's t, by degrees of freedom; between them the next smaller, which is wider.
+_T = {1: 12.71, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262, 10: 2.228}
+_T |= {12: 2.179, 15: 2.131, 20: 2.086, 25: 2.060, 30: 2.042, 40: 2.021, 60: 2.000, 120: 1.980}
+
+Run = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Mean over tasks of the difference of scores to the reference, paired by seed, and the half width of its 95 %.
+
+    The tasks are taken as they are, not as a sample of tasks; the seeds of each as a sample, so that the variance of
+    the mean is that of each task's mean added up.
+    """
+
+    mean: float
+    half_width: float | None
+
+
+@dataclass(frozen=True)
+class MethodRow:
+    """One method over tasks and seeds.
+
+    Attributes:
+        name: The method.
+        rate: The learning rate in use.
+        params_adapter: Trainable parameters of the adapter, heads left out.
+        adapter_bytes: Size of the saved weights, heads included; the mean over tasks.
+        scores: Scores by task, of each seed.
+        mean: Mean over tasks of the mean over seeds.
+        against: Difference to the reference; None for the reference itself.
+        step_ratio: Time of a training step over the reference's; None where not timed.
+        peak_ratio: Peak memory of a training step over the reference's.
+    """
+
+    name: str
+    rate: float
+    params_adapter: int
+    adapter_bytes: float
+    scores: dict[str, list[float]]
+    mean: float
+    against: Difference | None
+    step_ratio: float | None
+    peak_ratio: float | None
+
+
+def reference_of(results: Mapping[str, Any]) -> str:
+    """The method that others are compared to: the study's choice, the first "lora", or the first method."""
+    methods = results["config"]["methods"]
+    chosen: str | None = results["config"]["reference"]
+    loras = [method["name"] for method in methods if method["kind"] == "lora"]
+    return chosen or (loras or [methods[0]["name"]])[0]
+
+
+def difference(runs: Sequence[Run], name: str, reference: str) -> Difference:
+    """Compare two methods over the tasks and seeds that both have.
+
+    Args:
+        runs: Records.
+        name: A method.
+        reference: Another.
+
+    Returns:
+        The difference; NaN where they share no task.
+    """
+    scores = {(run["method"], run["task"], run["seed"]): run["score"] for run in runs}
+    paired: dict[str, list[float]] = {}
+    for (method, task, seed), value in scores.items():
+        if method == name and (reference, task, seed) in scores:
+            paired.setdefault(task, []).append(value - scores[reference, task, seed])
+    if not paired:
+        return Difference(math.nan, None)
+    mean = fmean(fmean(values) for values in paired.values())
+    if any(len(values) < 2 for values in paired.values()):
+        return Difference(mean, None)
+    error = math.sqrt(sum(variance(values) / len(values) for values in paired.values())) / len(paired)
+    freedom = sum(len(values) - 1 for values in paired.values())
+    return Difference(mean, _T[max(known for known in _T if known <= freedom)] * error)
+
+
+def summarize(results: Mapping[str, Any]) -> list[MethodRow]:
+    """One row a method, in the study's order."""
+    runs, timing = results["runs"], results["timing"]
+    reference = reference_of(results)
+    rows = []
+    for method in results["config"]["methods"]:
+        name = method["name"]
+        own = [run for run in runs if run["method"] == name]
+        if not own:
+            continue
+        scores: dict[str, list[float]] = {}
+        for run in own:
+            scores.setdefault(run["task"], []).append(run["score"])
+        rows.append(
+            MethodRow(
+                name=name,
+                rate=results["rates"][name],
+                params_adapter=own[0]["params_adapter"],
+                adapter_bytes=fmean(run["adapter_bytes"] for run in own),
+                scores=scores,
+                mean=fmean(fmean(values) for values in scores.values()),
+                against=None if name == reference else difference(runs, name, reference),
+                step_ratio=_ratio(timing, name, reference, "median"),
+                peak_ratio=_ratio(timing, name, reference, "peak_memory_bytes"),
+            )
+        )
+    return rows
+
+
+def _ratio(timing: Mapping[str, Any], name: str, reference: str, key: str) -> float | None:
+    return timing[name][key] / timing[reference][key] if name in timing and reference in timing else None
+
+
+def to_markdown(results: Mapping[str, Any]) -> str:
+    """The table as GitHub markdown."""
+    rows, reference = summarize(results), reference_of(results)
+    tasks = [task["name"] for task in results["config"]["tasks"]]
+    head = ["Method", "adapter parameters", "saved bytes", "learning rate", *tasks, "mean", f"vs {reference}"]
+    lines = [head, [":--", *["--:"] * (len(head) + 1)], *([*_cells(row, tasks)] for row in rows)]
+    lines[0] = [*head, "step time", "peak memory"]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines) + "\n"
+
+
+def _cells(row: MethodRow, tasks: Sequence[str]) -> list[str]:
+    return [
+        row.name,
+        f"{row.params_adapter:,}",
+        f"{row.adapter_bytes:,.0f}",
+        f"{row.rate:g}",
+        *(format_scores(row.scores.get(task, [])) for task in tasks),
+        f"{row.mean:.2f}",
+        format_difference(row.against),
+        *(DASH if ratio is None else f"{ratio:.2f}{TIMES}" for ratio in (row.step_ratio, row.peak_ratio)),
+    ]
+
+
+def format_scores(values: Sequence[float]) -> str:
+    """ "71.20 ± 0.84", the sample standard deviation over seeds; without it for one seed."""
+    if not values:
+        return DASH
+    return f"{fmean(values):.2f}" + (f" ± {stdev(values):.2f}" if len(values) > 1 else "")
+
+
+def format_difference(value: Difference | None) -> str:
+    """ "+0.41 ± 0.55" with the half width of the 95 % interval."""
+    if value is None:
+        return DASH
+    text = f"{value.mean:+.2f}".replace("-", MINUS)
+    return text if value.half_width is None else f"{text} ± {value.half_width:.2f}"
