@@ -91,7 +91,7 @@ def select_forward(
 
 
 @_select_op.register_fake
-def _(logits: Tensor, weights: Tensor | None, top_k: int, logit_clamp: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _(logits: Tensor, weights: Tensor | None, top_k: int, *_: Any) -> tuple[Tensor, ...]:
     tokens, num_atoms = logits.shape
     return (
         logits.new_empty(tokens, top_k),
@@ -169,16 +169,7 @@ def select_backward(
 
 
 @_select_backward_op.register_fake
-def _(
-    logits: Tensor,
-    weights: Tensor | None,
-    indices: Tensor,
-    log_normalizer: Tensor,
-    grad_values: Tensor,
-    grad_log_normalizer: Tensor,
-    grad_probability_sum: Tensor,
-    logit_clamp: float,
-) -> Tensor:
+def _(logits: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(logits)
 
 
