@@ -6,7 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -56,13 +56,11 @@ def run(options: Options) -> None:
     A benchmark whose tests fail is not timed, and the others are.
 
     Raises:
-        ValueError: If a name is unknown, ``rounds`` is below 2, or ``base`` is no commit.
+        ValueError: If a name is unknown, ``rounds`` is below 2, ``base`` is no commit, or the page comes with options.
         ChildProcessError: If the tests of a benchmark failed.
     """
     if list(options.names) == [PAGE]:
-        from .page import write
-
-        write(RESULTS, ROOT / "docs")
+        _write_page(options)
         return
     benchmarks = [load(name) for name in options.names or usual()]
     if options.rounds is not None and options.rounds < 2:
@@ -81,6 +79,15 @@ def run(options: Options) -> None:
         print("\n".join([*lines, "", f"written: {path}"]), flush=True)
     if refused:
         raise ChildProcessError(f"not timed, because their tests fail: {', '.join(refused)}")
+
+
+def _write_page(options: Options) -> None:
+    from .page import write
+
+    given = [f"--{f.name}" for f in fields(Options) if f.name != "names" and getattr(options, f.name) != f.default]
+    if given:
+        raise ValueError(f"{PAGE} must stand without options, as nothing is measured for it, got {', '.join(given)}")
+    write(RESULTS, ROOT / "docs")
 
 
 def usual() -> list[str]:

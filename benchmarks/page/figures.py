@@ -9,13 +9,13 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from benchmarks.case import Row, ordered
+from benchmarks.suite.compose import BASE
 from torchdsc.lab.figures.labels import label_ends
 from torchdsc.lab.figures.style import COLORS, FONT_SIZE, MARKERS
 
 from .canvas import FAINT, GRID, LABEL, LOOKS, PUBLISHED, legend, log_axis, method_color, new_figure, place, to_svg
 from .markdown import number
 
-COMPOSE_BASE = {"tokens": 1024, "M": 1523, "K": 4, "d": 384}
 _NEVER = 2.0
 
 
@@ -33,13 +33,13 @@ def model_title(row: Row) -> str:
 
 
 def compose(rows: Sequence[Row], name: str) -> str:
-    """Milliseconds of each implementation against each size, the others as in ``COMPOSE_BASE``."""
+    """Milliseconds of each implementation against each size, the others as in ``BASE``."""
     figure = new_figure(760, 560)
     names = _drawn(rows)
     legend(figure, names)
     labels = {"tokens": "tokens", "M": "atoms M", "K": "selected atoms K", "d": "features d"}
     for index, (size, xlabel) in enumerate(labels.items()):
-        others = {key: value for key, value in COMPOSE_BASE.items() if key != size}
+        others = {key: value for key, value in BASE.items() if key != size}
         chosen = [row for row in rows if others.items() <= row["point"].items()]
         box = (52 + 378 * (index % 2), 66 + 258 * (index // 2), 310, 176)
         fixed = ", ".join(f"{key} {value}" for key, value in others.items())

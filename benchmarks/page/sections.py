@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.case import Point, Row
+from benchmarks.suite.compose import BASE
 
 from . import figures, layers
 from .markdown import NONE, achieved, floor_ms, left_out, mebibytes, ms, number, ratio, table
@@ -47,7 +48,7 @@ class Section:
 
 
 def _compose_tables(result: Result) -> list[str]:
-    base, rows = figures.COMPOSE_BASE, result["rows"]
+    base, rows = BASE, result["rows"]
     corner = {name: max((row["point"][name] for row in rows), default=0) for name in base}
 
     def shown(point: Point) -> bool:
@@ -236,8 +237,9 @@ SECTIONS = {
     "compose": Section(
         "The composition",
         "`torchdsc.ops.compose` by each implementation that runs on the device, against the published gathers. One "
-        "size at a time is varied around tokens 1024, M 1523, K 4, d 384, and the largest point is added. `dense` is "
-        "the masked product over all M atoms, and `auto` is what a call gets without asking.",
+        f"size at a time is varied around {', '.join(f'{size} {value}' for size, value in BASE.items())}, and the "
+        "largest point is added. `dense` is the masked product over all M atoms, and `auto` is what a call gets "
+        "without asking.",
         _compose_tables,
         _compose_figures,
     ),

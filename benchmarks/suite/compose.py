@@ -15,6 +15,8 @@ from .steps import FLOAT, too_large
 
 TOKENS, ATOMS, TOP_K, WIDTHS = (1, 64, 1024, 4096), (1523, 16384), (4, 16, 64), (384, 1024)
 KINDS = ("forward", "forward+backward")
+# The sizes around which one at a time is varied.
+BASE = {"tokens": 1024, "M": ATOMS[0], "K": TOP_K[0], "d": WIDTHS[0]}
 
 
 def _cases(settings: Settings) -> Cases:
@@ -24,7 +26,7 @@ def _cases(settings: Settings) -> Cases:
     grid = list(product(widths, atoms, top_k, tokens))
     if not settings.quick and settings.device == "cpu":
         # One size at a time, and all of them large: the whole grid takes more than an hour on a few cores.
-        base = (widths[0], atoms[0], top_k[0], 1024)
+        base = tuple(BASE[size] for size in ("d", "M", "K", "tokens"))
         grid = [sizes for sizes in grid if _differences(sizes, base) <= 1] + [grid[-1]]
     for sizes in grid:
         for kind in KINDS:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import command, runner
+from benchmarks import command, page, runner
 from benchmarks.case import Benchmark, Case
 from benchmarks.ceilings import Ceilings
 from benchmarks.command import Options
@@ -150,6 +150,30 @@ class TestWhere:
     def test_results_of_a_gpu_have_their_own_file(self):
         assert command.result_name("layer", "cpu") == "layer.json"
         assert command.result_name("layer", "cuda") == "layer-cuda.json"
+
+
+class TestPage:
+    @pytest.fixture(autouse=True)
+    def written(self, monkeypatch):
+        written = []
+        monkeypatch.setattr(page, "write", lambda results, docs: written.append(docs))
+        return written
+
+    def test_is_written(self, written):
+        command.run(Options(names=["page"]))
+        assert [docs.name for docs in written] == ["docs"]
+
+    @pytest.mark.parametrize(
+        ("options", "flags"),
+        [
+            ({"base": "HEAD"}, "--base"),
+            ({"rounds": 5, "output": Path("out"), "quick": True}, "--rounds, --output, --quick"),
+        ],
+    )
+    def test_stands_without_options(self, written, options, flags):
+        with pytest.raises(ValueError, match=f"^page must stand without options, .* got {flags}$"):
+            command.run(Options(names=["page"], **options))
+        assert not written
 
 
 def test_rounds():

@@ -119,6 +119,27 @@ class TestBudget:
         assert loras["options"]["rank"] == 4
         assert (dsc["method"], dsc["options"]["num_atoms"], dsc["params_total"]) == ("dsc", 1523, 35_000_064)
 
+    def test_router(self, torchdsc):
+        status, out, _ = torchdsc(*BUDGET, "--json", "--router", "product_key", "--router_rank", 64)
+        dsc = json.loads(out)[-1]
+        assert status == 0
+        assert dsc["options"] == {"router": "product_key", "router_rank": 64, "num_atoms": 1521, "top_k": 4}
+        assert dsc["description"].endswith(", product_key router")
+
+    @pytest.mark.parametrize(
+        ("flags", "error"),
+        [
+            (("--router_rank", 8), "router_rank must be None for router = 'linear', got 8"),
+            (("--router_heads", 2), "router_heads must be 1 for router = 'linear', got 2"),
+            (
+                ("--router", "product_key", "--router_rank", 3),
+                "router_rank must be even and >= 2 for product keys, got 3",
+            ),
+        ],
+    )
+    def test_router_options_that_do_not_fit(self, fails, flags, error):
+        assert fails(*BUDGET, *flags) == f"torchdsc budget: {error}"
+
     def test_infeasible(self, fails):
         line = fails("budget", "--total", "1e6", "--active", "1e5", "--d_model", 100, "--n_layer", 2)
         assert line == "torchdsc budget: total must be at least 5,137,400 for width 1, got 1,000,000"

@@ -247,7 +247,11 @@ class TestSparseGradients:
     ("options", "error", "match"),
     [
         ({"router": "product_key", "num_atoms": 24}, ValueError, "num_atoms must be a square .* 16 or 25, got 24"),
-        ({"router": "product_key", "router_rank": 3}, ValueError, "rank must be even and >= 2 for product keys, got 3"),
+        (
+            {"router": "product_key", "router_rank": 3},
+            ValueError,
+            "^router_rank must be even and >= 2 for product keys, got 3",
+        ),
         (
             {"router": "product_key", "router_heads": 3},
             ValueError,
@@ -278,7 +282,7 @@ def test_wrong_options(options, error, match):
     [
         (LowRankRouter, {"rank": 0}, "rank must be >= 1, got 0"),
         (ProductKeyRouter, {"rank": 4, "heads": 0}, "heads must be >= 1, got 0"),
-        (ProductKeyRouter, {"rank": 0}, "rank must be even"),
+        (ProductKeyRouter, {"rank": 0}, "^rank must be even"),
         (LinearRouter, {"norm": "rms"}, "norm must be one of"),
     ],
 )

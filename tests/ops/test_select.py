@@ -32,6 +32,20 @@ def test_equals_separate_operations(tokens, logit_clamp, masked, top_k):
     torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-11, atol=1e-12)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_without_statistics(dtype):
+    logits = torch.randn(9, 70, dtype=dtype).requires_grad_()
+    expected = logits.topk(5)
+    actual = select(logits, 5, logit_clamp=20.0, statistics=False)
+    assert torch.autograd.grad(actual.logits.sum(), logits)[0].count_nonzero() == 9 * 5
+    with torch.no_grad():
+        inference = select(logits, 5, logit_clamp=20.0, statistics=False)
+    for found in (actual, inference):
+        assert torch.equal(found.logits, expected.values)
+        assert torch.equal(found.indices, expected.indices)
+        assert found.log_normalizer.numel() == found.probability_sum.numel() == 0
+
+
 @pytest.mark.parametrize("logit_clamp", [20.0, 1.0])
 def test_gradcheck(logit_clamp):
     logits = (torch.randn(4, 7, dtype=torch.float64) * 2).requires_grad_()

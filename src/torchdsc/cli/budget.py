@@ -33,13 +33,14 @@ def run(arguments: list[str]) -> None:
     options = parser.parse_args(arguments)
     sizes = ("total", "active", "d_model", "n_layer", "vocab_size", "n_positions")
     budget = Budget(**{name: options[name] for name in sizes})
-    router = {name: options[name] for name in ("router", "router_rank", "router_heads")}
+    router = ("router", "router_rank", "router_heads")
     plans = solve_all(
         budget,
         top_k=options.top_k,
         rank=options.rank,
         experts_per_token=options.experts_per_token,
-        dsc_options={} if options.router == "linear" else router,
+        # None is dropped in silence: what does not fit the router is refused.
+        dsc_options={name: options[name] for name in router if options[name] != parser.get_default(name)},
     )
     if options.json:
         print(json.dumps([asdict(plan) for plan in plans], indent=1))

@@ -151,20 +151,10 @@ class DSCGPTModel(DSCGPTPreTrainedModel):
             raise ValueError("exactly one of input_ids and inputs_embeds must be given")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
-        batch, length = inputs_embeds.shape[:2]
-        use_cache = self.config.use_cache if use_cache is None else use_cache
-        if self.training:
-            use_cache = False
+        use_cache = not self.training and (self.config.use_cache if use_cache is None else use_cache)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
-        seen = past_key_values.get_seq_length() if past_key_values is not None else 0
-        if position_ids is None:
-            position_ids = (torch.arange(length, device=inputs_embeds.device) + seen).unsqueeze(0)
-        if isinstance(seen, int) and seen + length > self.config.max_position_embeddings:
-            raise ValueError(
-                f"a sequence must have at most max_position_embeddings = {self.config.max_position_embeddings} "
-                f"tokens, got {seen + length}"
-            )
+        position_ids = self._positions(inputs_embeds, position_ids, past_key_values)
         causal_mask = create_causal_mask(
             config=self.config,
             inputs_embeds=inputs_embeds,
@@ -172,7 +162,7 @@ class DSCGPTModel(DSCGPTPreTrainedModel):
             past_key_values=past_key_values,
             position_ids=position_ids,
         )
-        is_token_mask = attention_mask is not None and attention_mask.shape == (batch, length)
+        is_token_mask = attention_mask is not None and attention_mask.shape == inputs_embeds.shape[:2]
         token_mask = attention_mask.bool() if is_token_mask and attention_mask is not None else None
         hidden_states = self.dropout(inputs_embeds + self.embed_positions(position_ids))
         collected: list[RoutingStatistics | None] = []
@@ -194,6 +184,18 @@ class DSCGPTModel(DSCGPTPreTrainedModel):
             hidden_states=(*all_hidden[:-1], hidden_states) if output_hidden_states else None,
             routing_statistics=tuple(collected) if self.training else None,
         )
+
+    def _positions(self, inputs_embeds: Tensor, position_ids: Tensor | None, cache: Cache | None) -> Tensor:
+        """Those given, or counted from the cache; refused where the sequence is longer than there are any."""
+        length, most = inputs_embeds.shape[1], self.config.max_position_embeddings
+        seen = cache.get_seq_length() if cache is not None else 0
+        if isinstance(seen, int) and seen + length > most:
+            raise ValueError(
+                f"a sequence must have at most max_position_embeddings = {most} tokens, got {seen + length}"
+            )
+        if position_ids is not None:
+            return position_ids
+        return (torch.arange(length, device=inputs_embeds.device) + seen).unsqueeze(0)
 
 
 class DSCGPTForCausalLM(DSCGPTPreTrainedModel, GenerationMixin):
@@ -262,8 +264,7 @@ class DSCGPTForCausalLM(DSCGPTPreTrainedModel, GenerationMixin):
         # Trainer takes every parameter with "label" in its name for one that evaluation needs.
         shift_labels: Tensor | None = kwargs.pop("shift_labels", None)
         has_labels = labels is not None or shift_labels is not None
-        layers = self._routed_layers
-        if self.training and num_items_in_batch is not None and not has_labels and any(layers):
+        if self.training and num_items_in_batch is not None and not has_labels and any(self._routed_layers):
             raise ValueError(
                 "labels must reach the model in training, got num_items_in_batch without them: label smoothing and "
                 "compute_loss_func of Trainer take them out, and the regularisers with them"
@@ -281,37 +282,45 @@ class DSCGPTForCausalLM(DSCGPTPreTrainedModel, GenerationMixin):
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, kept])
-        task_loss, total, terms = None, None, None
         collected = [
             (layer, statistics)
-            for layer, statistics in zip(layers, outputs.routing_statistics or (), strict=False)
+            for layer, statistics in zip(self._routed_layers, outputs.routing_statistics or (), strict=False)
             if layer is not None and statistics is not None
         ]
+        losses: dict[str, Any] = {}
         if has_labels:
-            task_loss = total = self.loss_function(
-                logits=logits,
-                labels=labels,
-                vocab_size=self.config.vocab_size,
-                num_items_in_batch=num_items_in_batch,
-                shift_labels=shift_labels,
-            )
-            if self.training:
-                targets = shift_labels if shift_labels is not None else labels[:, 1:]  # type: ignore[index]
-                terms = self._regularization(collected, targets, num_items_in_batch)
-                total = total + terms.total if terms is not None else total
+            losses = self._losses(logits, labels, shift_labels, collected, num_items_in_batch)
         else:
             for layer, statistics in collected:
                 layer.statistics_log.add(statistics)
         return DSCGPTOutput(
-            loss=total,
-            logits=logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            task_loss=None if task_loss is None else task_loss.detach(),
-            regularization=None
-            if terms is None
-            else {"aux": terms.aux, "budget": terms.budget, "frame": terms.frame, "z": terms.z},
+            logits=logits, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states, **losses
         )
+
+    def _losses(
+        self,
+        logits: Tensor,
+        labels: Tensor | None,
+        shift_labels: Tensor | None,
+        collected: list[tuple[RoutedLayer, RoutingStatistics]],
+        num_items_in_batch: Tensor | int | None,
+    ) -> dict[str, Any]:
+        """The output's loss, its task's part, and in training the regularisers."""
+        task_loss = self.loss_function(
+            logits=logits,
+            labels=labels,
+            vocab_size=self.config.vocab_size,
+            num_items_in_batch=num_items_in_batch,
+            shift_labels=shift_labels,
+        )
+        losses = {"loss": task_loss, "task_loss": task_loss.detach()}
+        if self.training:
+            targets = shift_labels if shift_labels is not None else labels[:, 1:]  # type: ignore[index]
+            terms = self._regularization(collected, targets, num_items_in_batch)
+            if terms is not None:
+                losses["loss"] = task_loss + terms.total
+                losses["regularization"] = {name: getattr(terms, name) for name in ("aux", "budget", "frame", "z")}
+        return losses
 
     def _regularization(
         self,

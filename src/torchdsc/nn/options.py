@@ -113,6 +113,8 @@ class DSCOptions:
             if self.router_heads != 1:
                 raise ValueError(f"router_heads must be 1 for router = {self.router!r}, got {self.router_heads}")
             return
+        if self.router_rank is not None and (self.router_rank < 2 or self.router_rank % 2):
+            raise ValueError(f"router_rank must be even and >= 2 for product keys, got {self.router_rank}")
         if self.router_bias:
             raise ValueError("router_bias must be False for router = 'product_key', got True")
         if self.top_k % self.router_heads:

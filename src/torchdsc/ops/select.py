@@ -29,17 +29,19 @@ class Selection(NamedTuple):
     probability_sum: Tensor
 
 
-def select(logits: Tensor, top_k: int, *, logit_clamp: float, token_mask: Tensor | None = None) -> Selection:
+def select(
+    logits: Tensor, top_k: int, *, logit_clamp: float, token_mask: Tensor | None = None, statistics: bool = True
+) -> Selection:
     """Select each token's top-K atoms, and sum up what equations (9) and (12) need, in one pass over the logits.
 
     Clamp and softplus are monotone, so that top-K is taken on raw logits. Statistics are those of the clamped ones.
-    Where no statistics are needed, ``logits.topk`` is all there is to do.
 
     Args:
         logits: Router logits of shape (T, M), float32 or float64.
         top_k: K, with 1 <= K <= M.
         logit_clamp: tau > 0.
         token_mask: Optional bool of shape (T,); tokens that are False are left out of ``probability_sum``.
+        statistics: Whether to fill ``log_normalizer`` and ``probability_sum``; they are empty otherwise.
 
     Returns:
         The selection; differentiable in ``logits`` through all but ``indices``.
@@ -51,6 +53,10 @@ def select(logits: Tensor, top_k: int, *, logit_clamp: float, token_mask: Tensor
         raise ValueError(f"top_k must be in [1, num_atoms = {logits.shape[-1]}], got {top_k}")
     if token_mask is not None and token_mask.shape != logits.shape[:1]:
         raise ValueError(f"token_mask must have shape {tuple(logits.shape[:1])}, got {tuple(token_mask.shape)}")
+    if not statistics:
+        differentiable = torch.is_grad_enabled() or torch.compiler.is_compiling()
+        values, indices = logits.topk(top_k) if differentiable else largest(logits, top_k)
+        return Selection(values, indices, logits.new_empty(0), logits.new_empty(0))
     weights = None if token_mask is None else token_mask.to(logits.dtype)
     return Selection(*_select_op(logits, weights, top_k, logit_clamp))
 
@@ -91,7 +97,7 @@ def select_forward(
 
 
 @_select_op.register_fake
-def _(logits: Tensor, weights: Tensor | None, top_k: int, logit_clamp: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _(logits: Tensor, weights: Tensor | None, top_k: int, *_: Any) -> tuple[Tensor, ...]:
     tokens, num_atoms = logits.shape
     return (
         logits.new_empty(tokens, top_k),
@@ -169,16 +175,7 @@ def select_backward(
 
 
 @_select_backward_op.register_fake
-def _(
-    logits: Tensor,
-    weights: Tensor | None,
-    indices: Tensor,
-    log_normalizer: Tensor,
-    grad_values: Tensor,
-    grad_log_normalizer: Tensor,
-    grad_probability_sum: Tensor,
-    logit_clamp: float,
-) -> Tensor:
+def _(logits: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(logits)
 
 

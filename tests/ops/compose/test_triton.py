@@ -7,31 +7,21 @@ import sys
 import pytest
 import torch
 from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from torchdsc.ops import compose
 from torchdsc.ops.compose import triton as implementation
 
+from . import ladder
+
 pytest.importorskip("triton")
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def make_inputs(tokens, atoms, top_k, d_in, d_out, dtype=torch.float64, seed=0, device=DEVICE):
-    generator = torch.Generator().manual_seed(seed)
-
-    def draw(function, *shape, dtype=dtype):
-        return function(*shape, generator=generator, dtype=torch.float64).to(device, dtype).requires_grad_()
-
-    x, u, v = (draw(torch.randn, *shape) for shape in ((tokens, d_in), (atoms, d_in), (atoms, d_out)))
-    indices = torch.randint(atoms, (tokens, top_k), generator=generator).to(device)
-    return x, u, v, indices, draw(torch.rand, tokens, top_k, dtype=torch.promote_types(dtype, torch.float32))
+def make_inputs(*sizes, **options):
+    return ladder.make_inputs(*sizes, **options, impl="triton")
 
 
 def output_and_gradients(inputs, impl, eps=1e-6):
-    x, u, v, _, coefficients = inputs
-    y = compose(*inputs, eps=eps, impl=impl)
-    weight = torch.linspace(-1, 1, y.numel(), dtype=torch.float64).view(y.shape).to(y)
-    return [y, *torch.autograd.grad(y, (x, u, v, coefficients), weight)]
+    return ladder.output_and_gradients(lambda *a: compose(*a, eps=eps, impl=impl), inputs)
 
 
 def assert_equals_reference(inputs, tolerance, eps=1e-6):
@@ -91,23 +81,12 @@ def test_no_features():
 
 @pytest.mark.slow
 @settings(max_examples=12, deadline=None)
-@given(
-    tokens=st.integers(1, 4),
-    atoms=st.integers(1, 6),
-    top_k=st.integers(1, 9),
-    d_in=st.integers(1, 20),
-    d_out=st.integers(1, 20),
-    scale=st.sampled_from([1e-12, 1e-6, 1.0, 1e6]),
-    seed=st.integers(0, 2**31),
-)
-def test_property_equals_reference(tokens, atoms, top_k, d_in, d_out, scale, seed):
-    x, u, v, indices, coefficients = make_inputs(tokens, atoms, top_k, d_in, d_out, seed=seed)
-    inputs = x, (u * scale).detach().requires_grad_(), v, indices, coefficients
-    expected = output_and_gradients(inputs, "reference")
+@given(**ladder.drawn(4, 6))
+def test_property_equals_reference(**arguments):
+    inputs = make_inputs(**arguments)
     # A gradient along the row cancels; its parts are of the size of one over the norm.
-    sizes = 1.0, 1.0, max(scale, 1e-6), 1.0, 1.0
-    for a, e, size in zip(output_and_gradients(inputs, "triton"), expected, sizes, strict=True):
-        assert (a - e).abs().max() * size <= 1e-12 * (e.abs().max() * size).clamp_min(1.0)
+    sizes = 1.0, 1.0, max(arguments["scale"], 1e-6), 1.0, 1.0
+    ladder.assert_agree(output_and_gradients(inputs, "triton"), output_and_gradients(inputs, "reference"), sizes)
 
 
 CALL = """
@@ -155,12 +134,8 @@ def test_tensors_on_the_cpu_are_refused_unless_interpreted():
     assert all(line.startswith("RuntimeError | impl='triton' runs on a GPU") for line in lines)
 
 
-# Largest error relative to the largest entry, as in the ladder.
-TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-6, torch.bfloat16: 1.6e-2, torch.float16: 2e-3}
-
-
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("dtype", ladder.TOLERANCE)
 @pytest.mark.parametrize(
     "shape",
     [
@@ -174,7 +149,7 @@ TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-6, torch.bfloat16: 1.6e-2, 
     ids=str,
 )
 def test_on_a_gpu(shape, dtype):
-    assert_equals_reference(make_inputs(*shape, dtype=dtype), TOLERANCE[dtype])
+    assert_equals_reference(make_inputs(*shape, dtype=dtype), ladder.TOLERANCE[dtype])
 
 
 @pytest.mark.gpu

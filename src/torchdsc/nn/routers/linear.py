@@ -8,7 +8,6 @@ from torch.nn import functional
 
 from torchdsc.nn.options import RouterNorm
 from torchdsc.ops import Selection, route, select
-from torchdsc.ops.select import largest
 
 from .base import Router, cast_like
 
@@ -67,12 +66,8 @@ class LinearRouter(Router):
         raw_normalizer: bool = False,
     ) -> Selection:
         """See :class:`Router`; scores are logits of shape (T, M)."""
-        if not statistics:
-            differentiable = torch.is_grad_enabled() or torch.compiler.is_compiling()
-            values, indices = scores.topk(top_k) if differentiable else largest(scores, top_k)
-            return Selection(values, indices, scores.new_empty(0), scores.new_empty(0))
-        found = select(scores, top_k, logit_clamp=logit_clamp, token_mask=token_mask)
-        return found._replace(log_normalizer=scores.logsumexp(-1)) if raw_normalizer else found
+        found = select(scores, top_k, logit_clamp=logit_clamp, token_mask=token_mask, statistics=statistics)
+        return found._replace(log_normalizer=scores.logsumexp(-1)) if raw_normalizer and statistics else found
 
     def _select(
         self, x: Tensor, top_k: int, logit_clamp: float, token_mask: Tensor | None, statistics: bool

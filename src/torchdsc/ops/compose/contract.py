@@ -56,9 +56,7 @@ def compose_op(
 
 
 @compose_op.register_fake
-def _(
-    x: Tensor, u: Tensor, v: Tensor, indices: Tensor, coefficients: Tensor, eps: float | None, impl: str
-) -> tuple[Tensor, Tensor]:
+def _(x: Tensor, u: Tensor, v: Tensor, indices: Tensor, coefficients: Tensor, *_: Any) -> tuple[Tensor, ...]:
     return x.new_empty(x.shape[0], v.shape[1]), torch.empty_like(coefficients)
 
 
@@ -84,17 +82,9 @@ def compose_backward_op(
 
 @compose_backward_op.register_fake
 def _(
-    grad: Tensor,
-    x: Tensor,
-    u: Tensor,
-    v: Tensor,
-    indices: Tensor,
-    coefficients: Tensor,
-    latent: Tensor,
-    eps: float | None,
-    impl: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return torch.empty_like(x), torch.empty_like(u), torch.empty_like(v), torch.empty_like(coefficients)
+    grad: Tensor, x: Tensor, u: Tensor, v: Tensor, indices: Tensor, coefficients: Tensor, *_: Any
+) -> tuple[Tensor, ...]:
+    return tuple(torch.empty_like(t) for t in (x, u, v, coefficients))
 
 
 def _resolve(impl: str, x: Tensor, u: Tensor, indices: Tensor) -> str:

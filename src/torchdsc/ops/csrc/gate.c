@@ -12,9 +12,9 @@ PyObject *gate(PyObject *self, PyObject *args) {
     for (int64_t t = 0; t < tokens; t++, logits += top_k, coefficients += top_k) {
         float sum = 0.0f;
         for (int64_t k = 0; k < top_k; k++) {
-            float r = logits[k], clamped = r < -clamp ? -clamp : (r > clamp ? clamp : r);
+            float r = logits[k], inside = clamped(r, clamp);
             /* Softplus without overflow; a logit that is not finite makes its row NaN. */
-            float score = clamped > 0 ? clamped + log1pf(expf(-clamped)) : log1pf(expf(clamped));
+            float score = inside > 0 ? inside + log1pf(expf(-inside)) : log1pf(expf(inside));
             coefficients[k] = score + 0.0f * r;
             sum += coefficients[k];
         }

@@ -1,6 +1,8 @@
 /* The optional compiled module torchdsc.ops._native: what tensor operations do slowly on a CPU. */
 #include "native.h"
 
+#include <stdlib.h>
+
 int read_integers(PyObject *args, int64_t *values, Py_ssize_t count) {
     for (Py_ssize_t i = 0; i < count; i++) {
         PyObject *item = PyTuple_GetItem(args, i);
@@ -16,6 +18,22 @@ int read_float(PyObject *args, Py_ssize_t index, float *value) {
     if (item == NULL) return 0;
     *value = (float)PyFloat_AsDouble(item);
     return !PyErr_Occurred();
+}
+
+int make_room(Room *room, int64_t threads, int64_t num_floats, int64_t capacity) {
+    room->floats = calloc((size_t)(threads * (num_floats + capacity)), sizeof(float));
+    room->at = calloc((size_t)(threads * capacity), sizeof(int64_t));
+    room->num_floats = num_floats;
+    room->capacity = capacity;
+    if (room->floats != NULL && room->at != NULL) return 1;
+    free_room(room);
+    PyErr_NoMemory();
+    return 0;
+}
+
+void free_room(Room *room) {
+    free(room->floats);
+    free(room->at);
 }
 
 static void swap(Largest *l, int64_t i, int64_t j) {
@@ -76,7 +94,7 @@ static PyMethodDef methods[] = {
     {"select_rows_backward", select_rows_backward, METH_VARARGS, "Gradient of the logits in one pass."},
     {"largest_of_rows", largest_of_rows, METH_VARARGS, "Top-K of rows of logits."},
     {"select_sums", select_sums, METH_VARARGS, "Top-K of the sums of two halves."},
-    {"round_rows", round_rows, METH_VARARGS, "Rows in bfloat16, their norms, and the norms of what rounding took away."},
+    {"round_rows", round_rows, METH_VARARGS, "Rows in bfloat16, their norms, and those of what rounding took away."},
     {"screen", screen, METH_VARARGS, "Exact top-K from logits in bfloat16 and bounds on their errors."},
     {"has_bfloat16", has_bfloat16, METH_NOARGS, "Whether the processor multiplies bfloat16 natively."},
     {NULL, NULL, 0, NULL},

@@ -8,6 +8,13 @@
 #include <math.h>
 #include <stdint.h>
 
+#ifdef _OPENMP
+#include <omp.h>
+#define THREAD omp_get_thread_num()
+#else
+#define THREAD 0
+#endif
+
 #define INLINE static inline __attribute__((always_inline))
 
 /* One function for each vector width, chosen when the module is loaded; inlined helpers are compiled along. */
@@ -18,6 +25,8 @@
 #endif
 
 enum { LANES = 16, BLOCK = 64 };
+
+INLINE float clamped(float value, float clamp) { return value < -clamp ? -clamp : (value > clamp ? clamp : value); }
 
 /* Independent lanes, so that the compiler may use vectors without reordering a sum on its own. */
 INLINE float sum_lanes(const float *lanes) {
@@ -56,8 +65,25 @@ typedef struct {
 
 INLINE int64_t capacity_for(int64_t k) { return k <= SORTED ? k : 2 * k + BLOCK; }
 
-INLINE Largest largest_in(float *keys, int64_t *at, int64_t k) {
-    Largest largest = {keys, at, k, 0, capacity_for(k), NAN};
+/* Working room of each thread, zero at the start: numbers, and lists of the k largest. */
+typedef struct {
+    float *floats;                      /* of a thread its numbers, then its keys */
+    int64_t *at;
+    int64_t num_floats, capacity;       /* of a thread, the latter of all its lists */
+} Room;
+
+/* 0 with an error set where memory is short. */
+int make_room(Room *room, int64_t threads, int64_t num_floats, int64_t capacity);
+void free_room(Room *room);
+
+INLINE float *floats_of(const Room *room, int64_t thread) {
+    return room->floats + thread * (room->num_floats + room->capacity);
+}
+
+/* An empty list of the k largest, from the given place of the thread's room for lists. */
+INLINE Largest list_of(const Room *room, int64_t thread, int64_t place, int64_t k) {
+    float *keys = floats_of(room, thread) + room->num_floats;
+    Largest largest = {keys + place, room->at + thread * room->capacity + place, k, 0, capacity_for(k), NAN};
     return largest;
 }
 

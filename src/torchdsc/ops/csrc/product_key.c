@@ -2,15 +2,6 @@
  * largest. */
 #include "native.h"
 
-#include <stdlib.h>
-
-#ifdef _OPENMP
-#include <omp.h>
-#define THREAD omp_get_thread_num()
-#else
-#define THREAD 0
-#endif
-
 typedef struct {
     const float *left, *right;          /* one row a token, of side scores */
     float *values;
@@ -19,16 +10,14 @@ typedef struct {
     float half;                         /* to which scores are clamped */
 } Halves;
 
-/* Adding nothing of a score that is not finite makes it NaN, which clamping would hide. */
-INLINE float clamped(float score, float half) {
-    float inside = score < -half ? -half : (score > half ? half : score);
-    return inside + 0.0f * score;
-}
-
 INLINE void sort_half(Largest *largest, const float *scores, int64_t side, float half) {
     offer_all(largest, scores, side);
     sort_largest(largest);
-    for (int64_t i = 0; i < largest->k; i++) largest->keys[i] = clamped(scores[largest->at[i]], half);
+    for (int64_t i = 0; i < largest->k; i++) {
+        /* Adding nothing of a score that is not finite makes it NaN, which clamping would hide. */
+        float score = scores[largest->at[i]];
+        largest->keys[i] = clamped(score, half) + 0.0f * score;
+    }
 }
 
 VECTORIZED static void sum_halves(const Halves *h, int64_t token, Largest left, Largest right, Largest sums) {
@@ -56,24 +45,15 @@ PyObject *select_sums(PyObject *self, PyObject *args) {
     Halves h = {(const float *)(intptr_t)p[0], (const float *)(intptr_t)p[1], (float *)(intptr_t)p[2],
                 (int64_t *)(intptr_t)p[3], p[5], p[6], p[7], p[8], p[9], half};
     int64_t tokens = p[4], threads = p[10], kept = h.top_k < h.side ? h.top_k : h.side;
-    int64_t room = 2 * capacity_for(kept) + capacity_for(h.top_k);
-    float *keys = malloc((size_t)(threads * room) * sizeof(float));
-    int64_t *at = malloc((size_t)(threads * room) * sizeof(int64_t));
-    if (keys == NULL || at == NULL) {
-        free(keys);
-        free(at);
-        return PyErr_NoMemory();
-    }
+    int64_t second = capacity_for(kept), third = 2 * second;
+    Room room;
+    if (!make_room(&room, threads, 0, third + capacity_for(h.top_k))) return NULL;
     Py_BEGIN_ALLOW_THREADS
 #pragma omp parallel for schedule(static) num_threads(threads)
-    for (int64_t token = 0; token < tokens; token++) {
-        float *own = keys + THREAD * room;
-        int64_t *own_at = at + THREAD * room, second = capacity_for(kept), third = 2 * second;
-        sum_halves(&h, token, largest_in(own, own_at, kept), largest_in(own + second, own_at + second, kept),
-                   largest_in(own + third, own_at + third, h.top_k));
-    }
+    for (int64_t token = 0; token < tokens; token++)
+        sum_halves(&h, token, list_of(&room, THREAD, 0, kept), list_of(&room, THREAD, second, kept),
+                   list_of(&room, THREAD, third, h.top_k));
     Py_END_ALLOW_THREADS
-    free(keys);
-    free(at);
+    free_room(&room);
     Py_RETURN_NONE;
 }

@@ -2,15 +2,6 @@
  * on their errors, and the few that are left are computed again in float32. */
 #include "native.h"
 
-#include <stdlib.h>
-
-#ifdef _OPENMP
-#include <omp.h>
-#define THREAD omp_get_thread_num()
-#else
-#define THREAD 0
-#endif
-
 /* Half the spacing of bfloat16, relative to the value: its rounding error. */
 static const float ROUNDING = 0.00390625f;
 /* Room for the rounding of the bounds themselves, which are sums of a few float32 products. */
@@ -139,26 +130,18 @@ PyObject *screen(PyObject *self, PyObject *args) {
                 (const uint16_t *)(intptr_t)p[3], (const float *)(intptr_t)p[4], (const float *)(intptr_t)p[5],
                 (const float *)(intptr_t)p[6], (const float *)(intptr_t)p[7], (float *)(intptr_t)p[8],
                 (int64_t *)(intptr_t)p[9], p[11], p[12], p[13]};
-    int64_t tokens = p[10], threads = p[14], capacity = capacity_for(s.top_k);
-    int64_t floats = 2 * s.num_atoms + capacity;
-    float *space = malloc((size_t)(threads * floats) * sizeof(float));
-    int64_t *at = malloc((size_t)(threads * capacity) * sizeof(int64_t));
-    if (space == NULL || at == NULL) {
-        free(space);
-        free(at);
-        return PyErr_NoMemory();
-    }
+    int64_t tokens = p[10], threads = p[14];
+    Room room;
+    if (!make_room(&room, threads, 2 * s.num_atoms, capacity_for(s.top_k))) return NULL;
     Py_BEGIN_ALLOW_THREADS
 #pragma omp parallel num_threads(threads)
     {
-        float *own = space + THREAD * floats;
-        Largest largest = largest_in(own + 2 * s.num_atoms, at + THREAD * capacity, s.top_k);
-        Scratch scratch = {own, own + s.num_atoms, largest};
+        float *own = floats_of(&room, THREAD);
+        Scratch scratch = {own, own + s.num_atoms, list_of(&room, THREAD, 0, s.top_k)};
 #pragma omp for schedule(static)
         for (int64_t token = 0; token < tokens; token++) screen_row(&s, token, &scratch);
     }
     Py_END_ALLOW_THREADS
-    free(space);
-    free(at);
+    free_room(&room);
     Py_RETURN_NONE;
 }

@@ -1,20 +1,10 @@
-/* Selection from rows of logits, float32: top-K and the statistics of the regularisers in one pass, and its gradient. */
+/* Selection from rows of logits, float32: top-K and the regularisers' statistics in one pass, and its gradient. */
 #include "native.h"
 
 #include <stdlib.h>
-#include <string.h>
-
-#ifdef _OPENMP
-#include <omp.h>
-#define THREAD omp_get_thread_num()
-#else
-#define THREAD 0
-#endif
 
 /* Rows after which single-precision sums over tokens are carried over to double precision. */
 enum { CARRY = 64 };
-
-INLINE float clamped(float value, float clamp) { return value < -clamp ? -clamp : (value > clamp ? clamp : value); }
 
 /* exp of a value <= 0, to about an ulp; below the smallest normal number it stays there. NaN stays NaN. */
 INLINE float exp_nonpositive(float x) {
@@ -96,20 +86,17 @@ PyObject *select_rows(PyObject *self, PyObject *args) {
                  (float *)(intptr_t)p[4], (int64_t *)(intptr_t)p[3], n, p[8], p[9], clamp};
     float *probability_sum = (float *)(intptr_t)p[5];
     double *sums = calloc((size_t)(threads * n), sizeof(double));
-    int64_t capacity = capacity_for(f.top_k), floats = 2 * n + capacity;
-    float *scratch = calloc((size_t)(threads * floats), sizeof(float));
-    int64_t *room = malloc((size_t)(threads * capacity) * sizeof(int64_t));
-    if (sums == NULL || scratch == NULL || room == NULL) {
+    Room room;
+    if (sums == NULL) return PyErr_NoMemory();
+    if (!make_room(&room, threads, 2 * n, capacity_for(f.top_k))) {
         free(sums);
-        free(scratch);
-        free(room);
-        return PyErr_NoMemory();
+        return NULL;
     }
     Py_BEGIN_ALLOW_THREADS
 #pragma omp parallel num_threads(threads)
     {
-        float *partial = scratch + THREAD * floats, *exponentials = partial + n;
-        Largest largest = largest_in(exponentials + n, room + THREAD * capacity, f.top_k);
+        float *partial = floats_of(&room, THREAD), *exponentials = partial + n;
+        Largest largest = list_of(&room, THREAD, 0, f.top_k);
         double *own = sums + THREAD * n;
         int64_t done = 0;
 #pragma omp for schedule(static)
@@ -126,8 +113,7 @@ PyObject *select_rows(PyObject *self, PyObject *args) {
     }
     Py_END_ALLOW_THREADS
     free(sums);
-    free(scratch);
-    free(room);
+    free_room(&room);
     Py_RETURN_NONE;
 }
 
@@ -203,22 +189,13 @@ PyObject *largest_of_rows(PyObject *self, PyObject *args) {
     float *values = (float *)(intptr_t)p[1];
     int64_t *indices = (int64_t *)(intptr_t)p[2], tokens = p[3], n = p[4], k = p[5], stride = p[6];
     int64_t threads = p[7];
-    int64_t capacity = capacity_for(k);
-    float *keys = malloc((size_t)(threads * capacity) * sizeof(float));
-    int64_t *room = malloc((size_t)(threads * capacity) * sizeof(int64_t));
-    if (keys == NULL || room == NULL) {
-        free(keys);
-        free(room);
-        return PyErr_NoMemory();
-    }
+    Room room;
+    if (!make_room(&room, threads, 0, capacity_for(k))) return NULL;
     Py_BEGIN_ALLOW_THREADS
 #pragma omp parallel for schedule(static) num_threads(threads)
-    for (int64_t t = 0; t < tokens; t++) {
-        Largest largest = largest_in(keys + THREAD * capacity, room + THREAD * capacity, k);
-        largest_of_row(logits + t * stride, n, largest, values + t * k, indices + t * k);
-    }
+    for (int64_t t = 0; t < tokens; t++)
+        largest_of_row(logits + t * stride, n, list_of(&room, THREAD, 0, k), values + t * k, indices + t * k);
     Py_END_ALLOW_THREADS
-    free(keys);
-    free(room);
+    free_room(&room);
     Py_RETURN_NONE;
 }

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from torchdsc.ops.select import Selection, largest, select
+from torchdsc.ops.select import Selection, select
 from torchdsc.ops.triton_runtime import has_triton
 
 from . import screened
@@ -76,7 +76,7 @@ def route(
             raise ValueError(f"impl must be another than 'screened', which needs {screened.NEEDS}, got {impl!r}")
         found = screened.forward(x, weight, bias, top_k)
         if found is not None:
-            return _without_statistics(*found)
+            return Selection(*found, x.new_empty(0), x.new_empty(0))
     num_bytes = x.shape[0] * weight.shape[0] * x.element_size()
     if impl == "auto" and inference and num_bytes <= _FEW_BYTES:
         return _whole(*arguments)
@@ -102,16 +102,7 @@ def _whole(
     statistics: bool,
 ) -> Selection:
     logits = functional.linear(x, weight, bias)
-    if statistics:
-        return select(logits, top_k, logit_clamp=logit_clamp, token_mask=token_mask)
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return _without_statistics(*logits.topk(top_k))
-    return _without_statistics(*largest(logits, top_k))
-
-
-def _without_statistics(values: Tensor, indices: Tensor) -> Selection:
-    nothing = values.new_empty(0)
-    return Selection(values, indices, nothing, nothing)
+    return select(logits, top_k, logit_clamp=logit_clamp, token_mask=token_mask, statistics=statistics)
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None, top_k: int, token_mask: Tensor | None) -> None:

@@ -70,17 +70,8 @@ def route_op(
 
 
 @route_op.register_fake
-def _(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    weights: Tensor | None,
-    top_k: int,
-    logit_clamp: float,
-    statistics: bool,
-    keep: bool,
-    impl: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _(x: Tensor, weight: Tensor, *others: Any) -> tuple[Tensor, ...]:
+    _, _, top_k, _, statistics, keep, _ = others
     tokens = x.shape[0]
     return (
         x.new_empty(tokens, top_k),
@@ -131,20 +122,7 @@ def route_backward_op(
 
 
 @route_backward_op.register_fake
-def _(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    weights: Tensor | None,
-    indices: Tensor,
-    log_normalizer: Tensor,
-    kept: Tensor,
-    grad_values: Tensor,
-    grad_log_normalizer: Tensor,
-    grad_probability_sum: Tensor,
-    logit_clamp: float,
-    statistics: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, *_: Any) -> tuple[Tensor, ...]:
     dweight = torch.empty_like(weight, memory_format=torch.contiguous_format)
     return torch.empty_like(x), dweight, x.new_empty(0 if bias is None else weight.shape[0])
 

@@ -1,0 +1,7 @@
+"""The budget solver: widths of each method for a target of total and active parameters."""
+
+from .api import solve, solve_all
+from .plan import METHODS, Budget, Plan, feed_forward_parameters
+from .solvers import TOLERANCE
+
+__all__ = ["METHODS", "TOLERANCE", "Budget", "Plan", "feed_forward_parameters", "solve", "solve_all"]

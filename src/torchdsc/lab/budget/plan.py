@@ -1,0 +1,102 @@
+"""What is asked for, what comes out, and how parameters are counted."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from math import isfinite
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torchdsc.models.feed_forward import FeedForwardKind
+
+METHODS: tuple[FeedForwardKind, ...] = ("dense", "moe", "mixture_of_loras", "dsc")
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Target parameters of a whole DSCGPT, and the sizes that all methods share.
+
+    Attributes:
+        total: Stored parameters.
+        active: Parameters that one token uses.
+        d_model: Hidden size D.
+        n_layer: Layers.
+        vocab_size: Tokens of the tied embedding.
+        n_positions: Learned positions.
+    """
+
+    total: float
+    active: float
+    d_model: int
+    n_layer: int
+    vocab_size: int = 50304
+    n_positions: int = 256
+
+    def __post_init__(self) -> None:
+        for name in ("total", "active", "d_model", "n_layer", "vocab_size", "n_positions"):
+            value = getattr(self, name)
+            if not (value > 0 and isfinite(value)):
+                raise ValueError(f"{name} must be a finite number > 0, got {value}")
+
+    @property
+    def fixed(self) -> int:
+        """Parameters outside the feed-forward layers: embeddings, attention 4 D^2 and norms 4 D a layer, final norm."""
+        d = self.d_model
+        return (self.vocab_size + self.n_positions) * d + self.n_layer * (4 * d * d + 4 * d) + 2 * d
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A method's widths and what they come to.
+
+    Attributes:
+        method: Which.
+        intermediate_size: Width of the dense or static layer, or of one expert.
+        options: Feed-forward options of :class:`torchdsc.models.DSCGPTConfig`.
+        params_total: Stored parameters of the whole model, as built.
+        params_active: Active ones.
+        miss_total: Difference of the stored feed-forward parameters to the target, as a share of it.
+        miss_active: Likewise for active ones; None for dense, which has no target of its own.
+        description: The widths in words.
+    """
+
+    method: FeedForwardKind
+    intermediate_size: int
+    options: dict[str, Any]
+    params_total: int
+    params_active: int
+    miss_total: float
+    miss_active: float | None
+    description: str = field(default="")
+
+
+def feed_forward_parameters(
+    method: FeedForwardKind, d_model: int, intermediate_size: int, options: dict[str, Any]
+) -> tuple[int, int]:
+    """Stored and active parameters of one feed-forward layer, counted on the built module.
+
+    Args:
+        method: Which.
+        d_model: D.
+        intermediate_size: Width.
+        options: Feed-forward options.
+
+    Returns:
+        The two counts.
+    """
+    # Imported late: the command line shows its help before these load.
+    import torch
+
+    from torchdsc.models.feed_forward import build_feed_forward
+
+    with torch.device("meta"):
+        module = build_feed_forward(method, d_model, intermediate_size, options)
+    total = sum(parameter.numel() for parameter in module.parameters())
+    idle = 0
+    if method == "dsc":
+        idle = 2 * d_model * (options["num_atoms"] - options["top_k"])
+    elif method == "mixture_of_loras":
+        idle = 2 * d_model * options["rank"] * (options["num_experts"] - options.get("top_k", 2))
+    elif method == "moe":
+        idle = 2 * d_model * intermediate_size * (options["num_experts"] - options.get("top_k", 2))
+    return total, total - idle

@@ -1,0 +1,88 @@
+"""Targets in whole parameters, the plans that are made for them, and the refusal of what is infeasible."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from .plan import Budget, Plan, feed_forward_parameters
+
+if TYPE_CHECKING:
+    from torchdsc.models.feed_forward import FeedForwardKind
+
+
+@dataclass(frozen=True)
+class Targets:
+    """Targets of the whole model in whole parameters: the arithmetic below is exact."""
+
+    budget: Budget
+    total: int
+    active: int
+    source: str
+    options: dict[str, Any]
+
+    @property
+    def stored(self) -> int:
+        """Parameters that the total leaves to all feed-forward layers together."""
+        return self.total - self.budget.fixed
+
+    @property
+    def used(self) -> int:
+        """Parameters that the active target leaves to them."""
+        return self.active - self.budget.fixed
+
+    @property
+    def unit(self) -> int:
+        """D parameters in every layer: what widths and counts come in."""
+        return self.budget.d_model * self.budget.n_layer
+
+    def plan(self, method: FeedForwardKind, width: int, widths: dict[str, Any]) -> Plan:
+        """The plan of these widths, and by how much it misses."""
+        options = {**self.options, **widths}
+        stored, used = feed_forward_parameters(method, self.budget.d_model, width, options)
+        layers, fixed = self.budget.n_layer, self.budget.fixed
+        return Plan(
+            method=method,
+            intermediate_size=width,
+            options=options,
+            params_total=fixed + layers * stored,
+            params_active=fixed + layers * used,
+            miss_total=layers * stored / self.stored - 1,
+            miss_active=None if method == "dense" else layers * used / self.used - 1,
+            description=_describe(method, width, options),
+        )
+
+    def check_total(self, least: int, why: str) -> None:
+        """Raise unless the total is at least ``least`` units, what a method's smallest layer takes, and the active."""
+        nearest = self.budget.fixed + least * self.unit
+        if self.total < nearest:
+            names, nearest = ("total and active", nearest) if self.active < nearest else ("total", self.active)
+            raise ValueError(
+                f"{names} must be at least {nearest:,} for {why}, "
+                f"got total = {self.total:,} and active = {self.active:,}{self.source}"
+            )
+        if self.active > self.total:
+            raise ValueError(f"active must be at most total = {self.total:,}, got {self.active:,}{self.source}")
+
+    def check_active(self, least: int, why: str) -> None:
+        """Raise unless the active target leaves ``least`` parameters to the feed-forward layers."""
+        if self.used < least:
+            nearest = self.budget.fixed + least
+            raise ValueError(f"active must be at least {nearest:,} for {why}, got {self.active:,}{self.source}")
+
+
+def _describe(method: FeedForwardKind, width: int, widths: dict[str, Any]) -> str:
+    router = widths.get("router", "linear")
+    describe: dict[str, Callable[[], str]] = {
+        "dense": lambda: f"width {width}",
+        "moe": lambda: f"{widths['num_experts']} experts of {width}, top-{widths['top_k']}",
+        "mixture_of_loras": lambda: (
+            f"{widths['num_experts']} experts of rank {widths['rank']}, top-{widths['top_k']}, static width {width}"
+        ),
+        "dsc": lambda: (
+            f"M {widths['num_atoms']}, K {widths['top_k']}, static width {width}"
+            + ("" if router == "linear" else f", {router} router")
+        ),
+    }
+    return describe[method]()
