@@ -10,9 +10,10 @@ _COMMANDS = {
     "budget": ("torchdsc.cli.budget", "solve the widths of each method for a parameter budget"),
     "train": ("torchdsc.cli.train", "train one method"),
     "generate": ("torchdsc.cli.generate", "generate text with a trained model"),
+    "adapt": ("torchdsc.cli.adapt", "adapt a pretrained model to tasks, through PEFT"),
     "bench": ("torchdsc.cli.bench", "time the library against its baselines, in a checkout"),
 }
-_RESUMABLE = ("compare", "train")
+_RESUMABLE = ("compare", "train", "adapt")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
