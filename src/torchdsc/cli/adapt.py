@@ -4,13 +4,16 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import docstring_parser
 import yaml
 
 from torchdsc.lab.adapt.config import KINDS, AdaptConfig, Task, adapt_preset_names, load_adapt_preset
 
 from .parsing import ArgumentParser, command_parser
 
-_LISTS = ("seeds", "learning_rates", "tuning_tasks")
+_TASK_FLAGS = [f.name for f in fields(Task) if f.name not in ("name", "steps")]
+_STUDY_FLAGS = [f.name for f in fields(AdaptConfig) if f.name not in ("base", "tasks", "methods")]
+_LISTS = ("text", "columns", "seeds", "learning_rates", "tuning_tasks")
 # What --method takes beside the names of a preset's methods: a kind alone, at this budget.
 _DEFAULT_BUDGET = 100_000
 
@@ -32,19 +35,18 @@ def _parser() -> ArgumentParser:
     parser.add_argument("--config", type=str | None, default=None, help="YAML file of a study, over the preset's")
     parser.add_argument("--output", type=str | None, default=None, help="folder of the study (default: runs/adapt-...)")
     parser.add_argument("--base", type=str | None, default=None, help="folder or hub id of the model")
-    parser.add_argument("--method", nargs="+", default=None, help=f"methods: names of the study's, or {', '.join(KINDS)}")
+    parser.add_argument(
+        "--method", nargs="+", default=None, help=f"methods: names of the study's, or {', '.join(KINDS)}"
+    )
     parser.add_argument(
         "--budget", type=int | None, default=None, help="trainable parameters of each adapter (100,000 where new)"
     )
     parser.add_argument("--only", nargs="+", default=None, help="names of the study's tasks to do, all by default")
-    for field in fields(Task):
-        if field.name != "name":
-            plural = {"nargs": "+"} if field.name in ("text", "columns") else {}
-            parser.add_argument(f"--{field.name}", default=None, help=f"of a single task: its {field.name}", **plural)
-    for field in fields(AdaptConfig):
-        if field.name not in ("base", "tasks", "methods"):
-            plural = {"nargs": "+"} if field.name in _LISTS else {}
-            parser.add_argument(f"--{field.name}", default=None, help="see the documentation of AdaptConfig", **plural)
+    for kind, names in ((Task, _TASK_FLAGS), (AdaptConfig, _STUDY_FLAGS)):
+        described = {part.arg_name: part.description for part in docstring_parser.parse(kind.__doc__ or "").params}
+        for name in names:
+            plural: dict[str, Any] = {"nargs": "+"} if name in _LISTS else {}
+            parser.add_argument(f"--{name}", default=None, help=described[name], **plural)
     return parser
 
 
@@ -52,10 +54,10 @@ def _config(options: dict[str, Any]) -> AdaptConfig:
     values = load_adapt_preset(options["preset"]) if options["preset"] else {}
     if options["config"]:
         values |= yaml.safe_load(Path(options["config"]).read_text(encoding="utf-8"))
-    for field in fields(AdaptConfig):
-        given = options.get(field.name)
-        if field.name not in ("tasks", "methods") and given is not None:
-            values[field.name] = [_value(item) for item in given] if isinstance(given, list) else _value(given)
+    for name in ("base", *_STUDY_FLAGS):
+        given = options[name]
+        if given is not None:
+            values[name] = [_value(item) for item in given] if isinstance(given, list) else _value(given)
     _single_task(values, options)
     _chosen_methods(values, options)
     missing = [flag for name, flag in (("base", "--base"), ("tasks", "--train")) if not values.get(name)]
@@ -65,7 +67,7 @@ def _config(options: dict[str, Any]) -> AdaptConfig:
 
 
 def _single_task(values: dict[str, Any], options: dict[str, Any]) -> None:
-    given = {f.name: options[f.name] for f in fields(Task) if f.name != "name" and options[f.name] is not None}
+    given = {name: options[name] for name in _TASK_FLAGS if options[name] is not None}
     if given and "train" not in given:
         raise ValueError(f"--train must be given with --{next(iter(given))}")
     if given:

@@ -178,7 +178,11 @@ def test_property_implementations_agree(**arguments):
     inputs = make_inputs(**arguments)
     expected = output_and_gradients(lambda *a: compose(*a, impl="reference"), inputs)
     for impl in ("gather", "dense"):
-        assert_agree(output_and_gradients(lambda *tensors, i=impl: compose(*tensors, impl=i), inputs), expected, arguments["scale"])
+        assert_agree(
+            output_and_gradients(lambda *tensors, i=impl: compose(*tensors, impl=i), inputs),
+            expected,
+            arguments["scale"],
+        )
 
 
 @pytest.mark.slow

@@ -35,6 +35,7 @@ class Task:
         retain: For causal LMs, text of the old domain: its loss before and after tells what is forgotten.
         max_train: Examples to train on at most, the first after shuffling with a fixed seed.
         max_evaluation: Examples to evaluate on at most, the first.
+        steps: Optimizer steps; by default those of the study.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Task:
     retain: str | None = None
     max_train: int | None = None
     max_evaluation: int | None = None
+    steps: int | None = None
 
     def __post_init__(self) -> None:
         _check(f"kind of task {self.name!r}", self.kind, self.kind in get_args(TaskKind), str(get_args(TaskKind)))
@@ -58,7 +60,7 @@ class Task:
         _check(f"text of task {self.name!r}", self.text, len(self.text) in (1, 2), "one or two columns")
         if self.retain is not None and self.kind != "causal_lm":
             raise ValueError(f"retain of task {self.name!r} must be None for kind = {self.kind!r}, got {self.retain!r}")
-        for name in ("max_train", "max_evaluation"):
+        for name in ("max_train", "max_evaluation", "steps"):
             value = getattr(self, name)
             _check(f"{name} of task {self.name!r}", value, value is None or value >= 1, "None or >= 1")
 
@@ -118,6 +120,7 @@ class AdaptConfig:
         max_grad_norm: Gradient clipping.
         eval_every: Steps between evaluations on held-out examples, of which the best checkpoint is kept; None for the
             last step's weights.
+        precision: Of autocast; fp32 for none.
         timing_rounds: Rounds in which steps are timed in turn.
         reference: Name of the method that others are compared to; the first "lora" by default.
     """
@@ -138,6 +141,7 @@ class AdaptConfig:
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     eval_every: int | None = None
+    precision: Literal["fp32", "bf16"] = "fp32"
     timing_rounds: int = 8
     reference: str | None = None
 
@@ -154,6 +158,7 @@ class AdaptConfig:
             _check("learning_rates", rate, rate > 0, "> 0")
         for name in ("steps", "batch_size", "accumulation", "max_length", "validation_examples"):
             _check(name, getattr(self, name), getattr(self, name) >= 1, ">= 1")
+        _check("precision", self.precision, self.precision in ("fp32", "bf16"), "fp32 or bf16")
         _check("timing_rounds", self.timing_rounds, self.timing_rounds >= 2, ">= 2")
         _check("warmup_steps", self.warmup_steps, 0 <= self.warmup_steps <= self.steps, f"in 0 .. steps = {self.steps}")
         _check("weight_decay", self.weight_decay, self.weight_decay >= 0, ">= 0")
@@ -174,6 +179,10 @@ class AdaptConfig:
     def tuned_on(self) -> list[Task]:
         """Tasks that learning rates are tuned on."""
         return [task for task in self.tasks if self.tuning_tasks is None or task.name in self.tuning_tasks]
+
+    def steps_of(self, task: Task) -> int:
+        """Optimizer steps of a run."""
+        return task.steps or self.steps
 
     def as_dict(self) -> dict[str, Any]:
         """The fields, for YAML and JSON."""

@@ -94,11 +94,16 @@ def load_task(task: Task, tokenizer: PreTrainedTokenizerBase, *, max_length: int
     def encode(rows: list[Row]) -> _Examples:
         return _Examples([_encode(task, row, tokenizer, labels, scale, max_length) for row in rows])
 
-    validation = encode(held)
+    validation = _by_length(encode(held))
     evaluation = validation
     if task.evaluation is not None:
-        evaluation = encode(list(_rows(task, task.evaluation, hashes))[: task.max_evaluation])
+        evaluation = _by_length(encode(list(_rows(task, task.evaluation, hashes))[: task.max_evaluation]))
     return TaskData(task, encode(train), validation, evaluation, None, labels, scale, hashes)
+
+
+def _by_length(examples: _Examples) -> _Examples:
+    """Batches of evaluation in this order have little padding."""
+    return _Examples(sorted(examples.rows, key=lambda row: len(row["input_ids"])))
 
 
 def _scale(task: Task, rows: list[Row]) -> tuple[float, float]:

@@ -138,7 +138,9 @@ def _pretrained(base: str, kind: TaskKind, num_labels: int, *, weights: bool) ->
     path = resolve_base(base)
     model: PreTrainedModel
     if weights:
-        model = auto.from_pretrained(path, dtype=torch.float32, **settings)
+        # A base model may come with the head of another task.
+        replaced = {} if kind == "causal_lm" else {"ignore_mismatched_sizes": True}
+        model = auto.from_pretrained(path, dtype=torch.float32, **settings, **replaced)
     else:
         model = auto.from_config(AutoConfig.from_pretrained(path, **settings))
     return model

@@ -107,8 +107,8 @@ def _adapt(
     start, checkpoint = time.perf_counter(), last_checkpoint(folder)
     trainer.train(None if checkpoint is None else str(checkpoint))
     seconds = time.perf_counter() - start
-    if trainer.state.global_step < config.steps:
-        raise KeyboardInterrupt(f"stopped at step {trainer.state.global_step} of {config.steps}")
+    if trainer.state.global_step < trainer.state.max_steps:
+        raise KeyboardInterrupt(f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}")
     metrics = _evaluate(trainer, data, data.validation if job.is_trial else data.evaluation)
     if retained is not None and data.retain is not None:
         metrics |= {"retain_loss_before": retained, "retain_loss_after": _loss(trainer, data.retain)}
@@ -123,7 +123,7 @@ def _adapt(
         **metrics,
         "params_adapter": adapter_parameters(model),
         "params_trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
-        "steps": config.steps,
+        "steps": trainer.state.max_steps,
         "curve": _curve(trainer),
         "regularization": last_regularization(model),
         "train_seconds": seconds,
@@ -162,12 +162,12 @@ def _trainer(
     folder: Path,
     label: str,
 ) -> Trainer:
-    metric = data.task.scored_by
+    metric, steps = data.task.scored_by, config.steps_of(data.task)
     evaluates = config.eval_every is not None
-    every = config.eval_every or max(1, config.steps // 4)
+    every = config.eval_every or max(1, steps // 2)
     arguments = TrainingArguments(
         output_dir=str(folder),
-        max_steps=config.steps,
+        max_steps=steps,
         per_device_train_batch_size=config.batch_size // config.accumulation,
         gradient_accumulation_steps=config.accumulation,
         per_device_eval_batch_size=2 * config.batch_size,
@@ -184,10 +184,14 @@ def _trainer(
         load_best_model_at_end=evaluates,
         metric_for_best_model=None if not evaluates else "loss" if metric == "loss" else "score",
         greater_is_better=None if not evaluates else metric != "loss",
-        logging_steps=max(1, config.steps // 20),
+        logging_steps=max(1, steps // 20),
         logging_nan_inf_filter=False,
         seed=job.seed,
         data_seed=job.seed,
+        use_cpu=not torch.cuda.is_available(),
+        bf16=config.precision == "bf16",
+        # Batches of examples of like length: less padding.
+        train_sampling_strategy="random" if metric == "loss" else "group_by_length",
         report_to="none",
         remove_unused_columns=False,
         dataloader_pin_memory=torch.cuda.is_available(),

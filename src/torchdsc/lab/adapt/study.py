@@ -202,7 +202,9 @@ def _timing(
         optimizer = AdamW(parameters, lr=1e-5)
 
         def call() -> None:
-            model(**batch).loss.backward()
+            with torch.autocast(device, dtype=torch.bfloat16, enabled=config.precision == "bf16"):
+                loss = model(**batch).loss
+            loss.backward()
             optimizer.step()
             optimizer.zero_grad()
 

@@ -1,0 +1,103 @@
+"""A base model of seconds, and files to adapt it to."""
+
+import json
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
+
+from torchdsc.lab.adapt.config import AdaptConfig
+
+WORDS = ["good", "bad", "film", "the", "was", "very", "not", "it"]
+
+
+def _tokenizer():
+    vocab = {word: index for index, word in enumerate(["[PAD]", "[UNK]", "[SEP]", *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", sep_token="[SEP]", model_max_length=64
+    )
+
+
+@pytest.fixture(scope="session")
+def encoder(tmp_path_factory):
+    """Folder of a tiny BERT and its tokenizer."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("encoder")
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
+    BertForSequenceClassification(BertConfig(vocab_size=16, **sizes)).save_pretrained(folder)
+    _tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def decoder(tmp_path_factory):
+    """Folder of a tiny Llama and its tokenizer."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("decoder")
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
+    LlamaForCausalLM(LlamaConfig(vocab_size=16, **sizes)).save_pretrained(folder)
+    _tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+def sentence(index):
+    """A sentence and whether it is a good one, which its first word tells."""
+    words = [WORDS[index % 2], *(WORDS[2 + (index * step) % 6] for step in range(1, 2 + index % 5))]
+    return " ".join(words), 1 - index % 2
+
+
+@pytest.fixture(scope="session")
+def reviews(tmp_path_factory):
+    """Files of sentences with labels, in every format."""
+    folder = tmp_path_factory.mktemp("reviews")
+    rows = [sentence(index) for index in range(64)]
+    table = "".join(f"{text}\t{label}\n" for text, label in rows)
+    (folder / "train.tsv").write_text("\ufeffsentence\tlabel\n" + table, encoding="utf-8")
+    (folder / "bare.tsv").write_text(table, encoding="utf-8")
+    quoted = "".join(f'"{text}, ""so""",{label}\n' for text, label in rows)
+    (folder / "train.csv").write_text("sentence,label\n" + quoted, encoding="utf-8")
+    lines = "".join(json.dumps({"sentence": text, "label": label}) + "\n" for text, label in rows)
+    (folder / "train.jsonl").write_text(lines, encoding="utf-8")
+    (folder / "dev.tsv").write_text("sentence\tlabel\nbad film\t0\ngood it was very\t1\nbad\t0\n", encoding="utf-8")
+    (folder / "scores.tsv").write_text(
+        "sentence1\tsentence2\tscore\n" + "".join(f"{text}\tthe film\t{5 * label}\n" for text, label in rows)
+    )
+    (folder / "prose.txt").write_text(" ".join(text for text, _ in rows * 4))
+    (folder / "old.txt").write_text("the film was very good " * 40)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def study(encoder, reviews):
+    """Values of a study of seconds; keywords replace some."""
+
+    def make(**changes):
+        values = {
+            "base": encoder,
+            "tasks": [
+                {"name": "reviews", "train": str(reviews / "train.tsv"), "evaluation": str(reviews / "dev.tsv")}
+                | {"text": ["sentence"]}
+            ],
+            "methods": [
+                {"name": "LoRA", "kind": "lora", "options": {"r": 2, "target_modules": ["query", "value"]}},
+                {"name": "DSC", "kind": "dsc", "budget": 512, "options": {"target_modules": ["query", "value"]}},
+            ],
+            "steps": 4,
+            "batch_size": 4,
+            "warmup_steps": 1,
+            "validation_examples": 8,
+            "max_length": 16,
+            "timing_rounds": 2,
+        }
+        return AdaptConfig.from_dict(values | changes)
+
+    return make

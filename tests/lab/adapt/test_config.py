@@ -1,0 +1,59 @@
+import pytest
+
+from torchdsc.lab.adapt.config import AdaptConfig, Task, adapt_preset_names, load_adapt_preset, resolve_base
+
+TASK = {"name": "t", "train": "a.tsv"}
+METHOD = {"name": "m", "kind": "dsc"}
+
+
+@pytest.mark.parametrize("name", adapt_preset_names())
+def test_presets_are_configurations(name):
+    config = AdaptConfig.from_dict(load_adapt_preset(name))
+    assert AdaptConfig.from_dict(config.as_dict()) == config
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tasks": []}, "tasks must be one or more of different names"),
+        ({"methods": [METHOD, METHOD]}, "methods must be one or more of different names"),
+        ({"methods": [{"name": "m", "kind": "lora2"}]}, "kind of method 'm' must be one of"),
+        ({"methods": [{"name": "m", "kind": "full", "budget": 3}]}, "must have no budget"),
+        ({"methods": [{"kind": "full"}]}, "methods: missing 1 required .*'name'"),
+        ({"tasks": [{**TASK, "metric": "bleu"}]}, "metric of task 't' must be"),
+        ({"tasks": [{**TASK, "text": []}]}, "text of task 't' must be one or two columns"),
+        ({"tasks": [{**TASK, "retain": "b.txt"}]}, "retain of task 't' must be None for kind = 'classification'"),
+        ({"tasks": [{**TASK, "colour": 1}]}, r"tasks must set fields of Task, got \['colour'\]"),
+        ({"tuning_tasks": ["x"]}, r"tuning_tasks must be among \['t'\], got \['x'\]"),
+        ({"learning_rates": [0.0]}, "learning_rates must be > 0, got 0.0"),
+        ({"seeds": [1, 1]}, "seeds must be one or more different numbers"),
+        ({"batch_size": 6, "accumulation": 4}, "accumulation must divide batch_size = 6, got 4"),
+        ({"warmup_steps": 500}, "warmup_steps must be in 0 .. steps = 200, got 500"),
+        ({"precision": "fp8"}, "precision must be fp32 or bf16, got 'fp8'"),
+        ({"reference": "x"}, "reference must be the name of a method, got 'x'"),
+        ({"stepz": 3}, r"config must set fields of AdaptConfig, got \['stepz'\]"),
+    ],
+)
+def test_errors_name_the_field(changes, message):
+    with pytest.raises(ValueError, match=message):
+        AdaptConfig.from_dict({"base": "b", "tasks": [TASK], "methods": [METHOD], **changes})
+
+
+def test_metric_follows_the_kind():
+    assert [Task("t", "a", kind=kind).scored_by for kind in ("classification", "regression", "causal_lm")] == [
+        "accuracy",
+        "correlation",
+        "loss",
+    ]
+
+
+def test_base_in_a_package():
+    assert resolve_base("package:torchdsc/configs").endswith("torchdsc/configs")
+    assert resolve_base("some/id") == "some/id"
+    with pytest.raises(ValueError, match="base must name an installed package, got 'package:no_such/x'"):
+        resolve_base("package:no_such/x")
+
+
+def test_unknown_preset():
+    with pytest.raises(ValueError, match="preset must be one of"):
+        load_adapt_preset("none")

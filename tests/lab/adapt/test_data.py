@@ -1,0 +1,111 @@
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from torchdsc.lab.adapt.config import Task
+from torchdsc.lab.adapt.data import load_task
+
+
+def load(encoder, validation_examples=8, max_length=16, **task):
+    task = {"name": "t", "text": ["sentence"], **task}
+    tokenizer = AutoTokenizer.from_pretrained(encoder)
+    return load_task(Task(**task), tokenizer, max_length=max_length, validation_examples=validation_examples)
+
+
+@pytest.mark.parametrize("name", ["train.tsv", "train.csv", "train.jsonl"])
+def test_formats_give_the_same_labels(encoder, reviews, name):
+    data = load(encoder, train=str(reviews / name))
+    assert (len(data.train), len(data.validation)) == (56, 8)
+    assert data.labels == ["0", "1"]
+    assert sorted(row["labels"] for row in data.train.rows + data.validation.rows) == [0] * 32 + [1] * 32
+    # The first word tells the label: rows and labels have stayed together.
+    assert {(row["input_ids"][0], row["labels"]) for row in data.train.rows} == {(3, 1), (4, 0)}
+    assert len(data.sha256) == 1
+
+
+def test_columns_of_a_file_without_header(encoder, reviews):
+    data = load(encoder, train=str(reviews / "bare.tsv"), columns=["sentence", "label"])
+    assert len(data.train) + len(data.validation) == 64
+
+
+def test_quotes_are_text_in_tsv_and_quotes_in_csv(encoder, tmp_path):
+    (tmp_path / "a.tsv").write_text('sentence\tlabel\n"good film\t1\nbad "\t0\n')
+    (tmp_path / "a.csv").write_text('sentence,label\n"good, film",1\nbad,0\n')
+    for name, length in (("a.tsv", 3), ("a.csv", 3)):
+        data = load(encoder, 1, train=str(tmp_path / name))
+        rows = data.train.rows + data.validation.rows
+        assert max(len(row["input_ids"]) for row in rows) == length
+
+
+def test_split_does_not_depend_on_anything_but_the_rows(encoder, reviews):
+    torch.manual_seed(1)
+    first = load(encoder, train=str(reviews / "train.tsv"))
+    torch.manual_seed(2)
+    second = load(encoder, train=str(reviews / "train.jsonl"), max_train=10)
+    assert first.train.rows[:10] == second.train.rows
+    assert first.validation.rows == second.validation.rows
+
+
+def test_evaluation_file_and_limits(encoder, reviews):
+    train, dev = str(reviews / "train.tsv"), str(reviews / "dev.tsv")
+    data = load(encoder, train=train, evaluation=dev, max_train=5, max_evaluation=2)
+    assert (len(data.train), len(data.evaluation), len(data.sha256)) == (5, 2, 2)
+    assert load(encoder, train=train).evaluation.rows == load(encoder, train=train).validation.rows
+
+
+def test_regression_standardises_by_train(encoder, reviews):
+    data = load(
+        encoder, train=str(reviews / "scores.tsv"), kind="regression", text=["sentence1", "sentence2"], label="score"
+    )
+    values = torch.tensor([row["labels"] for row in data.train.rows])
+    assert values.mean().abs() < 1e-6
+    assert values.std(unbiased=False) == pytest.approx(1.0)
+    assert len(data.labels) == 1
+    original = sorted({round(v * data.scale[1] + data.scale[0], 6) for v in values.tolist()})
+    assert original == [0.0, 5.0]
+
+
+def test_text_in_blocks(decoder, reviews):
+    task = {"train": str(reviews / "prose.txt"), "kind": "causal_lm", "text": ["text"]}
+    data = load(decoder, 4, 16, **task, retain=str(reviews / "old.txt"))
+    assert all(len(row["input_ids"]) == 16 for row in data.train.rows)
+    assert data.train.rows[0]["labels"].equal(data.train.rows[0]["input_ids"])
+    assert len(data.retain) == 200 // 16
+    tokens = len(AutoTokenizer.from_pretrained(decoder)((reviews / "prose.txt").read_text())["input_ids"])
+    assert len(data.train) + len(data.validation) == tokens // 16
+
+
+class TestErrors:
+    def test_missing_column(self, encoder, reviews):
+        with pytest.raises(ValueError, match=r"row 1, must have columns \['review', 'label'\], got .*\['review'\]"):
+            load(encoder, train=str(reviews / "train.tsv"), text=["review"])
+
+    def test_label_not_in_train(self, encoder, reviews, tmp_path):
+        (tmp_path / "dev.tsv").write_text("sentence\tlabel\ngood\t7\n")
+        with pytest.raises(ValueError, match=r"labels of task 't' must be among .*\['0', '1'\], got '7'"):
+            load(encoder, train=str(reviews / "train.tsv"), evaluation=str(tmp_path / "dev.tsv"))
+
+    def test_label_no_number(self, encoder, tmp_path):
+        (tmp_path / "a.tsv").write_text("sentence\tlabel\n" + "good\tx\n" * 9)
+        with pytest.raises(ValueError, match="labels of task 't' must be numbers, got 'x'"):
+            load(encoder, train=str(tmp_path / "a.tsv"), kind="regression")
+
+    def test_too_few_examples(self, encoder, reviews):
+        with pytest.raises(ValueError, match="must hold more than validation_examples = 64 examples, got 64"):
+            load(encoder, 64, train=str(reviews / "train.tsv"))
+        with pytest.raises(ValueError, match="must hold at least 4096 tokens"):
+            load(encoder, 1, 4096, train=str(reviews / "prose.txt"), kind="causal_lm", text=["text"])
+
+    def test_bad_json_line(self, encoder, tmp_path):
+        (tmp_path / "a.jsonl").write_text('{"sentence": "good", "label": 1}\n{oops\n')
+        with pytest.raises(ValueError, match="line 2, must be JSON"):
+            load(encoder, 1, train=str(tmp_path / "a.jsonl"))
+
+    def test_variable_that_is_not_set(self, encoder, monkeypatch):
+        monkeypatch.delenv("NOWHERE", raising=False)
+        with pytest.raises(ValueError, match="holds a variable that is not set"):
+            load(encoder, train="${NOWHERE}/a.tsv")
+
+    def test_no_file(self, encoder, tmp_path):
+        with pytest.raises(FileNotFoundError):
+            load(encoder, train=str(tmp_path / "none.tsv"))

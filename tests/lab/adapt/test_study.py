@@ -1,0 +1,180 @@
+import json
+import subprocess
+import sys
+
+import pytest
+import yaml
+from peft import PeftModel
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
+
+import torchdsc.adapters
+from torchdsc.lab.adapt import run as run_module
+from torchdsc.lab.adapt.study import adapt
+from torchdsc.lab.adapt.summary import difference, summarize, to_markdown
+
+
+@pytest.fixture(scope="module")
+def finished(study, tmp_path_factory):
+    """A finished study with tuning and two seeds, and its folder."""
+    config = study(seeds=[0, 1], learning_rates=[1e-3, 1e-2])
+    folder = tmp_path_factory.mktemp("study") / "out"
+    return config, folder, adapt(config, folder)
+
+
+def test_results(finished):
+    _, folder, results = finished
+    assert [(run["method"], run["seed"]) for run in results["runs"]] == [
+        ("LoRA", 0), ("DSC", 0), ("LoRA", 1), ("DSC", 1)
+    ]  # fmt: skip
+    assert json.loads((folder / "results.json").read_text())["runs"] == results["runs"]
+    for name in ("LoRA", "DSC"):
+        trials = {t["learning_rate"]: t["score"] for t in results["trials"] if t["method"] == name}
+        assert len(trials) == 2
+        assert trials[results["rates"][name]] == max(trials.values())
+    for run in results["runs"]:
+        assert run["learning_rate"] == results["rates"][run["method"]]
+        assert run["params_adapter"] <= 512
+        weights = folder / f"run-reviews-{run['method']}-lr{run['learning_rate']:g}-seed{run['seed']}" / "adapter"
+        assert run["adapter_bytes"] == (weights / "adapter_model.safetensors").stat().st_size
+    assert {run["method"]: bool(run["regularization"]) for run in results["runs"]} == {"LoRA": False, "DSC": True}
+
+
+def test_report_stands_by_itself(finished):
+    _, folder, _ = finished
+    page = (folder / "report.html").read_text()
+    assert "<svg" in page
+    assert "http" not in page.replace("http://www.w3.org/", "")
+    assert "DSC" in page
+    assert (folder / "table.md").read_text().count("\n") == 4
+
+
+def test_finished_runs_are_kept(finished, monkeypatch):
+    config, folder, results = finished
+    monkeypatch.setattr(run_module, "build_model", None)
+    again = adapt(config, folder)
+    assert again["runs"] == results["runs"]
+
+
+def test_saved_adapter_scores_what_was_recorded(finished, encoder):
+    _, folder, results = finished
+    run = results["runs"][1]
+    place = folder / f"run-reviews-DSC-lr{run['learning_rate']:g}-seed0" / "adapter"
+    base = AutoModelForSequenceClassification.from_pretrained(encoder)
+    model = PeftModel.from_pretrained(base, place).eval()
+    assert isinstance(model.base_model, torchdsc.adapters.DSCAdapterModel)
+    tokenizer = AutoTokenizer.from_pretrained(place)
+    texts, labels = ["bad film", "good it was very", "bad"], [0, 1, 0]
+    logits = model(**tokenizer(texts, padding=True, return_tensors="pt")).logits
+    right = sum(int(row.argmax()) == label for row, label in zip(logits, labels, strict=True))
+    assert run["score"] == pytest.approx(100 * right / 3)
+
+
+def test_more_seeds_may_be_added(finished, study):
+    _, folder, results = finished
+    more = adapt(study(seeds=[0, 1, 2], learning_rates=[1e-3, 1e-2]), folder)
+    assert more["runs"][:4] == results["runs"]
+    assert len(more["runs"]) == 6
+
+
+class TestErrors:
+    def test_folder_of_another_study(self, finished, study):
+        _, folder, _ = finished
+        with pytest.raises(ValueError, match=r"holds a study with steps 4 instead of 5"):
+            adapt(study(seeds=[0, 1, 2], learning_rates=[1e-3, 1e-2], steps=5), folder)
+
+    def test_folder_with_other_files(self, study, tmp_path):
+        (tmp_path / "a").touch()
+        with pytest.raises(ValueError, match="output must be a new or empty folder"):
+            adapt(study(), tmp_path)
+
+
+def test_interrupted_run_goes_on_exactly(study, tmp_path, monkeypatch):
+    method = [{"name": "DSC", "kind": "dsc", "options": {"num_atoms": 8, "target_modules": ["query"]}}]
+    config = study(methods=method, steps=6, eval_every=2)
+    whole = adapt(config, tmp_path / "whole")["runs"][0]
+
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = state.global_step == 3
+
+    made = run_module._trainer
+
+    def stopping(*arguments, **named):
+        trainer = made(*arguments, **named)
+        trainer.add_callback(Stop())
+        return trainer
+
+    with monkeypatch.context() as patched:
+        patched.setattr(run_module, "_trainer", stopping)
+        with pytest.raises(KeyboardInterrupt, match="stopped at step 3 of 6"):
+            adapt(config, tmp_path / "cut")
+    resumed = adapt(config, tmp_path / "cut")["runs"][0]
+    for key in ("score", "loss", "curve"):
+        assert resumed[key] == whole[key]
+    name = f"run-reviews-DSC-lr{config.learning_rates[0]:g}-seed0/adapter/adapter_model.safetensors"
+    assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_regression_and_full_fine_tuning(study, reviews, tmp_path):
+    task = {"name": "pairs", "train": str(reviews / "scores.tsv"), "kind": "regression", "label": "score"}
+    task["text"] = ["sentence1", "sentence2"]
+    results = adapt(study(tasks=[task], methods=[{"name": "all", "kind": "full"}]), tmp_path / "out")
+    (run,) = results["runs"]
+    assert -100 <= run["score"] <= 100
+    assert run["params_adapter"] == run["params_trainable"]
+
+
+def test_causal_lm_and_forgetting(study, decoder, reviews, tmp_path):
+    task = {"name": "prose", "train": str(reviews / "prose.txt"), "kind": "causal_lm", "text": ["text"]}
+    task["retain"] = str(reviews / "old.txt")
+    methods = [{"name": "DSC", "kind": "dsc", "budget": 900, "options": {"target_modules": ["q_proj", "mlp"]}}]
+    config = study(base=decoder, tasks=[task], methods=methods, validation_examples=4, learning_rates=[1e-2], steps=8)
+    (run,) = adapt(config, tmp_path / "out")["runs"]
+    assert run["score"] == -run["loss"]
+    assert run["retain_loss_before"] > 0
+    assert run["retain_loss_after"] != run["retain_loss_before"]
+    assert "old domain" in (tmp_path / "out" / "report.html").read_text()
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_work(study, tmp_path):
+    config = study(seeds=[0, 1, 2])
+    file = tmp_path / "study.yaml"
+    file.write_text(yaml.safe_dump(config.as_dict()))
+    command = [sys.executable, "-m", "torchdsc.cli", "adapt", "--config", str(file), "--output", str(tmp_path / "out")]
+    running = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for _ in range(2)]
+    printed = [process.communicate(timeout=250)[0] for process in running]
+    assert [process.returncode for process in running] == [0, 0], printed
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert len(results["runs"]) == 6
+    # Each run was done once, by one or the other.
+    started = [line for text in printed for line in text.splitlines() if ": run-" in line]
+    assert len(started) == len({line.split(": run-")[1] for line in started}) == 6
+
+
+class TestSummary:
+    def runs(self, scores):
+        return [
+            {"method": method, "task": task, "seed": seed, "score": value}
+            for (method, task), values in scores.items()
+            for seed, value in enumerate(values)
+        ]
+
+    def test_difference_is_paired_by_seed_and_averaged_over_tasks(self):
+        scores = {("a", "x"): [1.0, 3.0], ("b", "x"): [0.0, 1.0], ("a", "y"): [5.0, 5.0], ("b", "y"): [4.0, 6.0]}
+        found = difference(self.runs(scores), "a", "b")
+        # x: differences 1 and 2; y: 1 and -1. Variances 0.5 and 2, each over two seeds; two degrees of freedom.
+        assert found.mean == pytest.approx((1.5 + 0.0) / 2)
+        assert found.half_width == pytest.approx(4.303 * (0.5 / 2 + 2 / 2) ** 0.5 / 2)
+
+    def test_one_seed_has_no_interval(self):
+        found = difference(self.runs({("a", "x"): [1.0], ("b", "x"): [2.0]}), "a", "b")
+        assert (found.mean, found.half_width) == (-1.0, None)
+
+    def test_rows_and_table(self, finished):
+        _, _, results = finished
+        lora, dsc = summarize(results)
+        assert lora.against is None
+        assert dsc.against is not None
+        assert dsc.step_ratio == results["timing"]["DSC"]["median"] / results["timing"]["LoRA"]["median"]
+        assert to_markdown(results).splitlines()[3].startswith("| DSC |")
