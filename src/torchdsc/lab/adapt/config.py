@@ -1,5 +1,6 @@
 """The configuration of an adaptation study: a base model, tasks, methods at a budget, seeds and tuning trials."""
 
+import hashlib
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
@@ -103,7 +104,8 @@ class AdaptConfig:
     """Methods that adapt a base model to tasks, at equal numbers of tuning trials.
 
     Attributes:
-        base: Folder or hub id of the base model, or "package:NAME/folder" inside an installed package.
+        base: Folder or hub id of the base model, "package:NAME/folder" inside an installed package, or
+            "llama2c:MODEL.bin:TOKENIZER.bin", files of llama2.c, which are converted into the cache.
         tasks: What to adapt to.
         methods: How.
         seeds: Every method adapts to every task once with each, at the learning rate that tuning has chosen.
@@ -227,6 +229,8 @@ def resolve_base(base: str) -> str:
     Raises:
         ValueError: If a package is not installed.
     """
+    if base.startswith("llama2c:"):
+        return _converted(base)
     if not base.startswith("package:"):
         return os.path.expandvars(base)
     package, _, inner = base.removeprefix("package:").partition("/")
@@ -234,6 +238,22 @@ def resolve_base(base: str) -> str:
     if found is None or found.origin is None:
         raise ValueError(f"base must name an installed package, got {base!r}: pip install {package.replace('_', '-')}")
     return str(Path(found.origin).parent / inner)
+
+
+def _converted(base: str) -> str:
+    files = [Path(os.path.expandvars(part)) for part in base.split(":")[1:]]
+    if len(files) != 2:
+        raise ValueError(f"base must be llama2c:MODEL.bin:TOKENIZER.bin, got {base!r}")
+    # Imported late: it takes transformers, which the configuration alone does not.
+    from torchdsc.lab.llama2c import convert_llama2c
+    from torchdsc.lab.tokenizers import default_cache_dir
+
+    key = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+    folder = default_cache_dir() / "llama2c" / key
+    if not folder.is_dir():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        convert_llama2c(*files, folder)
+    return str(folder)
 
 
 def _folder() -> Any:
