@@ -13,14 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
 from torchdsc.losses import Regularization, regularization_of
 from torchdsc.nn import RoutedLayer, RoutingStatistics
 
-from .layer import AdapterLayer
+from .layer import AdapterLayer, trains
 
-# Losses of transformers that divide by num_items_in_batch, where a model hands it to them.
-_SUMMED_LOSSES = ("ForCausalLM", "ForConditionalGeneration", "ForMaskedLM")
 _TERMS = "_torchdsc_terms"
 _HANDLE = "_torchdsc_handle"
 
@@ -66,14 +65,19 @@ def sums_loss(model: PreTrainedModel) -> bool:
     a kind that takes the number.
     """
     code = getattr(inspect.unwrap(type(model).forward), "__code__", None)
-    return code is not None and "loss_function" in code.co_names and model.loss_type in _SUMMED_LOSSES
+    if code is None or "loss_function" not in code.co_names:
+        return False
+    return "num_items_in_batch" in inspect.signature(model.loss_function).parameters
 
 
 def _add(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-    if not model.training or not torch.is_grad_enabled():
+    if not model.training:
         return None
     layers = [layer for layer in _active_layers(model) if layer.regularizers.any]
-    if not any(layer.statistics_log.entries for layer in layers):
+    if not torch.is_grad_enabled():
+        _forget_without_gradient(layers)
+        return None
+    if not any(layer.statistics_log.entries or not layer.regularizers.need_tokens for layer in layers):
         return None
     loss, items = _loss_of(output), kwargs.get("num_items_in_batch")
     if loss is None:
@@ -85,7 +89,9 @@ def _add(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output
         _demand_collection(output, layers)
         return None
     collected = [(layer, entry) for layer in layers for entry in layer.statistics_log.take()]
-    share = None if items is None else _labelled(model, kwargs) / items
+    if not sums_loss(model):
+        items = None
+    share = None if items is None else _labelled(model, args, kwargs) / items
     terms = regularization_of(collected, num_tokens=items, frame_share=share, frame_layers=layers)
     model.__dict__[_TERMS] = Regularization(*(value.detach() for value in vars(terms).values()))
     return _with_loss(output, loss + terms.total.to(loss.dtype))
@@ -95,17 +101,24 @@ def _active_layers(model: nn.Module) -> Iterator[RoutedLayer]:
     """Layers that train: of active adapters, with a router that wants gradients."""
     for module in model.modules():
         if isinstance(module, AdapterLayer):
-            for layer in module.active_layers():
-                if any(parameter.requires_grad for parameter in layer.router.parameters()):
-                    yield layer
+            yield from (layer for layer in module.active_layers() if trains(layer))
 
 
-def _labelled(model: nn.Module, kwargs: dict[str, Any]) -> Tensor:
+def _forget_without_gradient(layers: list[RoutedLayer]) -> None:
+    """What a call in training mode under ``torch.no_grad`` has left: nothing trains on it."""
+    for layer in layers:
+        entries = layer.statistics_log.take()
+        layer.statistics_log.entries = [entry for entry in entries if any(part.requires_grad for part in entry[1:4])]
+
+
+def _labelled(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     """Labels of this call, counted as Trainer counts those of the step: a causal LM shifts them."""
     labels = kwargs.get("shift_labels")
     if labels is None:
-        labels = kwargs["labels"]
-        if model.loss_type != "ForMaskedLM":
+        given = {**dict(zip(inspect.signature(model.forward).parameters, args, strict=False)), **kwargs}
+        labels = given["labels"]
+        is_causal = LOSS_MAPPING.get(model.loss_type) is ForCausalLMLoss
+        if is_causal and not model.config.is_encoder_decoder:
             labels = labels[..., 1:]
     count: Tensor = (labels != -100).sum(dtype=torch.float32)
     return count
