@@ -99,6 +99,7 @@ def mixtral():
             num_local_experts=4,
             num_experts_per_tok=2,
             output_router_logits=True,
+            experts_implementation="eager",
         )
     )
 
@@ -114,6 +115,7 @@ def qwen_moe():
             num_experts_per_tok=2,
             moe_intermediate_size=16,
             shared_expert_intermediate_size=24,
+            experts_implementation="eager",
         )
     )
 
@@ -209,7 +211,10 @@ def adapt(make_base, make_config):
     """A base model with an adapter: ``adapt("llama", target_modules=["q_proj"], ...)``."""
 
     def make(kind, method="dsc", *, dtype=torch.float32, peft=None, moved=False, **fields):
-        model = get_peft_model(make_base(kind, dtype), make_config(method, **fields), **(peft or {}))
+        base = make_base(kind, dtype)
+        with torch.random.fork_rng():
+            torch.manual_seed(5)
+            model = get_peft_model(base, make_config(method, **fields), **(peft or {}))
         # PEFT's own modules start in training mode, whatever the base.
         model.eval()
         return move(model).to(dtype) if moved else model
@@ -229,8 +234,10 @@ def move(model, name="default", scale=1.0, seed=3):
     for layer in (module for module in model.modules() if isinstance(module, AdapterLayer)):
         if name in layer.adapters:
             for parameter_name, parameter in layer.adapters[name].named_parameters():
-                if parameter_name in ("gamma", "up") or "router" in parameter_name:
-                    noise = torch.randn(parameter.shape, generator=generator)
+                noise = torch.randn(parameter.shape, generator=generator)
+                if parameter_name.startswith("bank"):
+                    parameter.add_(noise * 0.1)
+                elif parameter_name in ("gamma", "up") or "router" in parameter_name:
                     parameter.copy_(noise * scale * (0.02 if parameter_name == "gamma" else 0.3))
     return model
 

@@ -7,7 +7,7 @@ averages the losses of micro-batches; their regularisers follow.
 """
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -70,7 +70,7 @@ def sums_loss(model: PreTrainedModel) -> bool:
     return "num_items_in_batch" in inspect.signature(model.loss_function).parameters
 
 
-def _add(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+def _add(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
     if not model.training:
         return None
     layers = [layer for layer in _active_layers(model) if layer.regularizers.any]
@@ -79,7 +79,9 @@ def _add(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output
         return None
     if not any(layer.statistics_log.entries or not layer.regularizers.need_tokens for layer in layers):
         return None
-    loss, items = _loss_of(output), kwargs.get("num_items_in_batch")
+    # TRL's trainers, which say so, take their loss from other outputs than the model's.
+    loss = None if kwargs.get("fused_lm_head") else _loss_of(output)
+    items = kwargs.get("num_items_in_batch")
     if loss is None:
         if items is not None:
             raise ValueError(
@@ -91,10 +93,13 @@ def _add(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output
     collected = [(layer, entry) for layer in layers for entry in layer.statistics_log.take()]
     if not sums_loss(model):
         items = None
-    share = None if items is None else _labelled(model, args, kwargs) / items
+    precise = torch.promote_types(loss.dtype, torch.float32)
+    share = None if items is None else _labelled(model, args, kwargs).to(precise) / items
     terms = regularization_of(collected, num_tokens=items, frame_share=share, frame_layers=layers)
     model.__dict__[_TERMS] = Regularization(*(value.detach() for value in vars(terms).values()))
-    return _with_loss(output, loss + terms.total.to(loss.dtype))
+    total = loss + terms.total.to(loss.dtype)
+    _demand_use(output, loss, total)
+    return _with_loss(output, total)
 
 
 def _active_layers(model: nn.Module) -> Iterator[RoutedLayer]:
@@ -111,7 +116,7 @@ def _forget_without_gradient(layers: list[RoutedLayer]) -> None:
         layer.statistics_log.entries = [entry for entry in entries if any(part.requires_grad for part in entry[1:4])]
 
 
-def _labelled(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+def _labelled(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     """Labels of this call, counted as Trainer counts those of the step: a causal LM shifts them."""
     labels = kwargs.get("shift_labels")
     if labels is None:
@@ -120,7 +125,7 @@ def _labelled(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
         is_causal = LOSS_MAPPING.get(model.loss_type) is ForCausalLMLoss
         if is_causal and not model.config.is_encoder_decoder:
             labels = labels[..., 1:]
-    count: Tensor = (labels != -100).sum(dtype=torch.float32)
+    count: Tensor = (labels != -100).sum()
     return count
 
 
@@ -146,15 +151,40 @@ def _demand_collection(output: Any, layers: list[RoutedLayer]) -> None:
         (layer, entry) for layer in layers for entry in layer.statistics_log.entries
     ]
 
-    def check(gradient: Tensor) -> None:
+    def check(_: Tensor) -> None:
         if any(entry is other for layer, entry in kept for other in layer.statistics_log.entries):
             raise RuntimeError(
-                "the regularisers were not collected before the backward pass: the model had no labels, so that they "
-                "are in no loss. Give it labels, add torchdsc.regularization(model).total to the loss, or set the "
-                "adapter's aux_weight, budget_weight, frame_weight and z_weight to 0"
+                "the regularisers were not collected before the backward pass: the model had no labels, or its loss is "
+                "not the one in use, so that they are in no loss. Give it labels, add "
+                f"torchdsc.regularization(model).total to the loss, {_OR_NONE}"
             )
 
+    _hook_values(output, check)
+
+
+def _demand_use(output: Any, loss: Tensor, total: Tensor) -> None:
+    """Raise in a backward pass that reaches ``output`` but has not come through ``total``, its loss."""
+    if torch.compiler.is_compiling() or not total.requires_grad:
+        return
+    used: list[bool] = []
+
+    def check(_: Tensor) -> None:
+        if not used:
+            raise RuntimeError(
+                "the model's loss, which holds the regularisers, is not in the loss of this backward pass. Use it, or "
+                "leave labels out of the call and add torchdsc.regularization(model).total to the loss, "
+                f"{_OR_NONE}"
+            )
+
+    total.register_hook(lambda _: used.append(True))
+    _hook_values(output, check, besides=loss)
+
+
+_OR_NONE = "or set the adapter's aux_weight, budget_weight, frame_weight and z_weight to 0"
+
+
+def _hook_values(output: Any, hook: Callable[[Tensor], None], besides: Tensor | None = None) -> None:
     values = output.values() if isinstance(output, dict) else output if isinstance(output, tuple) else (output,)
     for value in values:
-        if isinstance(value, Tensor) and value.requires_grad:
-            value.register_hook(check)
+        if isinstance(value, Tensor) and value.requires_grad and value is not besides:
+            value.register_hook(hook)

@@ -37,7 +37,8 @@ class AdapterModel(BaseTuner):
                 inside = next((other for other in outer if other in targets), None)
                 if inside is not None:
                     raise ValueError(
-                        f"target_modules must not match modules inside others that they match, got {name!r} in {inside!r}"
+                        f"target_modules must not match modules inside others that they match, got {name!r} inside "
+                        f"{inside!r}"
                     )
                 if not isinstance(module, BaseTunerLayer):
                     sizes_of(module, name)
