@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .nn import DSC, BasisBank, DSCResidual
-from .nn.host import TokenMasked, feature_sizes, pass_attention_mask
+from .nn.host import TokenMasked, feature_sizes, leave_fused_encoder, pass_attention_mask
 
 __all__ = ["convert"]
 
@@ -64,7 +64,7 @@ def convert(
         converted.training = converted.module.training = base.training
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, converted)
-    _leave_fused_encoder(model)
+    leave_fused_encoder(model)
     if share_bank:
         _declare_shared(model, layers[0].bank)
     pass_attention_mask(model)
@@ -81,16 +81,6 @@ class _Masked(nn.Module, TokenMasked):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         output: Tensor = self.module(x, *args, token_mask=self.mask_of(x), **kwargs)
         return output
-
-
-def _leave_fused_encoder(model: nn.Module) -> None:
-    """Torch's encoder reads the weights of its feed-forward layers past their modules in evaluation: not here."""
-    for module in model.modules():
-        if any(isinstance(inner, _Masked) for inner in module.modules()):
-            if isinstance(module, nn.TransformerEncoderLayer):
-                module.activation_relu_or_gelu = 0
-            elif isinstance(module, nn.TransformerEncoder):
-                module.use_nested_tensor = False
 
 
 def _declare_shared(model: nn.Module, bank: BasisBank) -> None:

@@ -2,12 +2,12 @@
 
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args
 
 from peft import PeftConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 
-from torchdsc.nn import DSCOptions
+from torchdsc.nn import DSCOptions, RegularizerWeights
 from torchdsc.nn.options import RouterKind, RouterNorm
 from torchdsc.ops.compose.api import Implementation
 from torchdsc.ops.gate import GateKind
@@ -31,8 +31,8 @@ class AdapterConfig(PeftConfig):
 
     METHOD: ClassVar[str]
 
-    target_modules: list[str] | str | None = field(default=None, metadata={"help": "Modules to adapt."})
-    exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "Modules to leave out."})
+    target_modules: list[str] | set[str] | str | None = field(default=None, metadata={"help": "Modules to adapt."})
+    exclude_modules: list[str] | set[str] | str | None = field(default=None, metadata={"help": "Modules to leave out."})
     layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "Layers to adapt."})
     layers_pattern: list[str] | str | None = field(default=None, metadata={"help": "Name of the list of layers."})
     modules_to_save: list[str] | None = field(default=None, metadata={"help": "Other modules to train and save."})
@@ -147,6 +147,9 @@ class MixtureOfLoRAsConfig(AdapterConfig):
         aux_weight: Weight of the load balance.
         z_weight: Weight of the router z-loss.
         impl: Implementation of the composition.
+
+    Raises:
+        ValueError: On an option out of its range.
     """
 
     METHOD = "MIXTURE_OF_LORAS"
@@ -168,6 +171,12 @@ class MixtureOfLoRAsConfig(AdapterConfig):
                 raise ValueError(f"{name} must be an int >= 1, got {getattr(self, name)!r}")
         if self.top_k > self.num_experts:
             raise ValueError(f"top_k must be at most num_experts = {self.num_experts}, got {self.top_k}")
+        if not 0 < self.scale < float("inf"):
+            raise ValueError(f"scale must be finite and > 0, got {self.scale}")
+        for name, choices in (("router_norm", RouterNorm), ("impl", Implementation)):
+            if getattr(self, name) not in get_args(choices):
+                raise ValueError(f"{name} must be one of {get_args(choices)}, got {getattr(self, name)!r}")
+        RegularizerWeights(aux=self.aux_weight, z=self.z_weight)
 
     def arguments(self) -> dict[str, Any]:
         """The arguments of :class:`torchdsc.baselines.MixtureOfLoRAs`."""

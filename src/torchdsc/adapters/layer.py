@@ -17,6 +17,22 @@ from .config import AdapterConfig, DSCAdapterConfig, MixtureOfLoRAsConfig
 BASE = "__base__"
 
 
+def sizes_of(module: nn.Module, name: str) -> tuple[int, int]:
+    """d_in and d_out of a target module; a TypeError that names it where it holds no linear layer."""
+    first, last = feature_sizes(module)
+    if first is None or last is None:
+        raise TypeError(
+            f"target_modules must match linear layers, Conv1D or modules that hold some, got {name!r}, a "
+            f"{type(module).__name__}"
+        )
+    return first, last
+
+
+def trains(layer: nn.Module) -> bool:
+    """Whether an adapter is one whose regularisers have something to move."""
+    return any(parameter.requires_grad for parameter in cast(RoutedLayer, layer).router.parameters())
+
+
 class AdapterLayer(nn.Module, BaseTunerLayer, TokenMasked):
     """A target module and one routed layer an adapter; subclasses build it.
 
@@ -48,13 +64,8 @@ class AdapterLayer(nn.Module, BaseTunerLayer, TokenMasked):
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         setattr(self, self.container, nn.ModuleDict())
-        first, last = feature_sizes(self.get_base_layer())
-        if first is None or last is None:
-            raise TypeError(
-                f"target_modules must match linear layers, Conv1D or modules that hold some, got {name!r}, a "
-                f"{type(self.get_base_layer()).__name__}"
-            )
-        self.in_features, self.out_features = first, last
+        self.target = name
+        self.in_features, self.out_features = sizes_of(self.get_base_layer(), name)
 
     @property
     def adapters(self) -> nn.ModuleDict:
@@ -74,9 +85,13 @@ class AdapterLayer(nn.Module, BaseTunerLayer, TokenMasked):
             **kwargs: ``inference_mode`` of PEFT.
 
         Raises:
-            ValueError: If parts are to be shared with a layer on another device.
+            ValueError: If parts are to be shared with a layer on another device, or ``adapter_name`` is a name in the
+                keys of its parameters, by which PEFT tells adapters apart.
         """
-        layer = self.build(config, None if owner is None else owner.adapters[adapter_name])
+        layer = self.build(config, None if owner is None else owner.adapters[adapter_name]).train(self.training)
+        names = {name for key in (self.target, *layer.state_dict()) for name in key.split(".")}
+        if adapter_name in names:
+            raise ValueError(f"adapter_name must not be a name within the model, got {adapter_name!r}")
         self.adapters[adapter_name] = layer
         self._move_adapter_to_device_of_base_layer(adapter_name)
         devices = {part.device for part in _parameters(self.adapters[adapter_name])} - {torch.device("meta")}
@@ -88,14 +103,16 @@ class AdapterLayer(nn.Module, BaseTunerLayer, TokenMasked):
         """A new adapter."""
         raise NotImplementedError
 
-    def forward(self, *args: Any, adapter_names: list[str] | None = None, expansion: int = 1, **kwargs: Any) -> Any:
+    def forward(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
         """The module's output plus the updates of the active adapters.
 
         Args:
             *args: Of the module; the first is what it maps, of shape (..., d_in).
             adapter_names: Adapter of each sample of a mixed batch, instead of the active ones.
-            expansion: Samples that generation makes of each.
             **kwargs: Of the module.
+
+        Raises:
+            ValueError: If the module's output has not d_out features.
         """
         output = self.base_layer(*args, **kwargs)
         if self.disable_adapters:
@@ -105,29 +122,29 @@ class AdapterLayer(nn.Module, BaseTunerLayer, TokenMasked):
         if adapter_names is None:
             for name in self.active_adapters:
                 if name in self.adapters:
-                    y = y + self._update(name, x, self.mask_of(x)).to(y.dtype)
+                    y = y + self._update(name, x, y, self.mask_of(x))
         else:
-            y = self._mixed(x, y, adapter_names, expansion)
+            y = self._mixed(x, y, adapter_names)
         return (y, *output[1:]) if isinstance(output, tuple) else y
 
-    def _update(self, name: str, x: Tensor, mask: Tensor | None) -> Tensor:
-        layer = self.adapters[name]
-        dtype = next(_parameters(layer)).dtype
-        update: Tensor = layer(self._cast_input_dtype(x, dtype), mask)
-        return update
-
-    def _mixed(self, x: Tensor, y: Tensor, adapter_names: list[str], expansion: int) -> Tensor:
-        factor = x.shape[0] // len(adapter_names)
-        if factor not in (1, expansion) or factor * len(adapter_names) != x.shape[0]:
+    def _update(self, name: str, x: Tensor, y: Tensor, mask: Tensor | None) -> Tensor:
+        layer = cast(RoutedLayer, self.adapters[name])
+        x = self._cast_input_dtype(x, next(_parameters(layer)).dtype)
+        # What is frozen leaves nothing to collect.
+        update = layer(x, mask) if trains(layer) else layer.forward_with_statistics(x, mask)[0]
+        if update.shape != y.shape:
             raise ValueError(
-                f"adapter_names must name an adapter for each of {x.shape[0]} samples, got {len(adapter_names)} names"
+                f"target_modules must map features as their first and last linear layers do, got {self.target!r}: its "
+                f"last has shape (..., {self.out_features}), its output {tuple(y.shape)}"
             )
-        names = [name for name in adapter_names for _ in range(factor)]
+        return cast(Tensor, update.to(y.dtype))
+
+    def _mixed(self, x: Tensor, y: Tensor, names: list[str]) -> Tensor:
         y = y.clone()
         for name in dict.fromkeys(names):
             if name in self.adapters:
                 rows = torch.tensor([i for i, other in enumerate(names) if other == name], device=x.device)
-                y[rows] += self._update(name, x[rows], None).to(y.dtype)
+                y[rows] += self._update(name, x[rows], y[rows], None)
         return y
 
     def active_layers(self) -> Iterator[RoutedLayer]:
@@ -136,6 +153,14 @@ class AdapterLayer(nn.Module, BaseTunerLayer, TokenMasked):
             yield from (
                 cast(RoutedLayer, self.adapters[name]) for name in self.active_adapters if name in self.adapters
             )
+
+    def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[Any, Any]:
+        # PEFT's own looks at the module's weight, which a whole MLP has none of.
+        for module in base_layer.modules():
+            device, dtype = BaseTunerLayer._get_base_layer_device_and_dtype(self, module)
+            if device is not None:
+                return device, dtype
+        return None, None
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Refuse: see :data:`NO_MERGE`."""

@@ -7,20 +7,19 @@ averages the losses of micro-batches; their regularisers follow.
 """
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
 from torchdsc.losses import Regularization, regularization_of
 from torchdsc.nn import RoutedLayer, RoutingStatistics
 
-from .layer import AdapterLayer
+from .layer import AdapterLayer, trains
 
-# Losses of transformers that divide by num_items_in_batch, where a model hands it to them.
-_SUMMED_LOSSES = ("ForCausalLM", "ForConditionalGeneration", "ForMaskedLM")
 _TERMS = "_torchdsc_terms"
 _HANDLE = "_torchdsc_handle"
 
@@ -66,16 +65,23 @@ def sums_loss(model: PreTrainedModel) -> bool:
     a kind that takes the number.
     """
     code = getattr(inspect.unwrap(type(model).forward), "__code__", None)
-    return code is not None and "loss_function" in code.co_names and model.loss_type in _SUMMED_LOSSES
+    if code is None or "loss_function" not in code.co_names:
+        return False
+    return "num_items_in_batch" in inspect.signature(model.loss_function).parameters
 
 
-def _add(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-    if not model.training or not torch.is_grad_enabled():
+def _add(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    if not model.training:
         return None
     layers = [layer for layer in _active_layers(model) if layer.regularizers.any]
-    if not any(layer.statistics_log.entries for layer in layers):
+    if not torch.is_grad_enabled():
+        _forget_without_gradient(layers)
         return None
-    loss, items = _loss_of(output), kwargs.get("num_items_in_batch")
+    if not any(layer.statistics_log.entries or not layer.regularizers.need_tokens for layer in layers):
+        return None
+    # TRL's trainers, which say so, take their loss from other outputs than the model's.
+    loss = None if kwargs.get("fused_lm_head") else _loss_of(output)
+    items = kwargs.get("num_items_in_batch")
     if loss is None:
         if items is not None:
             raise ValueError(
@@ -85,29 +91,41 @@ def _add(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output
         _demand_collection(output, layers)
         return None
     collected = [(layer, entry) for layer in layers for entry in layer.statistics_log.take()]
-    share = None if items is None else _labelled(model, kwargs) / items
+    if not sums_loss(model):
+        items = None
+    precise = torch.promote_types(loss.dtype, torch.float32)
+    share = None if items is None else _labelled(model, args, kwargs).to(precise) / items
     terms = regularization_of(collected, num_tokens=items, frame_share=share, frame_layers=layers)
     model.__dict__[_TERMS] = Regularization(*(value.detach() for value in vars(terms).values()))
-    return _with_loss(output, loss + terms.total.to(loss.dtype))
+    total = loss + terms.total.to(loss.dtype)
+    _demand_use(output, loss, total)
+    return _with_loss(output, total)
 
 
 def _active_layers(model: nn.Module) -> Iterator[RoutedLayer]:
     """Layers that train: of active adapters, with a router that wants gradients."""
     for module in model.modules():
         if isinstance(module, AdapterLayer):
-            for layer in module.active_layers():
-                if any(parameter.requires_grad for parameter in layer.router.parameters()):
-                    yield layer
+            yield from (layer for layer in module.active_layers() if trains(layer))
 
 
-def _labelled(model: nn.Module, kwargs: dict[str, Any]) -> Tensor:
+def _forget_without_gradient(layers: list[RoutedLayer]) -> None:
+    """What a call in training mode under ``torch.no_grad`` has left: nothing trains on it."""
+    for layer in layers:
+        entries = layer.statistics_log.take()
+        layer.statistics_log.entries = [entry for entry in entries if any(part.requires_grad for part in entry[1:4])]
+
+
+def _labelled(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     """Labels of this call, counted as Trainer counts those of the step: a causal LM shifts them."""
     labels = kwargs.get("shift_labels")
     if labels is None:
-        labels = kwargs["labels"]
-        if model.loss_type != "ForMaskedLM":
+        given = {**dict(zip(inspect.signature(model.forward).parameters, args, strict=False)), **kwargs}
+        labels = given["labels"]
+        is_causal = LOSS_MAPPING.get(model.loss_type) is ForCausalLMLoss
+        if is_causal and not model.config.is_encoder_decoder:
             labels = labels[..., 1:]
-    count: Tensor = (labels != -100).sum(dtype=torch.float32)
+    count: Tensor = (labels != -100).sum()
     return count
 
 
@@ -133,15 +151,40 @@ def _demand_collection(output: Any, layers: list[RoutedLayer]) -> None:
         (layer, entry) for layer in layers for entry in layer.statistics_log.entries
     ]
 
-    def check(gradient: Tensor) -> None:
+    def check(_: Tensor) -> None:
         if any(entry is other for layer, entry in kept for other in layer.statistics_log.entries):
             raise RuntimeError(
-                "the regularisers were not collected before the backward pass: the model had no labels, so that they "
-                "are in no loss. Give it labels, add torchdsc.regularization(model).total to the loss, or set the "
-                "adapter's aux_weight, budget_weight, frame_weight and z_weight to 0"
+                "the regularisers were not collected before the backward pass: the model had no labels, or its loss is "
+                "not the one in use, so that they are in no loss. Give it labels, add "
+                f"torchdsc.regularization(model).total to the loss, {_OR_NONE}"
             )
 
+    _hook_values(output, check)
+
+
+def _demand_use(output: Any, loss: Tensor, total: Tensor) -> None:
+    """Raise in a backward pass that reaches ``output`` but has not come through ``total``, its loss."""
+    if torch.compiler.is_compiling() or not total.requires_grad:
+        return
+    used: list[bool] = []
+
+    def check(_: Tensor) -> None:
+        if not used:
+            raise RuntimeError(
+                "the model's loss, which holds the regularisers, is not in the loss of this backward pass. Use it, or "
+                "leave labels out of the call and add torchdsc.regularization(model).total to the loss, "
+                f"{_OR_NONE}"
+            )
+
+    total.register_hook(lambda _: used.append(True))
+    _hook_values(output, check, besides=loss)
+
+
+_OR_NONE = "or set the adapter's aux_weight, budget_weight, frame_weight and z_weight to 0"
+
+
+def _hook_values(output: Any, hook: Callable[[Tensor], None], besides: Tensor | None = None) -> None:
     values = output.values() if isinstance(output, dict) else output if isinstance(output, tuple) else (output,)
     for value in values:
-        if isinstance(value, Tensor) and value.requires_grad:
-            value.register_hook(check)
+        if isinstance(value, Tensor) and value.requires_grad and value is not besides:
+            value.register_hook(hook)

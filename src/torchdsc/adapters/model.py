@@ -5,14 +5,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from peft.tuners.tuners_utils import BaseTuner
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
-from torchdsc.nn.host import pass_attention_mask
+from torchdsc.nn.host import leave_attention_mask, leave_fused_encoder, pass_attention_mask
 
 from .config import AdapterConfig
-from .layer import BASE, NO_MERGE, AdapterLayer, DSCAdapterLayer, MixtureOfLoRAsLayer
+from .layer import BASE, NO_MERGE, AdapterLayer, DSCAdapterLayer, MixtureOfLoRAsLayer, sizes_of
 from .loss import add_regularization, leave_regularization
 
 
@@ -21,6 +23,26 @@ class AdapterModel(BaseTuner):
 
     tuner_layer_cls: type[AdapterLayer]
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+
+    def _prepare_model(self, peft_config: AdapterConfig, model: nn.Module) -> None:
+        """Refuse targets before the first is replaced."""
+        if isinstance(peft_config.target_modules, str) and peft_config.target_modules.lower() == "all-linear":
+            peft_config.target_modules = _all_linear(peft_config, model)
+        targets: set[str] = set()
+        for name, module in model.named_modules():
+            outer = [name[: match.start()] for match in re.finditer(r"\.", name)]
+            if any(isinstance(model.get_submodule(other), BaseTunerLayer) for other in outer):
+                continue
+            if name and self._check_target_module_exists(peft_config, name):
+                inside = next((other for other in outer if other in targets), None)
+                if inside is not None:
+                    raise ValueError(
+                        f"target_modules must not match modules inside others that they match, got {name!r} inside "
+                        f"{inside!r}"
+                    )
+                if not isinstance(module, BaseTunerLayer):
+                    sizes_of(module, name)
+                targets.add(name)
 
     def _create_and_replace(
         self,
@@ -59,6 +81,7 @@ class AdapterModel(BaseTuner):
 
     def _post_injection_hook(self, model: nn.Module, config: AdapterConfig, adapter_name: str) -> None:
         pass_attention_mask(model)
+        leave_fused_encoder(model)
         add_regularization(model)
 
     def _check_merge_allowed(self) -> None:
@@ -68,6 +91,7 @@ class AdapterModel(BaseTuner):
         """The base model without adapters."""
         leave_regularization(self.model)
         model: nn.Module = super().unload()
+        leave_attention_mask(model)
         return model
 
     @contextmanager
@@ -83,12 +107,14 @@ class AdapterModel(BaseTuner):
         unknown = set(names) - {BASE} - {name for layer in layers for name in layer.adapters}
         if unknown:
             raise ValueError(f"adapter_names must name adapters of the model, got {sorted(unknown)}")
-        expansion = max(kwargs.get("num_beams") or 1, kwargs.get("num_return_sequences") or 1)
+        expansion = _expansion(self.model, kwargs)
 
         def give(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-            return args, {**kwargs, "adapter_names": names, "expansion": expansion}
+            x = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+            return args, {**kwargs, "adapter_names": _for_samples(names, x.shape[0], expansion)}
 
-        handles = [layer.register_forward_pre_hook(give, with_kwargs=True) for layer in layers]
+        heads = [module for module in self.modules() if isinstance(module, AuxiliaryTrainingWrapper)]
+        handles = [module.register_forward_pre_hook(give, with_kwargs=True) for module in (*layers, *heads)]
         try:
             yield
         finally:
@@ -137,6 +163,32 @@ class MixtureOfLoRAsModel(AdapterModel):
 
     prefix = "molora_"
     tuner_layer_cls = MixtureOfLoRAsLayer
+
+
+def _all_linear(config: AdapterConfig, model: nn.Module) -> set[str]:
+    """Names of all linear layers but the head, those that have adapters already included."""
+    adapted = {
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, AdapterLayer) and isinstance(module.get_base_layer(), nn.Linear | Conv1D)
+    }
+    names: set[str] = _maybe_include_all_linear_layers(config, model).target_modules
+    return names | adapted
+
+
+def _expansion(model: nn.Module, options: dict[str, Any]) -> int:
+    """Samples that generation makes of each."""
+    config = options.get("generation_config") or getattr(model, "generation_config", None)
+    names = ("num_beams", "num_return_sequences")
+    return max(options.get(name) or getattr(config, name, None) or 1 for name in names)
+
+
+def _for_samples(names: list[str], samples: int, expansion: int) -> list[str]:
+    """Adapter of each of ``samples``, which may be those of a batch or those that generation makes of them."""
+    factor = samples // len(names)
+    if factor not in (1, expansion) or factor * len(names) != samples:
+        raise ValueError(f"adapter_names must name an adapter for each of {samples} samples, got {len(names)} names")
+    return [name for name in names for _ in range(factor)]
 
 
 def _some(keys: list[str]) -> str:

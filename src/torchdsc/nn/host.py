@@ -4,6 +4,7 @@ import inspect
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 
@@ -28,9 +29,15 @@ class TokenMasked:
     """A module that is told the attention mask of its model: padding does not count in regularisers.
 
     The mask stays until the next call: a checkpointed block that is recomputed in the backward pass needs it again.
+
+    Attributes:
+        token_mask: The mask of the tokens that the module's model is called with.
+        memory: In a decoder beside an encoder, whose cross-attention reads other tokens: what tells the encoder's
+            states, by ``id``, and their mask.
     """
 
     token_mask: Tensor | None = None
+    memory: tuple[int, Tensor | None] | None = None
 
     def mask_of(self, x: Tensor) -> Tensor | None:
         """The mask of tokens x of shape (..., d), None where it is that of other tokens.
@@ -38,6 +45,8 @@ class TokenMasked:
         Models that flatten batch and sequence on the way keep the order of their tokens.
         """
         mask = self.token_mask
+        if self.memory is not None and not torch.compiler.is_compiling() and id(x) == self.memory[0]:
+            mask = self.memory[1]
         if mask is None or mask.shape == x.shape[:-1]:
             return mask
         is_flat = mask.dim() == 2 and x.dim() == 2 and mask.numel() == x.shape[0]
@@ -45,20 +54,53 @@ class TokenMasked:
 
 
 def pass_attention_mask(model: nn.Module) -> None:
-    """Hand the ``attention_mask`` that ``model`` is called with to every :class:`TokenMasked` module in it."""
-    if any(isinstance(hook, partial) and hook.func is _pass for hook in model._forward_pre_hooks.values()):
-        return
-    accepted = list(inspect.signature(model.forward).parameters)
-    position = accepted.index("attention_mask") if "attention_mask" in accepted else None
-    model.register_forward_pre_hook(partial(_pass, position), with_kwargs=True)
+    """Hand the ``attention_mask`` that ``model`` is called with to every :class:`TokenMasked` module in it.
+
+    The decoder of an encoder-decoder is called with its own.
+    """
+    for caller in _callers(model):
+        if _HANDLE not in caller.__dict__:
+            accepted = tuple(inspect.signature(caller.forward).parameters)
+            handle = caller.register_forward_pre_hook(partial(_pass, accepted), with_kwargs=True)
+            caller.__dict__[_HANDLE] = handle
 
 
-def _pass(position: int | None, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    mask = kwargs.get("attention_mask")
-    if position is not None and position < len(args):
-        mask = args[position]
-    if not isinstance(mask, Tensor):
-        mask = None
+def leave_attention_mask(model: nn.Module) -> None:
+    """Undo :func:`pass_attention_mask`, unless there are still modules that want the mask."""
+    if not any(isinstance(module, TokenMasked) for module in model.modules()):
+        for caller in _callers(model):
+            if _HANDLE in caller.__dict__:
+                caller.__dict__.pop(_HANDLE).remove()
+
+
+_HANDLE = "_torchdsc_mask_handle"
+
+
+def _callers(model: nn.Module) -> list[nn.Module]:
+    """The model, and its decoder where that has tokens of its own."""
+    is_encoder_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    decoder = model.get_decoder() if is_encoder_decoder and hasattr(model, "get_decoder") else None  # type: ignore[operator]
+    return [model] if decoder is None or decoder is model else [model, decoder]
+
+
+def _pass(accepted: tuple[str, ...], model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    given = {**dict(zip(accepted, args, strict=False)), **kwargs}
+    mask, states = given.get("attention_mask"), given.get("encoder_hidden_states")
+    memory = None if states is None else (id(states), _tensor(given.get("encoder_attention_mask")))
     for module in model.modules():
         if isinstance(module, TokenMasked):
-            module.token_mask = mask
+            module.token_mask, module.memory = _tensor(mask), memory
+
+
+def _tensor(value: Any) -> Tensor | None:
+    return value if isinstance(value, Tensor) else None
+
+
+def leave_fused_encoder(model: nn.Module) -> None:
+    """Torch's encoder reads the weights of its linear layers past their modules in evaluation: not past these."""
+    for module in model.modules():
+        if any(isinstance(inner, TokenMasked) for inner in module.modules()):
+            if isinstance(module, nn.TransformerEncoderLayer):
+                module.activation_relu_or_gelu = 0
+            elif isinstance(module, nn.TransformerEncoder):
+                module.use_nested_tensor = False

@@ -1,0 +1,248 @@
+"""Files of adapters: every way to load them, and what is refused."""
+
+import copy
+import json
+import pickle
+
+import pytest
+import torch
+from peft import AutoPeftModel, AutoPeftModelForCausalLM, PeftConfig, PeftModel
+from safetensors.torch import load_file, save_file
+
+TARGETS = {"llama": ["q_proj", "v_proj", "mlp"], "gpt2": ["c_attn", "mlp"], "bert": ["query"], "t5": ["q"]}
+BOTH = {"share_bank": True, "share_router": True}
+
+
+@pytest.fixture
+def saved(adapt, tmp_path):
+    """A model whose adapter is saved, and the folder."""
+
+    def make(kind="llama", **fields):
+        model = adapt(kind, **{"target_modules": TARGETS.get(kind), "moved": True, **fields})
+        model.save_pretrained(tmp_path / "adapter")
+        return model, tmp_path / "adapter"
+
+    return make
+
+
+def banks(model):
+    return {id(module.bank): module.bank for module in model.modules() if hasattr(module, "bank")}
+
+
+class TestLoading:
+    @pytest.mark.parametrize("kind", ["llama", "gpt2", "bert", "t5"])
+    @pytest.mark.parametrize("options", [{}, BOTH, {"method": "molora"}], ids=["private", "shared", "molora"])
+    @pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+    def test_by_transformers(self, kind, options, low_cpu_mem_usage, saved, make_base, make_batch, output):
+        if kind == "t5":
+            options = {**options, "modules_to_save": ["lm_head"]}
+        model, folder = saved(kind, **options)
+        loaded, batch = make_base(kind), make_batch(kind)
+        info = loaded.load_adapter(folder, low_cpu_mem_usage=low_cpu_mem_usage)
+        assert not info.missing_keys
+        assert not info.unexpected_keys
+        assert torch.equal(output(loaded, batch), output(model, batch))
+        loaded.disable_adapters()
+        assert torch.equal(output(loaded, batch), output(make_base(kind), batch))
+        loaded.enable_adapters()
+        assert torch.equal(output(loaded, batch), output(model, batch))
+
+    def test_saved_by_transformers(self, make_base, make_config, make_batch, moved, output, tmp_path):
+        model, batch = make_base("llama"), make_batch("llama")
+        model.add_adapter(make_config(target_modules=TARGETS["llama"], **BOTH))
+        expected = output(moved(model), batch)
+        model.save_pretrained(tmp_path)
+        assert torch.equal(output(PeftModel.from_pretrained(make_base("llama"), tmp_path), batch), expected)
+        other = make_base("llama")
+        other.add_adapter(make_config(num_atoms=5, target_modules=["k_proj"]), "other")
+        other.load_adapter(tmp_path, "second")
+        other.set_adapter("second")
+        assert torch.equal(output(other, batch), expected)
+        other.set_adapter("other")
+        assert torch.equal(output(other, batch), output(make_base("llama"), batch))
+
+    @pytest.mark.parametrize(("auto", "task"), [(AutoPeftModel, None), (AutoPeftModelForCausalLM, "CAUSAL_LM")])
+    def test_with_its_base(self, auto, task, make_base, make_config, make_batch, moved, output, tmp_path):
+        from peft import get_peft_model
+        from transformers import AutoModelForCausalLM
+
+        make_base("llama").save_pretrained(tmp_path / "base")
+        base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+        model = moved(get_peft_model(base, make_config(target_modules=TARGETS["llama"], task_type=task))).eval()
+        model.save_pretrained(tmp_path / "adapter")
+        batch = make_batch("llama")
+        for loaded in (
+            auto.from_pretrained(tmp_path / "adapter"),
+            AutoModelForCausalLM.from_pretrained(tmp_path / "adapter"),
+        ):
+            assert torch.equal(output(loaded, batch), output(model, batch))
+
+    def test_under_another_name_beside_others(self, saved, make_config, make_base, make_batch, output):
+        model, folder = saved(**BOTH)
+        other, batch = PeftModel.from_pretrained(make_base("llama"), folder, adapter_name="first"), make_batch("llama")
+        other.add_adapter("second", make_config(num_atoms=4, target_modules=["q_proj"]))
+        other.load_adapter(folder, "third")
+        for name, expected in (("first", model), ("second", make_base("llama")), ("third", model)):
+            other.set_adapter(name)
+            assert torch.equal(output(other, batch), output(expected, batch))
+
+    def test_to_train_on(self, saved, make_base):
+        model, folder = saved()
+        loaded = PeftModel.from_pretrained(make_base("llama"), folder, is_trainable=True)
+        names = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        assert names == {name for name, parameter in loaded.named_parameters() if parameter.requires_grad}
+
+    def test_config_as_it_was(self, saved):
+        model, folder = saved(num_atoms=16, router="product_key", router_heads=2, scale=7.0, gamma_init=0.5)
+        loaded, config = PeftConfig.from_pretrained(folder), model.peft_config["default"]
+        written = {"inference_mode": True, "auto_mapping": loaded.auto_mapping}
+        assert loaded.to_dict() == {**config.to_dict(), **written}
+        assert loaded.options() == config.options()
+
+
+class TestSharedBank:
+    @pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+    def test_is_written_once_and_stays_one(self, low_cpu_mem_usage, saved, make_base, make_batch, output):
+        _, folder = saved(**BOTH)
+        keys = [key for key in load_file(folder / "adapter_model.safetensors") if key.endswith("bank.u")]
+        # One for each shape: q_proj and the MLP, and v_proj.
+        assert len(keys) == 2
+        model = PeftModel.from_pretrained(make_base("llama"), folder, low_cpu_mem_usage=low_cpu_mem_usage)
+        batch, expected = make_batch("llama"), output(model, make_batch("llama"))
+        copies = (
+            copy.deepcopy(model),
+            pickle.loads(pickle.dumps(model)),  # noqa: S301 (its own)
+            copy.deepcopy(model).double().float(),
+            copy.deepcopy(model).to("cpu", torch.float32),
+        )
+        for copied in copies:
+            assert len(banks(copied)) == 2
+            assert not set(banks(copied)) & set(banks(model))
+            assert torch.equal(output(copied, batch), expected)
+            registered = {id(parameter) for parameter in copied.parameters()}
+            assert {id(bank.u) for bank in banks(copied).values()} <= registered
+
+    def test_trains_in_every_layer(self, adapt, make_batch):
+        model = adapt("llama", target_modules=["q_proj"], moved=True, **BOTH).train()
+        model(**make_batch("llama")).loss.backward()
+        (bank,) = banks(model).values()
+        both = bank.u.grad.clone()
+        model.zero_grad()
+        second = model.base_model.model.model.layers[1].self_attn.q_proj
+        second._disable_adapters = True
+        model(**make_batch("llama")).loss.backward()
+        assert not torch.allclose(bank.u.grad, both)
+
+
+def tampered(folder, **changes):
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+class TestRefusals:
+    @pytest.mark.parametrize("how", ["peft", "auto", "transformers"])
+    def test_pickled_weights(self, how, saved, make_base, tmp_path):
+        _, folder = saved()
+        weights = load_file(folder / "adapter_model.safetensors")
+        (folder / "adapter_model.safetensors").unlink()
+        torch.save(weights, folder / "adapter_model.bin")
+        make_base("llama").save_pretrained(tmp_path / "base")
+        tampered(folder, base_model_name_or_path=str(tmp_path / "base"))
+        load = {
+            "peft": lambda: PeftModel.from_pretrained(make_base("llama"), folder),
+            "auto": lambda: AutoPeftModelForCausalLM.from_pretrained(folder),
+            "transformers": lambda: make_base("llama").load_adapter(folder),
+        }[how]
+        # transformers looks for no other file in a local folder.
+        message = (
+            "must hold adapter_model.safetensors, got only adapter_model.bin|No such file.*adapter_model.safetensors"
+        )
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
+            load()
+
+    @pytest.mark.parametrize("change", ["missing", "unexpected"])
+    @pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+    def test_other_keys(self, change, low_cpu_mem_usage, saved, make_base):
+        _, folder = saved()
+        weights = load_file(folder / "adapter_model.safetensors")
+        key = next(key for key in weights if key.endswith("gamma"))
+        value = weights.pop(key)
+        if change == "unexpected":
+            weights = {**weights, key: value, key + "s": value.clone()}
+        save_file(weights, folder / "adapter_model.safetensors")
+        with pytest.raises(ValueError, match=rf"adapter's weights must be .*1 \(.*gamma.*\) {change}"):
+            PeftModel.from_pretrained(make_base("llama"), folder, low_cpu_mem_usage=low_cpu_mem_usage)
+
+    def test_another_base_model(self, saved, make_base):
+        _, folder = saved("gpt2", target_modules=r".*\.(c_attn|q_proj)")
+        with pytest.raises(ValueError, match="another base model or config"):
+            PeftModel.from_pretrained(make_base("llama"), folder)
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"num_atom": 3}, r"must hold fields of DSCAdapterConfig, got \['num_atom'\]"),
+            ({"num_atoms": -1}, "num_atoms must be >= 1, got -1"),
+            ({"num_atoms": 1}, "top_k must be at most num_atoms = 1, got 2"),
+            ({"top_k": 100}, "top_k must be at most num_atoms = 9, got 100"),
+            ({"router": "tree"}, "router must be one of"),
+            ({"scale": 0.0}, "scale must be finite and > 0"),
+            ({"share_bank": True}, "weights must be those of its config .* unexpected"),
+            ({"target_modules": ["q_proj"]}, "weights must be those of its config .* unexpected"),
+            ({"router": "low_rank"}, "weights must be those of its config"),
+        ],
+    )
+    def test_a_changed_config(self, change, message, saved, make_base):
+        _, folder = saved()
+        tampered(folder, **change)
+        with pytest.raises(ValueError, match=message):
+            PeftModel.from_pretrained(make_base("llama"), folder)
+
+    @pytest.mark.parametrize("change", [{"num_atoms": "many"}, {"top_k": 1.5}])
+    def test_a_config_of_other_types(self, change, saved, make_base):
+        _, folder = saved()
+        tampered(folder, **change)
+        with pytest.raises(TypeError, match="must be an int"):
+            PeftModel.from_pretrained(make_base("llama"), folder)
+
+    def test_another_number_of_atoms(self, saved, make_base):
+        _, folder = saved()
+        tampered(folder, num_atoms=8)
+        with pytest.raises(RuntimeError, match="size mismatch"):
+            PeftModel.from_pretrained(make_base("llama"), folder)
+
+
+class TestConfig:
+    @pytest.mark.parametrize(
+        ("fields", "message"),
+        [
+            ({"target_modules": "all-linear", "layers_to_transform": [0]}, "layers_to_transform must be None"),
+            ({"target_modules": ["q_proj"], "layers_pattern": "h"}, "layers_to_transform must be given"),
+            ({"method": "molora", "num_experts": 0}, "num_experts must be an int >= 1"),
+            ({"method": "molora", "top_k": 5}, "top_k must be at most num_experts = 4, got 5"),
+            ({"method": "molora", "aux_weight": -1.0}, "aux_weight must be finite and >= 0"),
+            ({"method": "molora", "impl": "fast"}, "impl must be one of"),
+            ({"method": "molora", "router_norm": "batch"}, "router_norm must be one of"),
+            ({"method": "molora", "scale": float("inf")}, "scale must be finite and > 0, got inf"),
+            ({"z_weight": -1.0}, "z_weight must be finite and >= 0"),
+        ],
+    )
+    def test_refuses(self, fields, message, make_config):
+        with pytest.raises(ValueError, match=message):
+            make_config(**fields)
+
+    @pytest.mark.parametrize("kind", ["mlp", "dscgpt"])
+    def test_has_no_default_targets_for_every_model(self, kind, adapt):
+        with pytest.raises(ValueError, match="specify `target_modules`"):
+            adapt(kind)
+
+    def test_has_the_fields_of_the_layer(self, make_config):
+        from dataclasses import fields
+
+        from torchdsc.nn import DSCOptions
+
+        names = {field.name for field in fields(DSCOptions)}
+        assert names <= {field.name for field in fields(make_config())}
+        assert make_config(eps=1e-3, scale=2.0).options() == DSCOptions(
+            **{**vars(make_config().options()), "eps": 1e-3, "scale": 2.0}
+        )
