@@ -252,7 +252,7 @@ def _converted(base: str) -> str:
     folder = default_cache_dir() / "llama2c" / key
     if not folder.is_dir():
         folder.parent.mkdir(parents=True, exist_ok=True)
-        convert_llama2c(*files, folder)
+        convert_llama2c(files[0], files[1], folder)
     return str(folder)
 
 
