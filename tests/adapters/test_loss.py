@@ -111,6 +111,7 @@ class TestLoss:
             # As long as the encoder's: each token has the mask of its own side.
             batch["decoder_input_ids"] = functional.pad(batch["decoder_input_ids"], (0, 2), value=5)
             batch["labels"] = functional.pad(batch["labels"], (0, 2), value=-100)
+            batch["labels"][0, 2:] = -100
             batch["decoder_attention_mask"] = (batch["labels"] != -100).long()
         counts = []
         for module in model.modules():
@@ -118,7 +119,7 @@ class TestLoss:
                 add = module.statistics_log.add
                 module.statistics_log.add = lambda entry, add=add: (counts.append(int(entry.num_tokens)), add(entry))
         model(**batch)
-        routed, decoded = int(batch["attention_mask"].sum()), 24
+        routed, decoded = int(batch["attention_mask"].sum()), 20
         if kind != "t5":
             assert set(counts) == {routed}
         else:
@@ -141,8 +142,9 @@ class TestLoss:
 
 
 class TestNothingIsAdded:
-    def test_in_evaluation(self, kind, training, make_batch):
-        model, batch = training(kind).eval(), make_batch(kind)
+    @pytest.mark.parametrize("weights", [WEIGHTS, {**NONE, "frame_weight": 0.05}], ids=["all", "frame"])
+    def test_in_evaluation(self, kind, weights, training, make_batch):
+        model, batch = training(kind, **weights).eval(), make_batch(kind)
         assert torch.equal(model(**batch).loss, training(kind, **NONE).eval()(**batch).loss)
         assert not kept(model)
 
@@ -251,6 +253,13 @@ class TestItemsInBatch:
         given = functional.pad(labels[:, 1:], (0, 1), value=-100)
         batch = {**batch, "shift_labels": given, "labels": torch.zeros_like(labels)}
         torch.testing.assert_close(model(**batch).loss - plain(**batch).loss, total / 2, rtol=1e-5, atol=0)
+
+    def test_a_model_whose_labels_trainer_does_not_shift(self, training, make_batch):
+        """GPT-2 has no name for its loss: the step's labels are counted as they are."""
+        model, batch = training("gpt2", **{**NONE, "frame_weight": 0.05}), make_batch("gpt2")
+        plain, total = training("gpt2", **NONE), regularization(model).total
+        batch["num_items_in_batch"] = int((batch["labels"] != -100).sum())
+        torch.testing.assert_close(model(**batch).loss - plain(**batch).loss, total, rtol=1e-5, atol=0)
 
     @pytest.mark.parametrize("kind", ["bert", "t5"])
     def test_does_nothing_where_the_task_loss_is_a_mean(self, kind, training, make_batch):

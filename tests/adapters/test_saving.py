@@ -107,6 +107,7 @@ class TestSharedBank:
         keys = [key for key in load_file(folder / "adapter_model.safetensors") if key.endswith("bank.u")]
         # One for each shape: q_proj and the MLP, and v_proj.
         assert len(keys) == 2
+        assert sum("router" in key for key in load_file(folder / "adapter_model.safetensors")) == 2
         model = PeftModel.from_pretrained(make_base("llama"), folder, low_cpu_mem_usage=low_cpu_mem_usage)
         batch, expected = make_batch("llama"), output(model, make_batch("llama"))
         copies = (

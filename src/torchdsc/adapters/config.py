@@ -82,7 +82,7 @@ class DSCAdapterConfig(AdapterConfig):
     """A DSC layer beside each target module: ``y = base(x) + scale gamma * ((x U_I^T) * z) V_I``.
 
     Gamma starts at zero, so that a fresh adapter changes nothing. The regularisers go into the loss of Hugging Face
-    models by themselves; for other models, and losses computed outside the model, add
+    models by themselves; for other models, and losses computed outside the model (as TRL's trainers do), add
     ``torchdsc.regularization(model).total`` or set their weights to 0. The fields from ``num_atoms`` on are those of
     :class:`torchdsc.DSCOptions`, with other defaults where adapters want them.
 

@@ -3,7 +3,8 @@
 A model that its loss is computed in gets the terms added to it. Under transformers' Trainer they are exact whatever the
 accumulation: with ``num_items_in_batch`` they are sums over routed tokens divided by it, as the task's loss is. Models
 that average their loss over each micro-batch although they accept that argument are told not to, so that Trainer
-averages the losses of micro-batches; their regularisers follow.
+averages the losses of micro-batches; their regularisers follow. A backward pass that goes past the loss with the terms
+in it raises.
 """
 
 import inspect
