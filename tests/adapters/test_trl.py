@@ -12,7 +12,7 @@ from peft import PeftModel
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from torchdsc import regularization
+from torchdsc.adapters import RegularizedLoss
 
 
 @pytest.fixture
@@ -25,15 +25,8 @@ def tokenizer():
     )
 
 
-class RegularizedSFTTrainer(trl.SFTTrainer):
+class RegularizedSFTTrainer(RegularizedLoss, trl.SFTTrainer):
     """TRL computes its loss outside the model."""
-
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        found = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        loss, *outputs = found if return_outputs else (found,)
-        if model.training:
-            loss = loss + regularization(model, num_tokens=num_items_in_batch).total
-        return (loss, *outputs) if return_outputs else loss
 
 
 @pytest.fixture

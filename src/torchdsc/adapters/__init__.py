@@ -13,6 +13,7 @@ from .layer import AdapterLayer, DSCAdapterLayer, MixtureOfLoRAsLayer
 from .loss import last_regularization
 from .model import DSCAdapterModel, MixtureOfLoRAsModel
 from .plugin import register
+from .trainer import RegularizedLoss
 
 register(DSCAdapterConfig.METHOD, DSCAdapterConfig, DSCAdapterModel)
 register(MixtureOfLoRAsConfig.METHOD, MixtureOfLoRAsConfig, MixtureOfLoRAsModel)
@@ -25,5 +26,6 @@ __all__ = [
     "MixtureOfLoRAsConfig",
     "MixtureOfLoRAsLayer",
     "MixtureOfLoRAsModel",
+    "RegularizedLoss",
     "last_regularization",
 ]

@@ -95,7 +95,7 @@ def _add(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any], 
     if not sums_loss(model):
         items = None
     precise = torch.promote_types(loss.dtype, torch.float32)
-    share = None if items is None else _labelled(model, args, kwargs).to(precise) / items
+    share = None if items is None else labelled(model, args, kwargs).to(precise) / items
     terms = regularization_of(collected, num_tokens=items, frame_share=share, frame_layers=layers)
     model.__dict__[_TERMS] = Regularization(*(value.detach() for value in vars(terms).values()))
     total = loss + terms.total.to(loss.dtype)
@@ -110,6 +110,13 @@ def _active_layers(model: nn.Module) -> Iterator[RoutedLayer]:
             yield from (layer for layer in module.active_layers() if trains(layer))
 
 
+def base_of(model: nn.Module) -> PreTrainedModel:
+    """The Hugging Face model whose loss has been extended, inside its wrappers."""
+    return next(
+        module for module in model.modules() if isinstance(module, PreTrainedModel) and _HANDLE in module.__dict__
+    )
+
+
 def _forget_without_gradient(layers: list[RoutedLayer]) -> None:
     """What a call in training mode under ``torch.no_grad`` has left: nothing trains on it."""
     for layer in layers:
@@ -117,7 +124,7 @@ def _forget_without_gradient(layers: list[RoutedLayer]) -> None:
         layer.statistics_log.entries = [entry for entry in entries if any(part.requires_grad for part in entry[1:4])]
 
 
-def _labelled(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+def labelled(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     """Labels of this call, counted as Trainer counts those of the step: a causal LM shifts them."""
     labels = kwargs.get("shift_labels")
     if labels is None:
