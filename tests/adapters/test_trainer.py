@@ -12,6 +12,7 @@ from peft import PeftModel
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from torchdsc import regularization
+from torchdsc.adapters import RegularizedLoss
 
 # Linear in tokens, or independent of them: exact however a step is cut up.
 LINEAR = {"aux_weight": 0.0, "budget_weight": 0.0, "z_weight": 0.1, "frame_weight": 0.05}
@@ -26,7 +27,7 @@ def precise_loss(logits, labels, vocab_size=None, num_items_in_batch=None, **_):
 
 @pytest.fixture
 def make_trainer(tmp_path):
-    def make(model, batch, accumulation=1, callbacks=(), **options):
+    def make(model, batch, accumulation=1, callbacks=(), cls=Trainer, **options):
         settings = {
             "output_dir": str(tmp_path / "trainer"),
             "per_device_train_batch_size": 4 // accumulation,
@@ -43,7 +44,7 @@ def make_trainer(tmp_path):
         }
         arguments = TrainingArguments(**{**settings, **options})
         examples = [{name: value[i] for name, value in batch.items()} for i in range(4)]
-        return Trainer(model, arguments, train_dataset=examples, eval_dataset=examples, callbacks=list(callbacks))
+        return cls(model, arguments, train_dataset=examples, eval_dataset=examples, callbacks=list(callbacks))
 
     return make
 
@@ -90,6 +91,27 @@ def test_accumulation_takes_the_same_step(kind, through, training, make_trainer,
     first, *others = steps(make_model, make_trainer, make_batch(kind))
     for other in others:
         torch.testing.assert_close(other, first, rtol=1e-10, atol=1e-13)
+
+
+class OutsideTrainer(Trainer):
+    """Computes its loss from logits, as TRL's do."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        labels = inputs.pop("labels")
+        loss = precise_loss(model(**inputs).logits, labels, num_items_in_batch=num_items_in_batch)
+        return (loss, None) if return_outputs else loss
+
+
+class RegularizedOutsideTrainer(RegularizedLoss, OutsideTrainer):
+    pass
+
+
+@pytest.mark.parametrize("accumulation", [1, 2, 4])
+def test_a_loss_outside_the_model_takes_the_same_step(accumulation, training, make_trainer, make_batch):
+    inside, beside = training("llama"), training("llama")
+    make_trainer(inside, make_batch("llama")).train()
+    make_trainer(beside, make_batch("llama"), accumulation, cls=RegularizedOutsideTrainer).train()
+    torch.testing.assert_close(trained(beside), trained(inside), rtol=1e-10, atol=1e-13)
 
 
 def test_a_model_that_averages_has_the_mean_over_micro_batches(training, make_trainer, make_batch):

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import nn
 
 from torchdsc.losses import regularization
@@ -36,7 +37,8 @@ class RegularizedLoss:
         loss, *outputs = found if return_outputs else (found,)
         share = None
         if num_items_in_batch is not None:
-            share = labelled(base_of(model), (), given) / num_items_in_batch
+            precise = torch.promote_types(loss.dtype, torch.float32)
+            share = labelled(base_of(model), (), given).to(precise) / num_items_in_batch
         total = regularization(model, num_tokens=num_items_in_batch, frame_share=share).total
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             # Trainer counts the labels of all processes, whose gradients are averaged.
