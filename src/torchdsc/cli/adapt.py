@@ -78,6 +78,8 @@ def _single_task(values: dict[str, Any], options: dict[str, Any]) -> None:
         if set(options["only"]) - set(known):
             raise ValueError(f"only must name tasks of the study, {known}, got {options['only']}")
         values["tasks"] = [task for task in values["tasks"] if task["name"] in options["only"]]
+        tuned = [name for name in values.get("tuning_tasks") or [] if name in options["only"]]
+        values["tuning_tasks"] = tuned or None
 
 
 def _chosen_methods(values: dict[str, Any], options: dict[str, Any]) -> None:
