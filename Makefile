@@ -1,8 +1,9 @@
 # `make compare` runs the main job, `make test` the tests; each makes .venv first.
 PYTHON ?= python3
+PRESET ?= stories
 BIN := .venv/bin
 
-.PHONY: compare test check lint types bench clean
+.PHONY: compare test check lint types bench adapt clean
 
 compare: .venv/ready
 	$(BIN)/torchdsc compare --preset quick $(ARGS)
@@ -21,6 +22,11 @@ types: .venv/ready
 
 bench: .venv/ready
 	$(BIN)/torchdsc bench $(ARGS)
+
+# A study of adapters: PRESET=glue, glue-levers or stories; started twice, two processes share the work.
+adapt: .venv/ready
+	TORCHDSC_DATA=$${TORCHDSC_DATA:-../shared/data} $(BIN)/torchdsc adapt --preset $(PRESET) \
+	    --output experiments/adapt/$(PRESET) $(ARGS)
 
 clean:
 	rm -rf .venv runs
