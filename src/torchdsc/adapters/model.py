@@ -56,8 +56,6 @@ class AdapterModel(BaseTuner):
     ) -> None:
         layer = target if isinstance(target, self.tuner_layer_cls) else self.tuner_layer_cls(target, current_key)
         layer.update_layer(adapter_name, peft_config, self._owner(layer, adapter_name))
-        if adapter_name not in self.active_adapters:
-            layer.adapters[adapter_name].requires_grad_(False)
         if layer is not target:
             layer.train(target.training)
             self._replace_module(parent, target_name, layer, target)
