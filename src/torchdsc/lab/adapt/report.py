@@ -14,6 +14,7 @@ from torchdsc.lab.report.html import Html, details, figure, grid, paragraph, sec
 from torchdsc.lab.report.template import PAGE, style_sheet
 from torchdsc.lab.tables import DASH, TIMES
 
+from .config import Task
 from .summary import MethodRow, format_difference, format_scores, reference_of, summarize
 
 __all__ = ["render_report", "write_report"]
@@ -63,7 +64,7 @@ def _facts(results: Mapping[str, Any], tasks: Sequence[str]) -> Html:
         "Tasks": ", ".join(tasks),
         "Seeds": ", ".join(map(str, config["seeds"])),
         "Training": f"{config['steps']:,} steps of {config['batch_size']}",
-        "Trials of a method": f"{len(config['learning_rates'])} learning rates",
+        "Learning rates tried": str(len(config["learning_rates"])),
     }
     items = "\n".join(f"<div><dt>{text(term)}</dt><dd>{text(value)}</dd></div>" for term, value in entries.items())
     return Html(f'<dl class="facts">\n{items}\n</dl>')
@@ -85,7 +86,7 @@ def _results(results: Mapping[str, Any], rows: Sequence[MethodRow], tasks: Seque
         ]
         for row in rows
     ]
-    metrics = {task["name"]: task["metric"] or "its kind's metric" for task in results["config"]["tasks"]}
+    metrics = {task["name"]: Task(**task).scored_by for task in results["config"]["tasks"]}
     notes = (
         "± is the sample standard deviation over seeds; against the reference, the half width of the 95 % interval of "
         "the mean over these tasks, paired by seed. Metrics, in points: "
@@ -144,7 +145,8 @@ def _pictures(results: Mapping[str, Any], rows: Sequence[MethodRow]) -> Html:
 
 def _score_against_bytes(results: Mapping[str, Any], rows: Sequence[MethodRow]) -> Figure:
     points = [(row.adapter_bytes / 1024, row) for row in rows]
-    return _scatter(results, points, "saved weights (KiB)", logarithmic=True)
+    sizes = [size for size, _ in points]
+    return _scatter(results, points, "saved weights (KiB)", logarithmic=max(sizes) > 10 * min(sizes))
 
 
 def _score_against_time(results: Mapping[str, Any], rows: Sequence[MethodRow]) -> Figure:
@@ -187,7 +189,7 @@ def _spread(values: Sequence[float], step: float) -> list[float]:
     last = -math.inf
     for index in order:
         heights[index] = last = max(values[index], last + step)
-    overflow = max(0.0, last - max(values)) / 2
+    overflow = max(0.0, last - max(values))
     return [height - overflow for height in heights]
 
 
