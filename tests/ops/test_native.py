@@ -39,6 +39,44 @@ def test_compose(tensor_operations, tokens, atoms, top_k, d_in, d_out, eps):
         assert (actual.double() - expected).abs().max() <= 1e-6 * expected.abs().max()
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("eps", [1e-6, None, 4.0])
+@pytest.mark.parametrize(
+    ("tokens", "atoms", "top_k", "d_in", "d_out"),
+    [(70, 50, 4, 384, 96), (7, 9, 9, 5, 33), (3, 3, 1, 16, 1), (64, 2, 5, 1, 17)],
+)
+def test_compose_backward(tensor_operations, tokens, atoms, top_k, d_in, d_out, eps, threads, monkeypatch):
+    # Some rows below eps = 4, and an atom that nothing selects.
+    x, u, v = torch.randn(tokens, d_in), torch.randn(atoms, d_in), torch.randn(atoms, d_out)
+    u[0] *= 1e-3
+    indices, coefficients = torch.randint(max(1, atoms - 1), (tokens, top_k)), torch.rand(tokens, top_k)
+    weight = torch.randn(tokens, d_out)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+
+    def run(impl="gather", dtype=torch.float32):
+        inputs = [t.to(dtype).requires_grad_() for t in (x, u, v, coefficients)]
+        y = compose(*inputs[:3], indices, inputs[3], eps=eps, impl=impl)
+        return torch.autograd.grad(y, inputs, weight.to(dtype))
+
+    expected = run("reference", torch.float64)
+    # Gradients of rows cancel from parts of the size of one over the norm.
+    sizes = 1.0, u.norm(dim=1, keepdim=True), v.norm(dim=1, keepdim=True), 1.0
+    for found in (run(), tensor_operations(run)):
+        for actual, exact, size in zip(found, expected, sizes, strict=True):
+            assert ((actual.double() - exact) * size).abs().max() <= 2e-6 * (exact * size).abs().max().clamp_min(1.0)
+    assert run()[1][-1].abs().max() == 0.0
+
+
+def test_compose_backward_takes_an_expanded_gradient(tensor_operations):
+    u = torch.randn(3, 4, requires_grad=True)
+    x, indices, coefficients = torch.randn(6, 4), torch.randint(3, (6, 2)), torch.rand(6, 2)
+
+    def run():
+        return torch.autograd.grad(compose(x, u, u, indices, coefficients, impl="gather").sum(), u)
+
+    torch.testing.assert_close(run(), tensor_operations(run))
+
+
 @pytest.mark.parametrize("kind", ["sum", "mean", "none"])
 @pytest.mark.parametrize("clamp", [20.0, 1.0])
 def test_gate(tensor_operations, kind, clamp):

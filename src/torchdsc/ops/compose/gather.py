@@ -1,6 +1,7 @@
 """Work over the selected pairs alone: no tokens x K x d tensor is kept.
 
-On a CPU the compiled function reads every selected row once. Elsewhere, and in backward passes, library kernels do it.
+On a CPU compiled functions read every selected row once, for gradients too where there are at least as many pairs as
+atoms. Elsewhere library kernels do it.
 
 The (T, K) selection is a sparse T x M matrix with K entries a row. The latent values are a sampled product with it,
 outputs and input gradients a weighted sum of bank rows (embedding_bag), atom gradients the transposed sparse product,
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from torchdsc.ops.native import FEW_PAIRS, address, module_for
 
-from .norms import pair_scale, radial
+from .norms import inverse_norms, pair_scale, radial
 
 # Bytes of gathered rows per chunk where no sampled product exists: about a core's level-two cache, and a GPU's share.
 _CHUNK_BYTES = {"cpu": 1 << 20, "other": 1 << 28}
@@ -53,6 +54,10 @@ def backward(
     eps: float | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, u, v and coefficients; those of the banks are dense."""
+    # Autograd may hand on a gradient that is expanded.
+    native = module_for(grad.contiguous() if grad.is_cpu else grad, x, u, v, indices, coefficients, latent)
+    if native is not None and x.dtype == torch.float32 and indices.numel() >= u.shape[0]:
+        return _backward_native(native, grad.contiguous(), x, u, v, indices, coefficients, latent, eps)
     dtype, accumulated = x.dtype, coefficients.dtype
     raw_u, raw_v = u, v
     u, u_indices = _in_dtype(u, indices, accumulated)
@@ -87,6 +92,28 @@ def _forward_native(
     arrays = map(address, (x, u, v, indices, coefficients, y, latent))
     native.compose(*arrays, *sizes, -1.0 if eps is None else eps)
     return y, latent
+
+
+def _backward_native(
+    native: ModuleType,
+    grad: Tensor,
+    x: Tensor,
+    u: Tensor,
+    v: Tensor,
+    indices: Tensor,
+    coefficients: Tensor,
+    latent: Tensor,
+    eps: float | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    (tokens, top_k), num_atoms = indices.shape, u.shape[0]
+    scale_u, scale_v = (None, None) if eps is None else (inverse_norms(u, eps), inverse_norms(v, eps))
+    gradients = [torch.empty_like(t) for t in (x, u, v, coefficients)]
+    pairs = [torch.empty_like(coefficients) for _ in range(3)]
+    places = torch.empty_like(indices), indices.new_empty(num_atoms)
+    arrays = (grad, x, u, v, coefficients, latent, scale_u, scale_v, indices, *gradients, *pairs, *places)
+    sizes = tokens, top_k, x.shape[1], v.shape[1], num_atoms, torch.get_num_threads()
+    native.compose_backward(*map(address, arrays), *sizes, -1.0 if eps is None else eps)
+    return gradients[0], gradients[1], gradients[2], gradients[3]
 
 
 def _forward_few(

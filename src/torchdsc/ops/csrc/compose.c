@@ -19,6 +19,12 @@ INLINE float dot_and_square(const float *x, const float *row, int64_t n, float *
     return product + sum_lanes((const float *)&products);
 }
 
+INLINE void add_scaled(float *sum, float weight, const float *row, int64_t n) {
+    int64_t i = 0;
+    for (; i + LANES <= n; i += LANES) *(Vector *)(sum + i) += weight * AT(row + i);
+    for (; i < n; i++) sum[i] += weight * row[i];
+}
+
 INLINE float inverse_norm(float square, float eps) {
     float norm = sqrtf(square);
     return 1.0f / (norm < eps ? eps : norm);
@@ -43,10 +49,18 @@ VECTORIZED static void compose_token(const Composition *c, int64_t token) {
         c->latent[pair] = latent;
         float weight = latent * c->coefficients[pair];
         if (eps >= 0) weight *= inverse_norm(dot(row_v, row_v, c->d_out), eps);
-        int64_t i = 0;
-        for (; i + LANES <= c->d_out; i += LANES) *(Vector *)(y + i) += weight * AT(row_v + i);
-        for (; i < c->d_out; i++) y[i] += weight * row_v[i];
+        add_scaled(y, weight, row_v, c->d_out);
     }
+}
+
+/* 0 with an error set where an index is none of an atom. */
+static int are_atoms(const int64_t *indices, int64_t count, int64_t num_atoms) {
+    for (int64_t i = 0; i < count; i++)
+        if (indices[i] < 0 || indices[i] >= num_atoms) {
+            PyErr_SetString(PyExc_IndexError, "indices must be in [0, number of atoms)");
+            return 0;
+        }
+    return 1;
 }
 
 /* compose(x, u, v, indices, coefficients, y, latent, tokens, top_k, d_in, d_out, num_atoms, threads, eps): equations
@@ -59,11 +73,7 @@ PyObject *compose(PyObject *self, PyObject *args) {
                      (const float *)(intptr_t)p[4], (const int64_t *)(intptr_t)p[3], (float *)(intptr_t)p[5],
                      (float *)(intptr_t)p[6], p[8], p[9], p[10], eps};
     int64_t tokens = p[7], num_atoms = p[11], threads = p[12];
-    for (int64_t i = 0; i < tokens * c.top_k; i++)
-        if (c.indices[i] < 0 || c.indices[i] >= num_atoms) {
-            PyErr_SetString(PyExc_IndexError, "indices must be in [0, number of atoms)");
-            return NULL;
-        }
+    if (!are_atoms(c.indices, tokens * c.top_k, num_atoms)) return NULL;
     if (threads == 1) {
         for (int64_t token = 0; token < tokens; token++) compose_token(&c, token);
         Py_RETURN_NONE;
@@ -71,6 +81,94 @@ PyObject *compose(PyObject *self, PyObject *args) {
     Py_BEGIN_ALLOW_THREADS
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t token = 0; token < tokens; token++) compose_token(&c, token);
+    Py_END_ALLOW_THREADS
+    Py_RETURN_NONE;
+}
+
+typedef struct {
+    const float *grad, *x, *u, *v, *coefficients, *latent;
+    const float *scale_u, *scale_v;     /* one over the norm of each atom; NULL: atoms as they are */
+    const int64_t *indices;
+    float *dx, *du, *dv, *d_coefficients;
+    float *weight_u, *weight_v, *common;    /* of each pair: what its rows are added with, and what points along them */
+    int64_t *order, *ends;              /* pairs by atom, and where each atom's end */
+    int64_t tokens, top_k, d_in, d_out, num_atoms;
+    float eps;
+} Gradients;
+
+VECTORIZED static void gradients_of_token(const Gradients *g, int64_t token) {
+    const float *grad = g->grad + token * g->d_out;
+    float *dx = g->dx + token * g->d_in;
+    for (int64_t i = 0; i < g->d_in; i++) dx[i] = 0.0f;
+    for (int64_t pair = token * g->top_k; pair < (token + 1) * g->top_k; pair++) {
+        int64_t atom = g->indices[pair];
+        float scale_u = g->scale_u ? g->scale_u[atom] : 1.0f, scale_v = g->scale_v ? g->scale_v[atom] : 1.0f;
+        float projected = scale_v * dot(grad, g->v + atom * g->d_out, g->d_out);
+        float latent = g->latent[pair], weight = g->coefficients[pair] * projected;
+        g->d_coefficients[pair] = latent * projected;
+        g->common[pair] = weight * latent;
+        g->weight_u[pair] = weight * scale_u;
+        g->weight_v[pair] = g->coefficients[pair] * latent * scale_v;
+        add_scaled(dx, weight * scale_u, g->u + atom * g->d_in, g->d_in);
+    }
+}
+
+/* The gradient of a row that is divided by its norm has no part along it; one below eps is divided by a constant. */
+INLINE void leave_radial(float *sum, float common, float scale, const float *row, int64_t n, float eps) {
+    if (scale < 1.0f / eps) add_scaled(sum, -common * scale * scale, row, n);
+}
+
+VECTORIZED static void gradients_of_atom(const Gradients *g, int64_t atom) {
+    float *du = g->du + atom * g->d_in, *dv = g->dv + atom * g->d_out, common = 0.0f;
+    for (int64_t i = 0; i < g->d_in; i++) du[i] = 0.0f;
+    for (int64_t i = 0; i < g->d_out; i++) dv[i] = 0.0f;
+    for (int64_t i = atom ? g->ends[atom - 1] : 0; i < g->ends[atom]; i++) {
+        int64_t pair = g->order[i], token = pair / g->top_k;
+        add_scaled(du, g->weight_u[pair], g->x + token * g->d_in, g->d_in);
+        add_scaled(dv, g->weight_v[pair], g->grad + token * g->d_out, g->d_out);
+        common += g->common[pair];
+    }
+    if (g->scale_u) leave_radial(du, common, g->scale_u[atom], g->u + atom * g->d_in, g->d_in, g->eps);
+    if (g->scale_v) leave_radial(dv, common, g->scale_v[atom], g->v + atom * g->d_out, g->d_out, g->eps);
+}
+
+/* Counting sort: afterwards ends[j] is where the pairs of atom j end in order, each atom's in their own order. */
+static void sort_pairs(const Gradients *g) {
+    int64_t pairs = g->tokens * g->top_k, start = 0;
+    for (int64_t atom = 0; atom < g->num_atoms; atom++) g->ends[atom] = 0;
+    for (int64_t pair = 0; pair < pairs; pair++) g->ends[g->indices[pair]]++;
+    for (int64_t atom = 0; atom < g->num_atoms; atom++) {
+        int64_t count = g->ends[atom];
+        g->ends[atom] = start;
+        start += count;
+    }
+    for (int64_t pair = 0; pair < pairs; pair++) g->order[g->ends[g->indices[pair]]++] = pair;
+}
+
+/* compose_backward(grad, x, u, v, coefficients, latent, scale_u, scale_v, indices, dx, du, dv, d_coefficients, weight_u,
+ * weight_v, common, order, ends, tokens, top_k, d_in, d_out, num_atoms, threads, eps): gradients of compose. */
+PyObject *compose_backward(PyObject *self, PyObject *args) {
+    int64_t p[24];
+    float eps;
+    if (!read_integers(args, p, 24) || !read_float(args, 24, &eps)) return NULL;
+    const float *in[8];
+    float *out[7];
+    for (int i = 0; i < 8; i++) in[i] = (const float *)(intptr_t)p[i];
+    for (int i = 0; i < 7; i++) out[i] = (float *)(intptr_t)p[9 + i];
+    Gradients g = {in[0], in[1], in[2], in[3], in[4], in[5], in[6], in[7], (const int64_t *)(intptr_t)p[8],
+                   out[0], out[1], out[2], out[3], out[4], out[5], out[6],
+                   (int64_t *)(intptr_t)p[16], (int64_t *)(intptr_t)p[17], p[18], p[19], p[20], p[21], p[22], eps};
+    int64_t threads = p[23];
+    if (!are_atoms(g.indices, g.tokens * g.top_k, g.num_atoms)) return NULL;
+    Py_BEGIN_ALLOW_THREADS
+    sort_pairs(&g);
+#pragma omp parallel num_threads(threads)
+    {
+#pragma omp for schedule(static)
+        for (int64_t token = 0; token < g.tokens; token++) gradients_of_token(&g, token);
+#pragma omp for schedule(dynamic, 8)
+        for (int64_t atom = 0; atom < g.num_atoms; atom++) gradients_of_atom(&g, atom);
+    }
     Py_END_ALLOW_THREADS
     Py_RETURN_NONE;
 }

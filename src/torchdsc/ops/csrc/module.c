@@ -89,7 +89,8 @@ static PyObject *has_bfloat16(PyObject *self, PyObject *args) {
 
 static PyMethodDef methods[] = {
     {"gate", gate, METH_VARARGS, "Equation (5) of a few tokens."},
-    {"compose", compose, METH_VARARGS, "Equation (14) of a few tokens."},
+    {"compose", compose, METH_VARARGS, "Equation (14)."},
+    {"compose_backward", compose_backward, METH_VARARGS, "Its gradients."},
     {"select_rows", select_rows, METH_VARARGS, "Top-K and statistics of rows of logits in one pass."},
     {"select_rows_backward", select_rows_backward, METH_VARARGS, "Gradient of the logits in one pass."},
     {"largest_of_rows", largest_of_rows, METH_VARARGS, "Top-K of rows of logits."},

@@ -168,6 +168,7 @@ int read_float(PyObject *args, Py_ssize_t index, float *value);
 
 PyObject *gate(PyObject *self, PyObject *args);
 PyObject *compose(PyObject *self, PyObject *args);
+PyObject *compose_backward(PyObject *self, PyObject *args);
 PyObject *select_rows(PyObject *self, PyObject *args);
 PyObject *select_rows_backward(PyObject *self, PyObject *args);
 PyObject *largest_of_rows(PyObject *self, PyObject *args);
