@@ -43,7 +43,7 @@ def test_compose(tensor_operations, tokens, atoms, top_k, d_in, d_out, eps):
 @pytest.mark.parametrize("eps", [1e-6, None, 4.0])
 @pytest.mark.parametrize(
     ("tokens", "atoms", "top_k", "d_in", "d_out"),
-    [(70, 50, 4, 384, 96), (7, 9, 9, 5, 33), (3, 3, 1, 16, 1), (64, 2, 5, 1, 17)],
+    [(70, 50, 4, 384, 96), (7, 9, 9, 5, 33), (3, 3, 1, 16, 1), (64, 2, 5, 3, 17)],
 )
 def test_compose_backward(tensor_operations, tokens, atoms, top_k, d_in, d_out, eps, threads, monkeypatch):
     # Some rows below eps = 4, and an atom that nothing selects.
