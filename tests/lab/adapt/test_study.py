@@ -9,7 +9,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trai
 
 import torchdsc.adapters
 from torchdsc.lab.adapt import run as run_module
-from torchdsc.lab.adapt.study import adapt
+from torchdsc.lab.adapt.study import _best_rate, adapt
 from torchdsc.lab.adapt.summary import difference, summarize, to_markdown
 
 
@@ -74,6 +74,13 @@ def test_more_seeds_may_be_added(finished, study):
     more = adapt(study(seeds=[0, 1, 2], learning_rates=[1e-3, 1e-2]), folder)
     assert more["runs"][:4] == results["runs"]
     assert len(more["runs"]) == 6
+
+
+def test_a_rate_that_diverged_is_not_chosen(study):
+    config = study(learning_rates=[1e-3, 1e-2, 1e-1])
+    scores = {1e-3: 50.0, 1e-2: 60.0, 1e-1: float("nan")}
+    trials = [{"method": "DSC", "learning_rate": rate, "score": score} for rate, score in scores.items()]
+    assert _best_rate(config, config.methods[1], trials) == 1e-2
 
 
 class TestErrors:

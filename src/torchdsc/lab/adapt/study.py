@@ -1,5 +1,6 @@
 """A study: tuning trials, runs at the rates they chose, and a comparison. Several processes may share its folder."""
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -114,7 +115,13 @@ def _best_rate(config: AdaptConfig, method: Method, trials: list[dict[str, Any]]
     own = [trial for trial in trials if trial["method"] == method.name]
     if len(rates) == 1:
         return rates[0]
-    return max(rates, key=lambda rate: fmean(trial["score"] for trial in own if trial["learning_rate"] == rate))
+
+    def mean(rate: float) -> float:
+        found = fmean(trial["score"] for trial in own if trial["learning_rate"] == rate)
+        # A rate that diverged is the last to be chosen.
+        return found if math.isfinite(found) else -math.inf
+
+    return max(rates, key=mean)
 
 
 def _share(
