@@ -88,8 +88,12 @@ def _forward_native(
     (tokens, top_k), width = indices.shape, v.shape[1]
     y, latent = x.new_empty(tokens, width), torch.empty_like(coefficients)
     threads = 1 if indices.numel() <= FEW_PAIRS else torch.get_num_threads()
+    # With fewer pairs than atoms a pair's norms are cheaper than all.
+    scale_u = scale_v = None
+    if eps is not None and indices.numel() >= u.shape[0]:
+        scale_u, scale_v = inverse_norms(u, eps), inverse_norms(v, eps)
     sizes = tokens, top_k, u.shape[1], width, u.shape[0], threads
-    arrays = map(address, (x, u, v, indices, coefficients, y, latent))
+    arrays = map(address, (x, u, v, coefficients, scale_u, scale_v, indices, y, latent))
     native.compose(*arrays, *sizes, -1.0 if eps is None else eps)
     return y, latent
 

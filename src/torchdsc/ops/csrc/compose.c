@@ -32,6 +32,7 @@ INLINE float inverse_norm(float square, float eps) {
 
 typedef struct {
     const float *x, *u, *v, *coefficients;
+    const float *scale_u, *scale_v;     /* one over the norm of each atom; NULL: found with each pair */
     const int64_t *indices;
     float *y, *latent;
     int64_t top_k, d_in, d_out;
@@ -43,13 +44,22 @@ VECTORIZED static void compose_token(const Composition *c, int64_t token) {
     float *y = c->y + token * c->d_out;
     for (int64_t i = 0; i < c->d_out; i++) y[i] = 0.0f;
     for (int64_t pair = token * c->top_k; pair < (token + 1) * c->top_k; pair++) {
-        const float *row_u = c->u + c->indices[pair] * c->d_in, *row_v = c->v + c->indices[pair] * c->d_out;
-        float square, latent = dot_and_square(x, row_u, c->d_in, &square);
-        if (eps >= 0) latent *= inverse_norm(square, eps);
+        int64_t atom = c->indices[pair];
+        const float *row_u = c->u + atom * c->d_in, *row_v = c->v + atom * c->d_out;
+        float latent, scale_v = 1.0f;
+        if (c->scale_u) {
+            latent = dot(x, row_u, c->d_in) * c->scale_u[atom];
+            scale_v = c->scale_v[atom];
+        } else {
+            float square;
+            latent = dot_and_square(x, row_u, c->d_in, &square);
+            if (eps >= 0) {
+                latent *= inverse_norm(square, eps);
+                scale_v = inverse_norm(dot(row_v, row_v, c->d_out), eps);
+            }
+        }
         c->latent[pair] = latent;
-        float weight = latent * c->coefficients[pair];
-        if (eps >= 0) weight *= inverse_norm(dot(row_v, row_v, c->d_out), eps);
-        add_scaled(y, weight, row_v, c->d_out);
+        add_scaled(y, latent * c->coefficients[pair] * scale_v, row_v, c->d_out);
     }
 }
 
@@ -63,16 +73,17 @@ static int are_atoms(const int64_t *indices, int64_t count, int64_t num_atoms) {
     return 1;
 }
 
-/* compose(x, u, v, indices, coefficients, y, latent, tokens, top_k, d_in, d_out, num_atoms, threads, eps): equations
- * (3) and (14); eps < 0 leaves atoms as they are. */
+/* compose(x, u, v, coefficients, scale_u, scale_v, indices, y, latent, tokens, top_k, d_in, d_out, num_atoms, threads,
+ * eps): equations (3) and (14); eps < 0 leaves atoms as they are. */
 PyObject *compose(PyObject *self, PyObject *args) {
-    int64_t p[13];
+    int64_t p[15];
     float eps;
-    if (!read_integers(args, p, 13) || !read_float(args, 13, &eps)) return NULL;
-    Composition c = {(const float *)(intptr_t)p[0], (const float *)(intptr_t)p[1], (const float *)(intptr_t)p[2],
-                     (const float *)(intptr_t)p[4], (const int64_t *)(intptr_t)p[3], (float *)(intptr_t)p[5],
-                     (float *)(intptr_t)p[6], p[8], p[9], p[10], eps};
-    int64_t tokens = p[7], num_atoms = p[11], threads = p[12];
+    if (!read_integers(args, p, 15) || !read_float(args, 15, &eps)) return NULL;
+    const float *in[6];
+    for (int i = 0; i < 6; i++) in[i] = (const float *)(intptr_t)p[i];
+    Composition c = {in[0], in[1], in[2], in[3], in[4], in[5], (const int64_t *)(intptr_t)p[6],
+                     (float *)(intptr_t)p[7], (float *)(intptr_t)p[8], p[10], p[11], p[12], eps};
+    int64_t tokens = p[9], num_atoms = p[13], threads = p[14];
     if (!are_atoms(c.indices, tokens * c.top_k, num_atoms)) return NULL;
     if (threads == 1) {
         for (int64_t token = 0; token < tokens; token++) compose_token(&c, token);
