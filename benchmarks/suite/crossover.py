@@ -16,7 +16,7 @@ from torchdsc.ops import compose
 TOKENS = (16, 256, 4096)
 WIDTHS = (64, 384)
 RATIOS = (0.01, 0.03, 0.06, 0.12, 0.25, 0.5, 1.0)
-ATOMS = (512, 4096)
+ATOMS = (64, 512, 4096)
 # The crossover's value where gathering always wins: above every K / M.
 NEVER = 2.0
 
