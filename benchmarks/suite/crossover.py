@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable
 from importlib import resources
-from itertools import pairwise, product
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -57,12 +57,14 @@ def _case(tokens: int, atoms: int, width: int, ratio: float, device: str) -> Cas
 
 def crossover(dense_over_gather: list[float]) -> float:
     """K / M at which the two cost the same, between the measured ratios; above 1 where gathering always wins."""
-    if dense_over_gather[0] < 1:
+    # With few pairs gathering has a fixed cost of its own: what counts is where it wins for the last time.
+    last = max((index for index, ratio in enumerate(dense_over_gather) if ratio >= 1), default=None)
+    if last is None:
         return RATIOS[0]
-    for (low, high), (before, after) in zip(pairwise(RATIOS), pairwise(dense_over_gather), strict=False):
-        if before >= 1 > after:
-            return round(low + (high - low) * (before - 1) / (before - after), 3)
-    return NEVER
+    if last + 1 == len(dense_over_gather):
+        return NEVER
+    (low, high), (before, after) = RATIOS[last : last + 2], dense_over_gather[last : last + 2]
+    return round(low + (high - low) * (before - 1) / (before - after), 3)
 
 
 def publish(result: dict[str, Any]) -> None:

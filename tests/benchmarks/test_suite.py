@@ -89,7 +89,7 @@ class TestLayer:
 
 @pytest.mark.parametrize(
     ("ratios", "expected"),
-    [([0.9], 0.01), ([1.5, 0.5], 0.02), ([2.0, 1.5, 1.0, 0.0], 0.06), ([3.0] * 7, 2.0)],
+    [([0.9], 0.01), ([1.5, 0.5], 0.02), ([0.9, 1.5, 0.5], 0.045), ([2.0, 1.5, 1.0, 0.0], 0.06), ([3.0] * 7, 2.0)],
 )
 def test_crossover_lies_between_the_measured_ratios(ratios, expected):
     assert crossover.crossover(ratios) == expected

@@ -1,5 +1,6 @@
 """One adaptation: a base model, a method, a task, a learning rate and a seed, to a record."""
 
+import re
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -59,7 +60,8 @@ class Job:
     def name(self) -> str:
         """Name of the run's folder."""
         phase = "trial" if self.is_trial else "run"
-        return f"{phase}-{self.task}-{self.method.name}-lr{self.learning_rate:g}-seed{self.seed}".replace("/", "_")
+        name = f"{phase}-{self.task}-{self.method.name}-lr{self.learning_rate:g}-seed{self.seed}"
+        return re.sub(r"[^\w.+-]+", "_", name)
 
 
 def adapt_run(

@@ -1,7 +1,7 @@
 """Work over the selected pairs alone: no tokens x K x d tensor is kept.
 
-On a CPU compiled functions read every selected row once, for gradients too where there are at least as many pairs as
-atoms. Elsewhere library kernels do it.
+On a CPU compiled functions read every selected row once, for gradients too where pairs are not few against the atoms.
+Elsewhere library kernels do it.
 
 The (T, K) selection is a sparse T x M matrix with K entries a row. The latent values are a sampled product with it,
 outputs and input gradients a weighted sum of bank rows (embedding_bag), atom gradients the transposed sparse product,
@@ -21,6 +21,8 @@ from .norms import inverse_norms, pair_scale, radial
 
 # Bytes of gathered rows per chunk where no sampled product exists: about a core's level-two cache, and a GPU's share.
 _CHUNK_BYTES = {"cpu": 1 << 20, "other": 1 << 28}
+# The compiled gradients take the norms of all atoms: not worth it for fewer pairs than an eighth of them.
+_ATOMS_PER_PAIR = 8
 
 
 def forward(
@@ -56,7 +58,7 @@ def backward(
     """Gradients of x, u, v and coefficients; those of the banks are dense."""
     # Autograd may hand on a gradient that is expanded.
     native = module_for(grad.contiguous() if grad.is_cpu else grad, x, u, v, indices, coefficients, latent)
-    if native is not None and x.dtype == torch.float32 and indices.numel() >= u.shape[0]:
+    if native is not None and x.dtype == torch.float32 and _ATOMS_PER_PAIR * indices.numel() >= u.shape[0]:
         return _backward_native(native, grad.contiguous(), x, u, v, indices, coefficients, latent, eps)
     dtype, accumulated = x.dtype, coefficients.dtype
     raw_u, raw_v = u, v
