@@ -226,6 +226,14 @@ class TestAnotherLoss:
         output = model(**batch, return_dict=False)
         (output[1].square().mean() + 2 * output[0]).backward()
 
+    @pytest.mark.parametrize("labelled", [True, False])
+    def test_raises_through_hidden_states(self, labelled, training, make_batch):
+        model, batch = training("llama"), make_batch("llama")
+        if not labelled:
+            del batch["labels"]
+        with pytest.raises(RuntimeError, match=r"is not in the loss|not collected"):
+            model(**batch, output_hidden_states=True).hidden_states[-1].square().mean().backward()
+
     def test_is_fine_without_regularisers(self, training, make_batch):
         training("llama", **NONE)(**make_batch("llama")).logits.square().mean().backward()
 

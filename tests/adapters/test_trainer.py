@@ -114,6 +114,24 @@ def test_a_loss_outside_the_model_takes_the_same_step(accumulation, training, ma
     torch.testing.assert_close(trained(beside), trained(inside), rtol=1e-10, atol=1e-13)
 
 
+class RegularizedTrainer(RegularizedLoss, Trainer):
+    pass
+
+
+def test_a_loss_inside_the_model_is_left_as_it_is(training, make_trainer, make_batch):
+    plain, mixed = training("llama"), training("llama")
+    make_trainer(plain, make_batch("llama")).train()
+    make_trainer(mixed, make_batch("llama"), cls=RegularizedTrainer).train()
+    torch.testing.assert_close(trained(mixed), trained(plain), rtol=0, atol=0)
+
+
+def test_nothing_is_added_without_weights(training, make_trainer, make_batch):
+    plain, beside = training("llama", **NONE), training("llama", **NONE)
+    make_trainer(plain, make_batch("llama"), cls=OutsideTrainer).train()
+    make_trainer(beside, make_batch("llama"), cls=RegularizedOutsideTrainer).train()
+    torch.testing.assert_close(trained(beside), trained(plain), rtol=0, atol=0)
+
+
 def test_a_model_that_averages_has_the_mean_over_micro_batches(training, make_trainer, make_batch):
     batch, size = make_batch("bert"), 0.1
     for accumulation in (1, 2, 4):

@@ -78,5 +78,5 @@ def test_help_explains_every_flag(capsys):
     with pytest.raises(SystemExit):
         main(["adapt", "--help"])
     shown = " ".join(capsys.readouterr().out.split())
-    for word in ("held-out part of ``train``", "Trials of a method", "names of the study's"):
+    for word in ("that is held out for it", "Trials of a method", "names of the study's"):
         assert word in shown

@@ -23,6 +23,8 @@ from .layer import AdapterLayer, trains
 
 _TERMS = "_torchdsc_terms"
 _HANDLE = "_torchdsc_handle"
+# Whether the last call in training had no loss to add the terms to.
+_PENDING = "_torchdsc_pending"
 
 
 def add_regularization(model: nn.Module) -> None:
@@ -78,6 +80,7 @@ def _add(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any], 
     if not torch.is_grad_enabled():
         _forget_without_gradient(layers)
         return None
+    model.__dict__[_PENDING] = False
     if not any(layer.statistics_log.entries or not layer.regularizers.need_tokens for layer in layers):
         return None
     # TRL's trainers, which say so, take their loss from other outputs than the model's.
@@ -87,9 +90,11 @@ def _add(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any], 
         if items is not None:
             raise ValueError(
                 "labels must reach the model in training, got num_items_in_batch without them: label smoothing and "
-                "compute_loss_func of Trainer take them out, and the regularisers with them"
+                "compute_loss_func of Trainer take them out, and the regularisers with them. Set the adapter's weights "
+                "of regularisers to 0, or compute the loss in a Trainer of your own under RegularizedLoss"
             )
         _demand_collection(output, layers)
+        model.__dict__[_PENDING] = True
         return None
     collected = [(layer, entry) for layer in layers for entry in layer.statistics_log.take()]
     if not sums_loss(model):
@@ -115,6 +120,11 @@ def base_of(model: nn.Module) -> PreTrainedModel:
     return next(
         module for module in model.modules() if isinstance(module, PreTrainedModel) and _HANDLE in module.__dict__
     )
+
+
+def is_pending(model: PreTrainedModel) -> bool:
+    """Whether the last call of ``model`` in training has left its regularisers for somebody to collect."""
+    return bool(model.__dict__.get(_PENDING, False))
 
 
 def _forget_without_gradient(layers: list[RoutedLayer]) -> None:
@@ -188,11 +198,22 @@ def _demand_use(output: Any, loss: Tensor, total: Tensor) -> None:
     _hook_values(output, check, besides=loss)
 
 
-_OR_NONE = "or set the adapter's aux_weight, budget_weight, frame_weight and z_weight to 0"
+_OR_NONE = (
+    "put torchdsc.adapters.RegularizedLoss before the trainer's class, or set the adapter's aux_weight, budget_weight, "
+    "frame_weight and z_weight to 0"
+)
 
 
 def _hook_values(output: Any, hook: Callable[[Tensor], None], besides: Tensor | None = None) -> None:
-    values = output.values() if isinstance(output, dict) else output if isinstance(output, tuple) else (output,)
-    for value in values:
-        if isinstance(value, Tensor) and value.requires_grad and value is not besides:
+    for value in _tensors(output):
+        if value.requires_grad and value is not besides:
             value.register_hook(hook)
+
+
+def _tensors(output: Any) -> Iterator[Tensor]:
+    """Every tensor of an output, hidden states and the like included."""
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, dict | list | tuple):
+        for value in output.values() if isinstance(output, dict) else output:
+            yield from _tensors(value)

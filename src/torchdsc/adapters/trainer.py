@@ -7,7 +7,7 @@ from torch import nn
 
 from torchdsc.losses import regularization
 
-from .loss import base_of, labelled
+from .loss import base_of, is_pending, labelled
 
 
 class RegularizedLoss:
@@ -32,13 +32,15 @@ class RegularizedLoss:
         """See Trainer."""
         given = dict(inputs)
         found = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)  # type: ignore[misc]
-        if not model.training:
+        base = base_of(model)
+        if not model.training or not is_pending(base):
+            # Nothing is regularised, or the model has added the terms itself.
             return found
         loss, *outputs = found if return_outputs else (found,)
         share = None
         if num_items_in_batch is not None:
             precise = torch.promote_types(loss.dtype, torch.float32)
-            share = labelled(base_of(model), (), given).to(precise) / num_items_in_batch
+            share = labelled(base, (), given).to(precise) / num_items_in_batch
         total = regularization(model, num_tokens=num_items_in_batch, frame_share=share).total
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             # Trainer counts the labels of all processes, whose gradients are averaged.

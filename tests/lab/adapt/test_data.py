@@ -15,9 +15,10 @@ def load(encoder, validation_examples=8, max_length=16, **task):
 @pytest.mark.parametrize("name", ["train.tsv", "train.csv", "train.jsonl"])
 def test_formats_give_the_same_labels(encoder, reviews, name):
     data = load(encoder, train=str(reviews / name))
-    assert (len(data.train), len(data.validation)) == (56, 8)
+    assert (len(data.train), len(data.validation), len(data.evaluation)) == (48, 8, 8)
     assert data.labels == ["0", "1"]
-    assert sorted(row["labels"] for row in data.train.rows + data.validation.rows) == [0] * 32 + [1] * 32
+    every = data.train.rows + data.validation.rows + data.evaluation.rows
+    assert sorted(row["labels"] for row in every) == [0] * 32 + [1] * 32
     # The first word tells the label: rows and labels have stayed together.
     assert {(row["input_ids"][0], row["labels"]) for row in data.train.rows} == {(3, 1), (4, 0)}
     assert len(data.sha256) == 1
@@ -25,15 +26,15 @@ def test_formats_give_the_same_labels(encoder, reviews, name):
 
 def test_columns_of_a_file_without_header(encoder, reviews):
     data = load(encoder, train=str(reviews / "bare.tsv"), columns=["sentence", "label"])
-    assert len(data.train) + len(data.validation) == 64
+    assert len(data.train) + len(data.validation) + len(data.evaluation) == 64
 
 
 def test_quotes_are_text_in_tsv_and_quotes_in_csv(encoder, tmp_path):
-    (tmp_path / "a.tsv").write_text('sentence\tlabel\n"good film\t1\nbad "\t0\n')
-    (tmp_path / "a.csv").write_text('sentence,label\n"good, film",1\nbad,0\n')
+    (tmp_path / "a.tsv").write_text('sentence\tlabel\n"good film\t1\nbad "\t0\nbad\t0\n')
+    (tmp_path / "a.csv").write_text('sentence,label\n"good, film",1\nbad,0\nit,0\n')
     for name, length in (("a.tsv", 3), ("a.csv", 3)):
         data = load(encoder, 1, train=str(tmp_path / name))
-        rows = data.train.rows + data.validation.rows
+        rows = data.train.rows + data.validation.rows + data.evaluation.rows
         assert max(len(row["input_ids"]) for row in rows) == length
 
 
@@ -50,7 +51,10 @@ def test_evaluation_file_and_limits(encoder, reviews):
     train, dev = str(reviews / "train.tsv"), str(reviews / "dev.tsv")
     data = load(encoder, train=train, evaluation=dev, max_train=5, max_evaluation=2)
     assert (len(data.train), len(data.evaluation), len(data.sha256)) == (5, 2, 2)
-    assert load(encoder, train=train).evaluation.rows == load(encoder, train=train).validation.rows
+    # What an evaluation file takes from train is what would be held out without one, less the part for the score.
+    alone, beside = load(encoder, train=train), load(encoder, train=train, evaluation=dev)
+    assert alone.validation.rows == beside.validation.rows
+    assert alone.train.rows == beside.train.rows[8:]
 
 
 def test_regression_standardises_by_train(encoder, reviews):
@@ -72,7 +76,7 @@ def test_text_in_blocks(decoder, reviews):
     assert data.train.rows[0]["labels"].equal(data.train.rows[0]["input_ids"])
     assert len(data.retain) == 200 // 16
     tokens = len(AutoTokenizer.from_pretrained(decoder)((reviews / "prose.txt").read_text())["input_ids"])
-    assert len(data.train) + len(data.validation) == tokens // 16
+    assert len(data.train) + len(data.validation) + len(data.evaluation) == tokens // 16
 
 
 class TestErrors:
@@ -85,14 +89,19 @@ class TestErrors:
         with pytest.raises(ValueError, match=r"labels of task 't' must be among .*\['0', '1'\], got '7'"):
             load(encoder, train=str(reviews / "train.tsv"), evaluation=str(tmp_path / "dev.tsv"))
 
+    def test_metric_of_two_labels(self, encoder, tmp_path):
+        (tmp_path / "a.tsv").write_text("sentence\tlabel\n" + "good\ta\nbad\tb\nfilm\tc\n" * 8)
+        with pytest.raises(ValueError, match=r"must be accuracy where labels are not two, got \['a', 'b', 'c'\]"):
+            load(encoder, train=str(tmp_path / "a.tsv"), metric="f1")
+
     def test_label_no_number(self, encoder, tmp_path):
-        (tmp_path / "a.tsv").write_text("sentence\tlabel\n" + "good\tx\n" * 9)
+        (tmp_path / "a.tsv").write_text("sentence\tlabel\n" + "good\tx\n" * 20)
         with pytest.raises(ValueError, match="labels of task 't' must be numbers, got 'x'"):
             load(encoder, train=str(tmp_path / "a.tsv"), kind="regression")
 
     def test_too_few_examples(self, encoder, reviews):
-        with pytest.raises(ValueError, match="must hold more than validation_examples = 64 examples, got 64"):
-            load(encoder, 64, train=str(reviews / "train.tsv"))
+        with pytest.raises(ValueError, match="must hold more than 64 held-out examples, got 64"):
+            load(encoder, 32, train=str(reviews / "train.tsv"))
         with pytest.raises(ValueError, match="must hold at least 4096 tokens"):
             load(encoder, 1, 4096, train=str(reviews / "prose.txt"), kind="causal_lm", text=["text"])
 

@@ -39,6 +39,15 @@ def test_agrees_with_scikit_learn():
     assert score("f1", logits, labels) == pytest.approx(100 * metrics.f1_score(labels, chosen))
 
 
+@pytest.mark.parametrize("metric", ["accuracy", "f1", "matthews", "correlation"])
+def test_predictions_that_are_not_finite_score_nan(metric):
+    assert math.isnan(
+        score(
+            metric, np.array([[0.0, np.nan], [1.0, 0.0]])[:, : 1 + (metric != "correlation")] * np.nan, np.array([0, 1])
+        )
+    )
+
+
 def test_unknown_metric():
     with pytest.raises(ValueError, match=r"metric must be one of .* got 'loss'"):
         score("loss", logits_of([1]), np.array([1]))

@@ -1,6 +1,7 @@
 import json
 import subprocess
 import sys
+from statistics import median
 
 import pytest
 import yaml
@@ -84,6 +85,16 @@ def test_a_rate_that_diverged_is_not_chosen(study):
 
 
 class TestErrors:
+    def test_record_of_another_run(self, study, tmp_path):
+        config = study(methods=[{"name": "m", "kind": "lora", "options": {"r": 2, "target_modules": ["query"]}}])
+        adapt(config, tmp_path / "out")
+        (record,) = (tmp_path / "out").glob("run-*/record.json")
+        changed = json.loads(record.read_text())
+        changed["config"]["method"]["options"]["r"] = 4
+        record.write_text(json.dumps(changed))
+        with pytest.raises(ValueError, match=r"must be a record of this study, got one of options .*'r': 4"):
+            adapt(config, tmp_path / "out")
+
     def test_folder_of_another_study(self, finished, study):
         _, folder, _ = finished
         with pytest.raises(ValueError, match=r"holds a study with steps 4 instead of 5"):
@@ -170,9 +181,15 @@ class TestSummary:
     def test_difference_is_paired_by_seed_and_averaged_over_tasks(self):
         scores = {("a", "x"): [1.0, 3.0], ("b", "x"): [0.0, 1.0], ("a", "y"): [5.0, 5.0], ("b", "y"): [4.0, 6.0]}
         found = difference(self.runs(scores), "a", "b")
-        # x: differences 1 and 2; y: 1 and -1. Variances 0.5 and 2, each over two seeds; two degrees of freedom.
+        # x: differences 1 and 2; y: 1 and -1. Variances 0.5 and 2, each over two seeds.
         assert found.mean == pytest.approx((1.5 + 0.0) / 2)
-        assert found.half_width == pytest.approx(4.303 * (0.5 / 2 + 2 / 2) ** 0.5 / 2)
+        # Welch and Satterthwaite: (0.25 + 1)^2 / (0.25^2 + 1^2) = 1.47 degrees of freedom.
+        assert found.half_width == pytest.approx(12.71 * (0.5 / 2 + 2 / 2) ** 0.5 / 2)
+
+    def test_equal_variances_have_the_degrees_of_freedom_of_all_tasks(self):
+        scores = {(method, task): [value, -value] for method, value in (("a", 1.0), ("b", 0.0)) for task in "vwxyz"}
+        found = difference(self.runs(scores), "a", "b")
+        assert (found.mean, found.half_width) == (0.0, pytest.approx(2.571 * (5 * 2 / 2) ** 0.5 / 5))
 
     def test_one_seed_has_no_interval(self):
         found = difference(self.runs({("a", "x"): [1.0], ("b", "x"): [2.0]}), "a", "b")
@@ -183,5 +200,6 @@ class TestSummary:
         lora, dsc = summarize(results)
         assert lora.against is None
         assert dsc.against is not None
-        assert dsc.step_ratio == results["timing"]["DSC"]["median"] / results["timing"]["LoRA"]["median"]
+        samples = [results["timing"][name]["samples"] for name in ("DSC", "LoRA")]
+        assert dsc.step_ratio == median(own / other for own, other in zip(*samples, strict=True))
         assert to_markdown(results).splitlines()[3].startswith("| DSC |")

@@ -16,7 +16,12 @@ TaskKind = Literal["classification", "regression", "causal_lm"]
 Metric = Literal["accuracy", "matthews", "f1", "correlation", "loss"]
 MethodKind = Literal["dsc", "mixture_of_loras", "lora", "vblora", "vera", "full"]
 KINDS: tuple[str, ...] = get_args(MethodKind)
-_METRICS: dict[str, Metric] = {"classification": "accuracy", "regression": "correlation", "causal_lm": "loss"}
+# Metrics of each kind of task, the default first.
+_METRICS: dict[str, tuple[Metric, ...]] = {
+    "classification": ("accuracy", "matthews", "f1"),
+    "regression": ("correlation",),
+    "causal_lm": ("loss",),
+}
 
 
 @dataclass(frozen=True)
@@ -26,13 +31,14 @@ class Task:
     Attributes:
         name: What the task is called in tables.
         train: File (csv, tsv, jsonl, txt), or id of a data set on the hub, "id:split" or "id/config:split".
-        evaluation: The same for the final evaluation; a held-out part of ``train`` by default.
+        evaluation: The same for the final evaluation; by default a part of ``train`` that is held out for it.
         kind: "classification", "regression" or "causal_lm".
         text: Columns of text, one or two; a text file has one, "text".
         label: Column of labels.
         columns: Names of the columns of a file without a header.
-        metric: "accuracy", "f1" (of label 1), "matthews", "correlation" (mean of Pearson's and Spearman's) or "loss"
-            (nats per token; the score is its negative); by default accuracy, correlation or loss, after ``kind``.
+        metric: For classification "accuracy" (the default), or for two labels "matthews" or "f1" (of the second in
+            the order of text); for regression "correlation", the mean of Pearson's and Spearman's; for causal LMs
+            "loss" in nats per token, whose negative is the score.
         retain: For causal LMs, text of the old domain: its loss before and after tells what is forgotten.
         max_train: Examples to train on at most, the first after shuffling with a fixed seed.
         max_evaluation: Examples to evaluate on at most, the first.
@@ -54,10 +60,9 @@ class Task:
 
     def __post_init__(self) -> None:
         _check(f"kind of task {self.name!r}", self.kind, self.kind in get_args(TaskKind), str(get_args(TaskKind)))
-        metrics = get_args(Metric)
-        _check(
-            f"metric of task {self.name!r}", self.metric, self.metric is None or self.metric in metrics, str(metrics)
-        )
+        metrics = _METRICS[self.kind]
+        expected = f"one of {metrics} for kind = {self.kind!r}"
+        _check(f"metric of task {self.name!r}", self.metric, self.metric is None or self.metric in metrics, expected)
         _check(f"text of task {self.name!r}", self.text, len(self.text) in (1, 2), "one or two columns")
         if self.retain is not None and self.kind != "causal_lm":
             raise ValueError(f"retain of task {self.name!r} must be None for kind = {self.kind!r}, got {self.retain!r}")
@@ -68,7 +73,7 @@ class Task:
     @property
     def scored_by(self) -> Metric:
         """The metric in force."""
-        return self.metric or _METRICS[self.kind]
+        return self.metric or _METRICS[self.kind][0]
 
 
 @dataclass(frozen=True)
@@ -93,6 +98,8 @@ class Method:
     def __post_init__(self) -> None:
         _check(f"kind of method {self.name!r}", self.kind, self.kind in KINDS, f"one of {KINDS}")
         _check(f"budget of method {self.name!r}", self.budget, self.budget is None or self.budget >= 1, "None or >= 1")
+        if self.learning_rates is not None:
+            _check_rates(f"learning_rates of method {self.name!r}", self.learning_rates)
         if self.kind == "full" and (self.budget is not None or self.options):
             raise ValueError(
                 f"method {self.name!r} must have no budget and options, as full fine-tuning has no adapter"
@@ -112,7 +119,8 @@ class AdaptConfig:
         learning_rates: Trials of a method; with a single one nothing is tuned.
         tuning_tasks: Names of the tasks that learning rates are tuned on, by the mean score; all by default.
         tuning_seed: Seed of the trials.
-        validation_examples: Examples held out of train, which trials are scored on (and the best checkpoint).
+        validation_examples: Examples (or blocks) held out of train, which trials and checkpoints are chosen by; where a
+            task names no evaluation, as many more are held out for that.
         steps: Optimizer steps.
         batch_size: Examples of a step.
         accumulation: Micro-batches that a step is cut into; must divide batch_size.
@@ -152,12 +160,8 @@ class AdaptConfig:
             names = [item.name for item in getattr(self, name)]
             if not names or len(set(names)) != len(names):
                 raise ValueError(f"{name} must be one or more of different names, got {names}")
-        for name in ("seeds", "learning_rates"):
-            values = getattr(self, name)
-            if not values or len(set(values)) != len(values):
-                raise ValueError(f"{name} must be one or more different numbers, got {values}")
-        for rate in self.learning_rates:
-            _check("learning_rates", rate, rate > 0, "> 0")
+        _check_numbers("seeds", self.seeds)
+        _check_rates("learning_rates", self.learning_rates)
         for name in ("steps", "batch_size", "accumulation", "max_length", "validation_examples"):
             _check(name, getattr(self, name), getattr(self, name) >= 1, ">= 1")
         _check("precision", self.precision, self.precision in ("fp32", "bf16"), "fp32 or bf16")
@@ -270,6 +274,18 @@ def _build(kind: Any, name: str, values: Any) -> Any:
         return kind(**values)
     except TypeError as error:
         raise ValueError(f"{name}: {str(error).removeprefix(f'{kind.__name__}.__init__() ')}") from error
+
+
+def _check_numbers(name: str, values: Any) -> None:
+    numbers = isinstance(values, list) and all(isinstance(value, int | float) for value in values)
+    if not numbers or not values or len(set(values)) != len(values):
+        raise ValueError(f"{name} must be one or more different numbers, got {values!r}")
+
+
+def _check_rates(name: str, rates: Any) -> None:
+    _check_numbers(name, rates)
+    for rate in rates:
+        _check(name, rate, rate > 0, "> 0")
 
 
 def _check(name: str, value: object, holds: bool, expected: str) -> None:

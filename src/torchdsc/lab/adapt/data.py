@@ -43,7 +43,7 @@ class TaskData:
         task: The task.
         train: To train on.
         validation: Held out of train: for tuning, and the best checkpoint.
-        evaluation: For the final score; the validation part where the task names none.
+        evaluation: For the final score, looked at once; as many held out of train where the task names none.
         retain: Blocks of the old domain, or None.
         labels: Names of the classes, by id; one for regression; none for causal LMs.
         scale: Mean and standard deviation of train's labels, which regression standardises them by.
@@ -67,7 +67,7 @@ def load_task(task: Task, tokenizer: PreTrainedTokenizerBase, *, max_length: int
         task: The task.
         tokenizer: Of the base model.
         max_length: Tokens of an example at most, or of a block.
-        validation_examples: Examples held out of train.
+        validation_examples: Examples held out of train, and once more where the task names no evaluation.
 
     Returns:
         The examples.
@@ -81,23 +81,24 @@ def load_task(task: Task, tokenizer: PreTrainedTokenizerBase, *, max_length: int
         return _load_text(task, tokenizer, max_length, validation_examples, hashes)
     rows = list(_rows(task, task.train, hashes))
     random.Random(_SPLIT_SEED).shuffle(rows)
-    if len(rows) <= validation_examples:
-        raise ValueError(
-            f"train of task {task.name!r} must hold more than validation_examples = {validation_examples} examples, "
-            f"got {len(rows)}"
-        )
-    held, train = rows[:validation_examples], rows[validation_examples:][: task.max_train]
+    # A score on the examples that chose a rate or a checkpoint would flatter: without a file of their own others are
+    # held out for it.
+    held = validation_examples * (1 if task.evaluation is not None else 2)
+    if len(rows) <= held:
+        raise ValueError(f"train of task {task.name!r} must hold more than {held} held-out examples, got {len(rows)}")
+    train = rows[held:][: task.max_train]
     labels = sorted({str(row[task.label]) for row in rows}) if task.kind == "classification" else [task.label]
 
+    if task.scored_by in ("matthews", "f1") and len(labels) != 2:
+        raise ValueError(f"metric of task {task.name!r} must be accuracy where labels are not two, got {labels}")
     scale = _scale(task, train) if task.kind == "regression" else (0.0, 1.0)
 
     def encode(rows: list[Row]) -> _Examples:
         return _Examples([_encode(task, row, tokenizer, labels, scale, max_length) for row in rows])
 
-    validation = _by_length(encode(held))
-    evaluation = validation
-    if task.evaluation is not None:
-        evaluation = _by_length(encode(list(_rows(task, task.evaluation, hashes))[: task.max_evaluation]))
+    validation = _by_length(encode(rows[:validation_examples]))
+    last = rows[validation_examples:held] if task.evaluation is None else list(_rows(task, task.evaluation, hashes))
+    evaluation = _by_length(encode(last[: task.max_evaluation]))
     return TaskData(task, encode(train), validation, evaluation, None, labels, scale, hashes)
 
 
@@ -145,14 +146,16 @@ def _load_text(task: Task, tokenizer: PreTrainedTokenizerBase, length: int, held
         return [{"input_ids": block, "labels": block, "attention_mask": torch.ones_like(block)} for block in cut]
 
     train = blocks(task.train)
-    if len(train) <= held:
+    parts = 1 if task.evaluation is not None else 2
+    if len(train) <= parts * held:
         raise ValueError(
-            f"train of task {task.name!r} must hold more than validation_examples = {held} blocks of {length} tokens, "
+            f"train of task {task.name!r} must hold more than {parts * held} held-out blocks of {length} tokens, "
             f"got {len(train)}"
         )
     # The end, not a sample: blocks beside each other share their sentences.
-    train, validation = train[:-held][: task.max_train], train[-held:]
-    evaluation = validation if task.evaluation is None else blocks(task.evaluation)[: task.max_evaluation]
+    last = train[-held:] if task.evaluation is None else blocks(task.evaluation)
+    validation, evaluation = train[-parts * held :][:held], last[: task.max_evaluation]
+    train = train[: -parts * held][: task.max_train]
     retain = None if task.retain is None else _Examples(blocks(task.retain)[: task.max_evaluation])
     return TaskData(
         task, _Examples(train), _Examples(validation), _Examples(evaluation), retain, [], (0.0, 1.0), hashes

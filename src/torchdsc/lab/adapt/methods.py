@@ -101,13 +101,14 @@ def solve_size(method: Method, base: str, kind: TaskKind) -> Method:
     return sized(allowed(low))
 
 
-def build_model(method: Method, base: str, data: TaskData) -> nn.Module:
+def build_model(method: Method, base: str, data: TaskData, pad_token_id: int | None = None) -> nn.Module:
     """The base model with the method's adapter, its new head initialised by torch's present seed.
 
     Args:
         method: With its size.
         base: The base model.
         data: Of the task, which has the labels.
+        pad_token_id: The tokenizer's, for a base model without one: a classifier finds its last token by it.
 
     Returns:
         A PEFT model, or the base model for full fine-tuning.
@@ -115,6 +116,8 @@ def build_model(method: Method, base: str, data: TaskData) -> nn.Module:
     kind = data.task.kind
     # The head first: methods of the same seed start with the same one.
     model = _pretrained(base, kind, max(1, len(data.labels)), weights=True)
+    if model.config.get_text_config().pad_token_id is None:
+        model.config.get_text_config().pad_token_id = pad_token_id
     if kind == "classification":
         model.config.id2label = dict(enumerate(data.labels))
         model.config.label2id = {label: index for index, label in enumerate(data.labels)}

@@ -21,11 +21,13 @@ def score(metric: Metric, logits: Array, labels: Array) -> float:
         labels: Shape (n,).
 
     Returns:
-        100 times the metric.
+        100 times the metric; NaN where a prediction is not finite.
 
     Raises:
         ValueError: If ``metric`` is not one of these.
     """
+    if not np.isfinite(logits).all():
+        return math.nan
     if metric == "correlation":
         values = logits.reshape(-1)
         return 50 * (_correlation(values, labels) + _correlation(_ranks(values), _ranks(labels)))

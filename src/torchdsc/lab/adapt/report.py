@@ -47,10 +47,13 @@ def render_report(results: Mapping[str, Any]) -> str:
 
 
 def _headline(rows: Sequence[MethodRow], reference: str) -> str:
-    best = max(rows, key=lambda row: row.mean)
+    finite = [row for row in rows if math.isfinite(row.mean)]
+    if not finite:
+        return "No method has a finite score."
+    best = max(finite, key=lambda row: row.mean)
     if len(rows) == 1:
         return f"{best.name} scores {best.mean:.2f}."
-    sentence = f"{best.name} scores highest, {best.mean:.2f} on average"
+    sentence = f"{best.name} scores highest of {len(rows)} methods, {best.mean:.2f} on average"
     if best.against is None or best.against.half_width is None:
         return f"{sentence}."
     sure = abs(best.against.mean) > best.against.half_width

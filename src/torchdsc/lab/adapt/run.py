@@ -36,6 +36,8 @@ from .metrics import score
 __all__ = ["RECORD", "Job", "adapt_run"]
 
 RECORD, WEIGHTS = "record.json", "adapter"
+# Settings of a study that a single run does not depend on.
+_NOT_OF_A_RUN = ("reference", "learning_rates", "tuning_tasks", "tuning_seed", "timing_rounds")
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,7 @@ def adapt_run(
     file = folder / RECORD
     if file.is_file():
         record = read_json(file)
+        _check_record(record, config, job, data, file)
         remove_checkpoints(folder)
         return record
     folder.mkdir(parents=True, exist_ok=True)
@@ -98,12 +101,24 @@ def adapt_run(
     return record
 
 
+def _check_record(record: dict[str, Any], config: AdaptConfig, job: Job, data: TaskData, file: Path) -> None:
+    """A record under a run's name must be that of this very run."""
+    kept, method = record["config"], record["config"]["method"]
+    wanted = {name: value for name, value in _settings(config).items() if name not in _NOT_OF_A_RUN}
+    wanted |= {"task": asdict(data.task), "kind": job.method.kind, "options": job.method.options}
+    kept = {**kept, "kind": method["kind"], "options": method["options"]}
+    different = [name for name in wanted if kept.get(name) != wanted[name]]
+    if different or record["data_sha256"] != data.sha256:
+        what = f"{different[0]} {kept.get(different[0])!r}" if different else "other data"
+        raise ValueError(f"{file} must be a record of this study, got one of {what}: delete its folder to run it anew")
+
+
 def _adapt(
     config: AdaptConfig, job: Job, data: TaskData, tokenizer: PreTrainedTokenizerBase, folder: Path, label: str
 ) -> dict[str, Any]:
     set_seed(job.seed)
     reset_peak_memory()
-    model = build_model(job.method, config.base, data)
+    model = build_model(job.method, config.base, data, tokenizer.pad_token_id)
     trainer = _trainer(config, job, data, tokenizer, model, folder, label)
     retained = None if data.retain is None or job.is_trial else _loss(trainer, data.retain)
     start, checkpoint = time.perf_counter(), last_checkpoint(folder)

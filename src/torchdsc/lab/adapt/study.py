@@ -53,6 +53,9 @@ def adapt(config: AdaptConfig, folder: Path, *, console: Console | None = None) 
     """
     console = console or Console()
     tokenizer = AutoTokenizer.from_pretrained(resolve_base(config.base))
+    if tokenizer.pad_token is None:
+        # Causal LMs often come without one; what is padded is masked.
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     sizes = {"max_length": config.max_length, "validation_examples": config.validation_examples}
     data = {task.name: load_task(task, tokenizer, **sizes) for task in config.tasks}
     with quiet_transformers():
@@ -139,7 +142,7 @@ def _share(
                     run(job, job.name)
                     taken = True
         if not open_jobs:
-            return [read_json(folder / job.name / RECORD) for job in jobs]
+            return [run(job, job.name) for job in jobs]
         if not taken:
             time.sleep(_POLL_SECONDS)
 
@@ -204,7 +207,7 @@ def _timing(
     batch = {name: value.to(device) for name, value in batch.items()}
 
     def step(method: Method) -> Callable[[], object]:
-        model = build_model(method, config.base, task).to(device).train()
+        model = build_model(method, config.base, task, tokenizer.pad_token_id).to(device).train()
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         optimizer = AdamW(parameters, lr=1e-5)
 
@@ -238,6 +241,8 @@ def _timing(
 
 
 def _peak(step: Callable[[], object]) -> int:
+    # The optimizer's state is made in the first step.
+    step()
     reset_peak_memory()
     step()
     return peak_memory_bytes()

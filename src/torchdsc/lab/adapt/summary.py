@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from statistics import fmean, stdev, variance
+from statistics import fmean, median, stdev, variance
 from typing import Any
 
 from torchdsc.lab.tables import DASH, MINUS, TIMES
@@ -41,8 +41,8 @@ class MethodRow:
         scores: Scores by task, of each seed.
         mean: Mean over tasks of the mean over seeds.
         against: Difference to the reference; None for the reference itself.
-        step_ratio: Time of a training step over the reference's; None where not timed.
-        peak_ratio: Peak memory of a training step over the reference's.
+        step_ratio: Time of a training step over the reference's, round by round; None where not timed.
+        peak_ratio: Peak memory of the process in a training step over the reference's.
     """
 
     name: str
@@ -85,9 +85,14 @@ def difference(runs: Sequence[Run], name: str, reference: str) -> Difference:
     mean = fmean(fmean(values) for values in paired.values())
     if any(len(values) < 2 for values in paired.values()):
         return Difference(mean, None)
-    error = math.sqrt(sum(variance(values) / len(values) for values in paired.values())) / len(paired)
-    freedom = sum(len(values) - 1 for values in paired.values())
-    return Difference(mean, _T[max(known for known in _T if known <= freedom)] * error)
+    parts = [(variance(values) / len(values), len(values) - 1) for values in paired.values()]
+    total = sum(part for part, _ in parts)
+    if total == 0:
+        return Difference(mean, 0.0)
+    # Welch and Satterthwaite: tasks vary by different amounts.
+    freedom = total**2 / sum(part**2 / degrees for part, degrees in parts)
+    point = _T[max((known for known in _T if known <= freedom + 1e-9), default=1)]
+    return Difference(mean, point * math.sqrt(total) / len(paired))
 
 
 def summarize(results: Mapping[str, Any]) -> list[MethodRow]:
@@ -112,15 +117,27 @@ def summarize(results: Mapping[str, Any]) -> list[MethodRow]:
                 scores=scores,
                 mean=fmean(fmean(values) for values in scores.values()),
                 against=None if name == reference else difference(runs, name, reference),
-                step_ratio=_ratio(timing, name, reference, "median"),
-                peak_ratio=_ratio(timing, name, reference, "peak_memory_bytes"),
+                step_ratio=_step_ratio(timing, name, reference),
+                peak_ratio=_peak_ratio(timing, name, reference),
             )
         )
     return rows
 
 
-def _ratio(timing: Mapping[str, Any], name: str, reference: str, key: str) -> float | None:
-    return timing[name][key] / timing[reference][key] if name in timing and reference in timing else None
+def _step_ratio(timing: Mapping[str, Any], name: str, reference: str) -> float | None:
+    """Median of the ratios within rounds, whose samples belong together."""
+    if name not in timing or reference not in timing:
+        return None
+    pairs = zip(timing[name]["samples"], timing[reference]["samples"], strict=True)
+    ratio: float = median(own / other for own, other in pairs)
+    return ratio
+
+
+def _peak_ratio(timing: Mapping[str, Any], name: str, reference: str) -> float | None:
+    if name not in timing or reference not in timing:
+        return None
+    peaks: list[float] = [timing[method]["peak_memory_bytes"] for method in (name, reference)]
+    return peaks[0] / peaks[1]
 
 
 def to_markdown(results: Mapping[str, Any]) -> str:
