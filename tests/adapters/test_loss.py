@@ -104,7 +104,8 @@ class TestLoss:
         expected = plain(**batch).loss.item() - last_regularization(plain).get("total", 0.0)
         assert loss.item() == pytest.approx(expected + last_regularization(model)["total"], rel=1e-5)
 
-    def test_padding_does_not_count(self, kind, training, make_batch):
+    @pytest.mark.parametrize("told", [True, False])
+    def test_padding_does_not_count(self, kind, told, training, make_batch):
         model, batch = training(kind, **{**NONE, "z_weight": 0.1}), make_batch(kind)
         if kind == "t5":
             batch["decoder_input_ids"] = shifted(batch)
@@ -112,7 +113,11 @@ class TestLoss:
             batch["decoder_input_ids"] = functional.pad(batch["decoder_input_ids"], (0, 2), value=5)
             batch["labels"] = functional.pad(batch["labels"], (0, 2), value=-100)
             batch["labels"][0, 2:] = -100
-            batch["decoder_attention_mask"] = (batch["labels"] != -100).long()
+            if told:
+                batch["decoder_attention_mask"] = (batch["labels"] != -100).long()
+            else:
+                # As collators have it: the model makes the decoder's tokens of the labels.
+                del batch["decoder_input_ids"]
         counts = []
         for module in model.modules():
             if hasattr(module, "statistics_log"):

@@ -71,9 +71,11 @@ def leave_attention_mask(model: nn.Module) -> None:
         for caller in _callers(model):
             if _HANDLE in caller.__dict__:
                 caller.__dict__.pop(_HANDLE).remove()
+                caller.__dict__.pop(_LABELLED, None)
 
 
 _HANDLE = "_torchdsc_mask_handle"
+_LABELLED = "_torchdsc_labelled"
 
 
 def _callers(model: nn.Module) -> list[nn.Module]:
@@ -86,6 +88,12 @@ def _callers(model: nn.Module) -> list[nn.Module]:
 def _pass(accepted: tuple[str, ...], model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     given = {**dict(zip(accepted, args, strict=False)), **kwargs}
     mask, states = given.get("attention_mask"), given.get("encoder_hidden_states")
+    labels = _tensor(given.get("labels"))
+    for caller in _callers(model)[1:]:
+        # A decoder that makes its tokens of labels is given no mask: what has no label is padding.
+        caller.__dict__[_LABELLED] = None if labels is None or labels.dim() != 2 else labels != -100
+    if mask is None:
+        mask = model.__dict__.get(_LABELLED)
     memory = None if states is None else (id(states), _tensor(given.get("encoder_attention_mask")))
     for module in model.modules():
         if isinstance(module, TokenMasked):
