@@ -36,6 +36,7 @@ def test_presets_are_configurations(name):
         ({"warmup_steps": 500}, "warmup_steps must be in 0 .. steps = 200, got 500"),
         ({"precision": "fp8"}, "precision must be fp32 or bf16, got 'fp8'"),
         ({"reference": "x"}, "reference must be the name of a method, got 'x'"),
+        ({"methods": [{**METHOD, "against": "x"}]}, "against of method 'm' must be the name of a method, got 'x'"),
         ({"stepz": 3}, r"config must set fields of AdaptConfig, got \['stepz'\]"),
     ],
 )

@@ -87,6 +87,7 @@ class Method:
             largest within. None where ``options`` give the size.
         learning_rates: Trials; by default those of the study.
         options: Fields of the method's PEFT configuration.
+        against: Name of the method it is compared to; the study's reference by default.
     """
 
     name: str
@@ -94,6 +95,7 @@ class Method:
     budget: int | None = None
     learning_rates: list[float] | None = None
     options: dict[str, Any] = field(default_factory=dict)
+    against: str | None = None
 
     def __post_init__(self) -> None:
         _check(f"kind of method {self.name!r}", self.kind, self.kind in KINDS, f"one of {KINDS}")
@@ -175,8 +177,10 @@ class AdaptConfig:
         known = {task.name for task in self.tasks}
         if self.tuning_tasks is not None and (not self.tuning_tasks or set(self.tuning_tasks) - known):
             raise ValueError(f"tuning_tasks must be among {sorted(known)}, got {self.tuning_tasks}")
-        if self.reference is not None and self.reference not in {method.name for method in self.methods}:
-            raise ValueError(f"reference must be the name of a method, got {self.reference!r}")
+        known_methods = {method.name for method in self.methods}
+        given = [("reference", self.reference), *((f"against of method {m.name!r}", m.against) for m in self.methods)]
+        for name, chosen in given:
+            _check(name, chosen, chosen is None or chosen in known_methods, "the name of a method")
 
     def rates(self, method: Method) -> list[float]:
         """Learning rates to try."""

@@ -40,13 +40,13 @@ def render_report(results: Mapping[str, Any]) -> str:
     return PAGE.substitute(
         title=text(title),
         style=style_sheet(),
-        headline=text(_headline(rows, reference_of(results))),
+        headline=text(_headline(rows)),
         facts=_facts(results, tasks),
         main="\n".join(part for part in parts if part),
     )
 
 
-def _headline(rows: Sequence[MethodRow], reference: str) -> str:
+def _headline(rows: Sequence[MethodRow]) -> str:
     finite = [row for row in rows if math.isfinite(row.mean)]
     if not finite:
         return "No method has a finite score."
@@ -58,7 +58,7 @@ def _headline(rows: Sequence[MethodRow], reference: str) -> str:
         return f"{sentence}."
     sure = abs(best.against.mean) > best.against.half_width
     verdict = "beyond" if sure else "within"
-    return f"{sentence}: {format_difference(best.against)} to {reference}, {verdict} the 95 % interval."
+    return f"{sentence}: {format_difference(best.against)} to {best.other}, {verdict} the 95 % interval."
 
 
 def _facts(results: Mapping[str, Any], tasks: Sequence[str]) -> Html:
@@ -84,7 +84,7 @@ def _results(results: Mapping[str, Any], rows: Sequence[MethodRow], tasks: Seque
             f"{row.rate:g}",
             *(format_scores(row.scores.get(task, [])) for task in tasks),
             f"{row.mean:.2f}",
-            format_difference(row.against),
+            format_difference(row.against) + ("" if row.other == reference else f" (against {row.other})"),
             *(DASH if ratio is None else f"{ratio:.2f}{TIMES}" for ratio in (row.step_ratio, row.peak_ratio)),
         ]
         for row in rows

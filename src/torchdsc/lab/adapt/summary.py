@@ -40,7 +40,8 @@ class MethodRow:
         adapter_bytes: Size of the saved weights, heads included; the mean over tasks.
         scores: Scores by task, of each seed.
         mean: Mean over tasks of the mean over seeds.
-        against: Difference to the reference; None for the reference itself.
+        other: The method it is compared to.
+        against: Difference to that; None for itself.
         step_ratio: Time of a training step over the reference's, round by round; None where not timed.
         peak_ratio: Peak memory of the process in a training step over the reference's.
     """
@@ -51,6 +52,7 @@ class MethodRow:
     adapter_bytes: float
     scores: dict[str, list[float]]
     mean: float
+    other: str
     against: Difference | None
     step_ratio: float | None
     peak_ratio: float | None
@@ -102,6 +104,7 @@ def summarize(results: Mapping[str, Any]) -> list[MethodRow]:
     rows = []
     for method in results["config"]["methods"]:
         name = method["name"]
+        other = method.get("against") or reference
         own = [run for run in runs if run["method"] == name]
         if not own:
             continue
@@ -116,7 +119,8 @@ def summarize(results: Mapping[str, Any]) -> list[MethodRow]:
                 adapter_bytes=fmean(run["adapter_bytes"] for run in own),
                 scores=scores,
                 mean=fmean(fmean(values) for values in scores.values()),
-                against=None if name == reference else difference(runs, name, reference),
+                other=other,
+                against=None if name == other else difference(runs, name, other),
                 step_ratio=_step_ratio(timing, name, reference),
                 peak_ratio=_peak_ratio(timing, name, reference),
             )
@@ -145,12 +149,12 @@ def to_markdown(results: Mapping[str, Any]) -> str:
     rows, reference = summarize(results), reference_of(results)
     tasks = [task["name"] for task in results["config"]["tasks"]]
     head = ["Method", "adapter parameters", "saved bytes", "learning rate", *tasks, "mean", f"vs {reference}"]
-    lines = [head, [":--", *["--:"] * (len(head) + 1)], *([*_cells(row, tasks)] for row in rows)]
+    lines = [head, [":--", *["--:"] * (len(head) + 1)], *(_cells(row, tasks, reference) for row in rows)]
     lines[0] = [*head, "step time", "peak memory"]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines) + "\n"
 
 
-def _cells(row: MethodRow, tasks: Sequence[str]) -> list[str]:
+def _cells(row: MethodRow, tasks: Sequence[str], reference: str) -> list[str]:
     return [
         row.name,
         f"{row.params_adapter:,}",
@@ -158,7 +162,7 @@ def _cells(row: MethodRow, tasks: Sequence[str]) -> list[str]:
         f"{row.rate:g}",
         *(format_scores(row.scores.get(task, [])) for task in tasks),
         f"{row.mean:.2f}",
-        format_difference(row.against),
+        format_difference(row.against) + ("" if row.other == reference else f" (vs {row.other})"),
         *(DASH if ratio is None else f"{ratio:.2f}{TIMES}" for ratio in (row.step_ratio, row.peak_ratio)),
     ]
 
