@@ -25,7 +25,7 @@ def run(arguments: list[str]) -> None:
     # Imported late: --help and wrong flags answer at once.
     from torchdsc.lab.adapt.study import adapt
 
-    adapt(config, Path(options.output or f"runs/adapt-{options.preset or 'single'}"))
+    adapt(config, Path(options.output or f"runs/adapt-{options.preset or config.tasks[0].name}"))
 
 
 def _parser() -> ArgumentParser:

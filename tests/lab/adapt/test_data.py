@@ -118,3 +118,16 @@ class TestErrors:
     def test_no_file(self, encoder, tmp_path):
         with pytest.raises(FileNotFoundError):
             load(encoder, train=str(tmp_path / "none.tsv"))
+
+
+def test_data_set_of_the_hub(encoder, monkeypatch):
+    asked = []
+
+    def load_dataset(*names, split):
+        asked.append((*names, split))
+        return [{"sentence": f"good film {index}", "label": index % 2} for index in range(20)]
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    data = load(encoder, 4, train="user/reviews/small:train[:20]", evaluation="user/reviews")
+    assert asked == [("user/reviews", "small", "train[:20]"), ("user/reviews", "train")]
+    assert (len(data.train), len(data.evaluation), data.sha256) == (16, 20, [])

@@ -30,7 +30,8 @@ class Task:
 
     Attributes:
         name: What the task is called in tables.
-        train: File (csv, tsv, jsonl, txt), or id of a data set on the hub, "id:split" or "id/config:split".
+        train: File (csv, tsv, jsonl, txt), or id of a data set on the hub, "user/name:split" or
+            "user/name/config:split".
         evaluation: The same for the final evaluation; by default a part of ``train`` that is held out for it.
         kind: "classification", "regression" or "causal_lm".
         text: Columns of text, one or two; a text file has one, "text".

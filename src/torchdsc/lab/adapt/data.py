@@ -201,8 +201,7 @@ def _from_hub(source: str) -> Iterator[Row]:
         from datasets import load_dataset
     except ImportError as error:
         raise ImportError("a data set of the hub needs datasets: pip install 'torchdsc[corpora]'") from error
+    # "user/name", or "user/name/config".
     name, _, split = source.partition(":")
-    parts = name.split("/")
-    # "user/name/config", or "name" and "user/name" without one.
-    arguments = ("/".join(parts[:2]), *parts[2:])
-    yield from load_dataset(*arguments, split=split or "train")
+    user, *rest = name.split("/")
+    yield from load_dataset("/".join([user, *rest[:1]]), *rest[1:], split=split or "train")

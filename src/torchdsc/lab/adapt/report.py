@@ -95,6 +95,11 @@ def _results(results: Mapping[str, Any], rows: Sequence[MethodRow], tasks: Seque
         "the mean over these tasks, paired by seed. Metrics, in points: "
         + ", ".join(f"{name} {metric}" for name, metric in metrics.items())
         + f". Times and memory of a training step are those over {reference}'s."
+        + (
+            ""
+            if results["trials"]
+            else " Learning rates were not tuned: this is no comparison of the methods at their best."
+        )
     )
     title = "Scores, and what they cost"
     return section(
