@@ -27,26 +27,25 @@ def _tokenizer():
     )
 
 
+def _folder(factory, name, model, config):
+    torch.manual_seed(0)
+    folder = factory.mktemp(name)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
+    model(config(vocab_size=16, **sizes)).save_pretrained(folder)
+    _tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
 @pytest.fixture(scope="session")
 def encoder(tmp_path_factory):
     """Folder of a tiny BERT and its tokenizer."""
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("encoder")
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
-    BertForSequenceClassification(BertConfig(vocab_size=16, **sizes)).save_pretrained(folder)
-    _tokenizer().save_pretrained(folder)
-    return str(folder)
+    return _folder(tmp_path_factory, "encoder", BertForSequenceClassification, BertConfig)
 
 
 @pytest.fixture(scope="session")
 def decoder(tmp_path_factory):
     """Folder of a tiny Llama and its tokenizer."""
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("decoder")
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
-    LlamaForCausalLM(LlamaConfig(vocab_size=16, **sizes)).save_pretrained(folder)
-    _tokenizer().save_pretrained(folder)
-    return str(folder)
+    return _folder(tmp_path_factory, "decoder", LlamaForCausalLM, LlamaConfig)
 
 
 def sentence(index):

@@ -10,12 +10,12 @@ from matplotlib.figure import Figure
 
 from torchdsc.lab.figures.style import COLORS, FONT_SIZE, add_axes, new_figure, pad_limits
 from torchdsc.lab.files import write_text
-from torchdsc.lab.report.html import Html, details, figure, grid, paragraph, section, table, text
+from torchdsc.lab.report.html import Html, details, figure, grid, paragraph, section, table, terms, text
 from torchdsc.lab.report.template import PAGE, style_sheet
-from torchdsc.lab.tables import DASH, TIMES
+from torchdsc.lab.tables import DASH
 
 from .config import Task
-from .summary import MethodRow, format_difference, format_scores, reference_of, summarize
+from .summary import MethodRow, format_difference, reference_of, summarize, table_cells, table_head
 
 __all__ = ["render_report", "write_report"]
 
@@ -35,7 +35,7 @@ def render_report(results: Mapping[str, Any]) -> str:
     """The page as text; the same results give the same page."""
     rows, config = summarize(results), results["config"]
     tasks = [task["name"] for task in config["tasks"]]
-    parts = [_results(results, rows, tasks), _pictures(results, rows), _trials(results), _provenance(results)]
+    parts = [_results(results, rows), _pictures(results, rows), _trials(results), _provenance(results)]
     title = f"Adapting {config['base']}"
     return PAGE.substitute(
         title=text(title),
@@ -69,26 +69,12 @@ def _facts(results: Mapping[str, Any], tasks: Sequence[str]) -> Html:
         "Training": f"{config['steps']:,} steps of {config['batch_size']}",
         "Learning rates tried": str(len(config["learning_rates"])),
     }
-    items = "\n".join(f"<div><dt>{text(term)}</dt><dd>{text(value)}</dd></div>" for term, value in entries.items())
-    return Html(f'<dl class="facts">\n{items}\n</dl>')
+    return terms(entries)
 
 
-def _results(results: Mapping[str, Any], rows: Sequence[MethodRow], tasks: Sequence[str]) -> Html:
+def _results(results: Mapping[str, Any], rows: Sequence[MethodRow]) -> Html:
     reference = reference_of(results)
-    head = ["Method", "adapter parameters", "saved bytes", "learning rate", *tasks, "mean", f"against {reference}"]
-    body = [
-        [
-            _name(results, row.name),
-            f"{row.params_adapter:,}",
-            f"{row.adapter_bytes:,.0f}",
-            f"{row.rate:g}",
-            *(format_scores(row.scores.get(task, [])) for task in tasks),
-            f"{row.mean:.2f}",
-            format_difference(row.against) + ("" if row.other == reference else f" (against {row.other})"),
-            *(DASH if ratio is None else f"{ratio:.2f}{TIMES}" for ratio in (row.step_ratio, row.peak_ratio)),
-        ]
-        for row in rows
-    ]
+    body = [[_name(results, row.name), *table_cells(row, results)[1:]] for row in rows]
     metrics = {task["name"]: Task(**task).scored_by for task in results["config"]["tasks"]}
     notes = (
         "± is the sample standard deviation over seeds; against the reference, the half width of the 95 % interval of "
@@ -105,7 +91,7 @@ def _results(results: Mapping[str, Any], rows: Sequence[MethodRow], tasks: Seque
     return section(
         "results",
         "Results",
-        table(title, [*head, "step time", "peak memory"], body, "results"),
+        table(title, table_head(results), body, "results"),
         paragraph(notes, "note"),
         _forgetting(results),
     )

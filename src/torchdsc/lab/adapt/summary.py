@@ -8,7 +8,16 @@ from typing import Any
 
 from torchdsc.lab.tables import DASH, MINUS, TIMES
 
-__all__ = ["Difference", "MethodRow", "difference", "reference_of", "summarize", "to_markdown"]
+__all__ = [
+    "Difference",
+    "MethodRow",
+    "difference",
+    "reference_of",
+    "summarize",
+    "table_cells",
+    "table_head",
+    "to_markdown",
+]
 
 # Two-sided 95 % points of Student's t, by degrees of freedom; between them the next smaller, which is wider.
 _T = {1: 12.71, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262, 10: 2.228}
@@ -146,15 +155,22 @@ def _peak_ratio(timing: Mapping[str, Any], name: str, reference: str) -> float |
 
 def to_markdown(results: Mapping[str, Any]) -> str:
     """The table as GitHub markdown."""
-    rows, reference = summarize(results), reference_of(results)
-    tasks = [task["name"] for task in results["config"]["tasks"]]
-    head = ["Method", "adapter parameters", "saved bytes", "learning rate", *tasks, "mean", f"vs {reference}"]
-    lines = [head, [":--", *["--:"] * (len(head) + 1)], *(_cells(row, tasks, reference) for row in rows)]
-    lines[0] = [*head, "step time", "peak memory"]
+    head, rows = table_head(results), [table_cells(row, results) for row in summarize(results)]
+    lines = [head, [":--", *["--:"] * (len(head) - 1)], *rows]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines) + "\n"
 
 
-def _cells(row: MethodRow, tasks: Sequence[str], reference: str) -> list[str]:
+def table_head(results: Mapping[str, Any]) -> list[str]:
+    """Titles of the columns of :func:`table_cells`."""
+    tasks = (task["name"] for task in results["config"]["tasks"])
+    costs = ("step time", "peak memory")
+    head = ["Method", "adapter parameters", "saved bytes", "learning rate", *tasks, "mean"]
+    return [*head, f"vs {reference_of(results)}", *costs]
+
+
+def table_cells(row: MethodRow, results: Mapping[str, Any]) -> list[str]:
+    """One row of the table as text."""
+    tasks = (task["name"] for task in results["config"]["tasks"])
     return [
         row.name,
         f"{row.params_adapter:,}",
@@ -162,7 +178,7 @@ def _cells(row: MethodRow, tasks: Sequence[str], reference: str) -> list[str]:
         f"{row.rate:g}",
         *(format_scores(row.scores.get(task, [])) for task in tasks),
         f"{row.mean:.2f}",
-        format_difference(row.against) + ("" if row.other == reference else f" (vs {row.other})"),
+        format_difference(row.against) + ("" if row.other == reference_of(results) else f" (vs {row.other})"),
         *(DASH if ratio is None else f"{ratio:.2f}{TIMES}" for ratio in (row.step_ratio, row.peak_ratio)),
     ]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 
 from matplotlib.figure import Figure
@@ -40,6 +40,12 @@ def listing(values: Iterable[object], kind: str) -> Html:
     """Returns a list of a class, or nothing for no values."""
     items = "\n".join(f"<li>{text(value)}</li>" for value in values)
     return Html(f'<ul class="{kind}">\n{items}\n</ul>' if items else "")
+
+
+def terms(entries: Mapping[str, object]) -> Html:
+    """Returns a short list of terms and what they are."""
+    items = (f"<div><dt>{text(term)}</dt><dd>{text(value)}</dd></div>" for term, value in entries.items())
+    return Html('<dl class="facts">\n' + "\n".join(items) + "\n</dl>")
 
 
 def method_name(method: str, label: str, description: str = "") -> Html:

@@ -22,7 +22,7 @@ from torchdsc.lab.tables import (
 )
 
 from .findings import Difference, checks, differences, format_signed, join_words, routing_findings
-from .html import Html, details, figure, grid, listing, method_name, paragraph, section, table, text
+from .html import Html, details, figure, grid, listing, method_name, paragraph, section, table, terms, text
 
 
 def facts(runs: Sequence[Run], summaries: Sequence[MethodSummary]) -> Html:
@@ -39,11 +39,7 @@ def facts(runs: Sequence[Run], summaries: Sequence[MethodSummary]) -> Html:
         "Total parameters": sizes,
         "Batch timed": f" {TIMES} ".join(str(size) for size in batch) + " tokens" if batch else DASH,
     }
-    return Html('<dl class="facts">\n' + "\n".join(_fact(term, value) for term, value in entries.items()) + "\n</dl>")
-
-
-def _fact(term: str, value: str) -> str:
-    return f"<div><dt>{text(term)}</dt><dd>{text(value)}</dd></div>"
+    return terms(entries)
 
 
 def _distinct(values: Iterable[object]) -> str:

@@ -59,7 +59,7 @@ def backward(
     # Autograd may hand on a gradient that is expanded.
     native = module_for(grad.contiguous() if grad.is_cpu else grad, x, u, v, indices, coefficients, latent)
     if native is not None and x.dtype == torch.float32 and _ATOMS_PER_PAIR * indices.numel() >= u.shape[0]:
-        return _backward_native(native, grad.contiguous(), x, u, v, indices, coefficients, latent, eps)
+        return _backward_native(native, (grad.contiguous(), x, u, v, coefficients, latent), indices, eps)
     dtype, accumulated = x.dtype, coefficients.dtype
     raw_u, raw_v = u, v
     u, u_indices = _in_dtype(u, indices, accumulated)
@@ -101,22 +101,15 @@ def _forward_native(
 
 
 def _backward_native(
-    native: ModuleType,
-    grad: Tensor,
-    x: Tensor,
-    u: Tensor,
-    v: Tensor,
-    indices: Tensor,
-    coefficients: Tensor,
-    latent: Tensor,
-    eps: float | None,
+    native: ModuleType, inputs: tuple[Tensor, ...], indices: Tensor, eps: float | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    _, x, u, v, coefficients, _ = inputs
     (tokens, top_k), num_atoms = indices.shape, u.shape[0]
     scale_u, scale_v = (None, None) if eps is None else (inverse_norms(u, eps), inverse_norms(v, eps))
     gradients = [torch.empty_like(t) for t in (x, u, v, coefficients)]
     pairs = [torch.empty_like(coefficients) for _ in range(3)]
     places = torch.empty_like(indices), indices.new_empty(num_atoms)
-    arrays = (grad, x, u, v, coefficients, latent, scale_u, scale_v, indices, *gradients, *pairs, *places)
+    arrays = (*inputs, scale_u, scale_v, indices, *gradients, *pairs, *places)
     sizes = tokens, top_k, x.shape[1], v.shape[1], num_atoms, torch.get_num_threads()
     native.compose_backward(*map(address, arrays), *sizes, -1.0 if eps is None else eps)
     return gradients[0], gradients[1], gradients[2], gradients[3]
