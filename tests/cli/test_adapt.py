@@ -5,7 +5,8 @@ import yaml
 
 from torchdsc.cli.adapt import _config, _parser
 from torchdsc.cli.main import main
-from torchdsc.lab.adapt.config import AdaptConfig, load_adapt_preset
+from torchdsc.lab.adapt.config import AdaptConfig
+from torchdsc.lab.presets import read_preset
 
 
 def parse(*arguments):
@@ -13,7 +14,7 @@ def parse(*arguments):
 
 
 def test_preset():
-    assert parse("--preset", "glue") == AdaptConfig.from_dict(load_adapt_preset("glue"))
+    assert parse("--preset", "glue") == AdaptConfig.from_dict(read_preset("glue", "adapt"))
 
 
 def test_flags_over_the_preset():

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from torchdsc.lab import config as lab_config
+from torchdsc.lab import presets
 from torchdsc.lab.budget import METHODS
 from torchdsc.lab.config import ExperimentConfig, load_preset, preset_names
 from torchdsc.lab.training import make_plans
@@ -42,7 +42,7 @@ class TestPresets:
 
     def test_unknown_field(self, tmp_path, monkeypatch):
         (tmp_path / "odd.yaml").write_text("stepps: 3\n")
-        monkeypatch.setattr(lab_config, "_folder", lambda: Path(tmp_path))
+        monkeypatch.setattr(presets, "_place", lambda *parts: Path(tmp_path, *parts))
         with pytest.raises(ValueError, match=r"preset 'odd' must set fields of ExperimentConfig, got \['stepps'\]"):
             load_preset("odd")
 

@@ -7,7 +7,8 @@ from typing import Any
 import docstring_parser
 import yaml
 
-from torchdsc.lab.adapt.config import KINDS, AdaptConfig, Task, adapt_preset_names, load_adapt_preset
+from torchdsc.lab.adapt.config import KINDS, AdaptConfig, Task
+from torchdsc.lab.presets import preset_names, read_preset
 
 from .parsing import ArgumentParser, command_parser
 
@@ -31,7 +32,8 @@ def run(arguments: list[str]) -> None:
 def _parser() -> ArgumentParser:
     usage = "[--preset NAME] [--config FILE] --base MODEL --train FILE [--method KIND ...] [--SETTING VALUE ...]"
     parser = command_parser("adapt", "Adapt a pretrained model to tasks, by one method or several.", usage)
-    parser.add_argument("--preset", default=None, help=f"a study to start from: {', '.join(adapt_preset_names())}")
+    presets = ", ".join(preset_names("adapt"))
+    parser.add_argument("--preset", default=None, help=f"a study to start from: {presets}")
     parser.add_argument("--config", type=str | None, default=None, help="YAML file of a study, over the preset's")
     parser.add_argument("--output", type=str | None, default=None, help="folder of the study (default: runs/adapt-...)")
     parser.add_argument("--base", type=str | None, default=None, help="folder or hub id of the model")
@@ -51,7 +53,7 @@ def _parser() -> ArgumentParser:
 
 
 def _config(options: dict[str, Any]) -> AdaptConfig:
-    values = load_adapt_preset(options["preset"]) if options["preset"] else {}
+    values = read_preset(options["preset"], "adapt") if options["preset"] else {}
     if options["config"]:
         values |= yaml.safe_load(Path(options["config"]).read_text(encoding="utf-8"))
     for name in ("base", *_STUDY_FLAGS):

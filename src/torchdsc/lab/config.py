@@ -2,13 +2,11 @@
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
-from importlib import resources
 from math import inf
 from typing import Any, Literal, get_args
 
-import yaml
-
 from .budget import METHODS, Budget
+from .presets import preset_names, read_preset
 
 __all__ = ["METHODS", "ExperimentConfig", "load_preset", "preset_names"]
 
@@ -166,11 +164,6 @@ class ExperimentConfig:
         return asdict(self)
 
 
-def preset_names() -> list[str]:
-    """Names of the presets that come with the package."""
-    return sorted(path.name.removesuffix(".yaml") for path in _folder().iterdir() if path.name.endswith(".yaml"))
-
-
 def load_preset(name: str) -> dict[str, Any]:
     """Fields of a preset.
 
@@ -183,17 +176,11 @@ def load_preset(name: str) -> dict[str, Any]:
     Raises:
         ValueError: If there is no such preset, or it sets an unknown field.
     """
-    if name not in preset_names():
-        raise ValueError(f"preset must be one of {preset_names()}, got {name!r}")
-    values: dict[str, Any] = yaml.safe_load(_folder().joinpath(f"{name}.yaml").read_text(encoding="utf-8"))
+    values = read_preset(name)
     unknown = set(values) - {f.name for f in fields(ExperimentConfig)}
     if unknown:
         raise ValueError(f"preset {name!r} must set fields of ExperimentConfig, got {sorted(unknown)}")
     return values
-
-
-def _folder() -> Any:
-    return resources.files("torchdsc").joinpath("configs")
 
 
 def _check_methods(name: str, methods: list[str]) -> None:

@@ -1,14 +1,15 @@
 import pytest
 
-from torchdsc.lab.adapt.config import AdaptConfig, Task, adapt_preset_names, load_adapt_preset, resolve_base
+from torchdsc.lab.adapt.config import AdaptConfig, Task, resolve_base
+from torchdsc.lab.presets import preset_names, read_preset
 
 TASK = {"name": "t", "train": "a.tsv"}
 METHOD = {"name": "m", "kind": "dsc"}
 
 
-@pytest.mark.parametrize("name", adapt_preset_names())
+@pytest.mark.parametrize("name", preset_names("adapt"))
 def test_presets_are_configurations(name):
-    config = AdaptConfig.from_dict(load_adapt_preset(name))
+    config = AdaptConfig.from_dict(read_preset(name, "adapt"))
     assert AdaptConfig.from_dict(config.as_dict()) == config
 
 
@@ -62,4 +63,4 @@ def test_base_in_a_package():
 
 def test_unknown_preset():
     with pytest.raises(ValueError, match="preset must be one of"):
-        load_adapt_preset("none")
+        read_preset("none", "adapt")

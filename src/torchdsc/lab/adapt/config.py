@@ -4,13 +4,11 @@ import hashlib
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from importlib import resources, util
+from importlib import util
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import yaml
-
-__all__ = ["KINDS", "AdaptConfig", "Method", "Task", "adapt_preset_names", "load_adapt_preset"]
+__all__ = ["KINDS", "AdaptConfig", "Method", "Task"]
 
 TaskKind = Literal["classification", "regression", "causal_lm"]
 Metric = Literal["accuracy", "matthews", "f1", "correlation", "loss"]
@@ -215,23 +213,6 @@ class AdaptConfig:
         return config
 
 
-def adapt_preset_names() -> list[str]:
-    """Names of the presets of ``torchdsc adapt``."""
-    return sorted(path.name.removesuffix(".yaml") for path in _folder().iterdir() if path.name.endswith(".yaml"))
-
-
-def load_adapt_preset(name: str) -> dict[str, Any]:
-    """Fields of a preset.
-
-    Raises:
-        ValueError: If there is no such preset.
-    """
-    if name not in adapt_preset_names():
-        raise ValueError(f"preset must be one of {adapt_preset_names()}, got {name!r}")
-    values: dict[str, Any] = yaml.safe_load(_folder().joinpath(f"{name}.yaml").read_text(encoding="utf-8"))
-    return values
-
-
 def resolve_base(base: str) -> str:
     """The folder or hub id of ``base``.
 
@@ -263,10 +244,6 @@ def _converted(base: str) -> str:
         folder.parent.mkdir(parents=True, exist_ok=True)
         convert_llama2c(files[0], files[1], folder)
     return str(folder)
-
-
-def _folder() -> Any:
-    return resources.files("torchdsc").joinpath("configs", "adapt")
 
 
 def _build(kind: Any, name: str, values: Any) -> Any:

@@ -1,0 +1,16 @@
+"""The regularisers, equations (9) to (13): one function each, and their collection from a model."""
+
+from .collection import Regularization, frame_regularization, regularization, regularization_of
+from .terms import aux_loss, budget_loss, frame_loss, frame_potential, z_loss
+
+__all__ = [
+    "Regularization",
+    "aux_loss",
+    "budget_loss",
+    "frame_loss",
+    "frame_potential",
+    "frame_regularization",
+    "regularization",
+    "regularization_of",
+    "z_loss",
+]
