@@ -35,6 +35,8 @@ def test_presets_are_configurations(name):
         ({"seeds": [1, 1]}, "seeds must be one or more different numbers"),
         ({"batch_size": 6, "accumulation": 4}, "accumulation must divide batch_size = 6, got 4"),
         ({"warmup_steps": 500}, "warmup_steps must be in 0 .. steps = 200, got 500"),
+        ({"steps": "none"}, "steps must be an int >= 1, got 'none'"),
+        ({"weight_decay": "none"}, "weight_decay must be a number, got 'none'"),
         ({"precision": "fp8"}, "precision must be fp32 or bf16, got 'fp8'"),
         ({"reference": "x"}, "reference must be the name of a method, got 'x'"),
         ({"methods": [{**METHOD, "against": "x"}]}, "against of method 'm' must be the name of a method, got 'x'"),

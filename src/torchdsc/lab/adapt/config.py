@@ -163,8 +163,11 @@ class AdaptConfig:
                 raise ValueError(f"{name} must be one or more of different names, got {names}")
         _check_numbers("seeds", self.seeds)
         _check_rates("learning_rates", self.learning_rates)
+        for name in ("warmup_steps", "timing_rounds", "weight_decay", "max_grad_norm"):
+            _check(name, getattr(self, name), isinstance(getattr(self, name), int | float), "a number")
         for name in ("steps", "batch_size", "accumulation", "max_length", "validation_examples"):
-            _check(name, getattr(self, name), getattr(self, name) >= 1, ">= 1")
+            value = getattr(self, name)
+            _check(name, value, isinstance(value, int) and value >= 1, "an int >= 1")
         _check("precision", self.precision, self.precision in ("fp32", "bf16"), "fp32 or bf16")
         _check("timing_rounds", self.timing_rounds, self.timing_rounds >= 2, ">= 2")
         _check("warmup_steps", self.warmup_steps, 0 <= self.warmup_steps <= self.steps, f"in 0 .. steps = {self.steps}")
