@@ -42,15 +42,16 @@ class TokenMasked:
     def mask_of(self, x: Tensor) -> Tensor | None:
         """The mask of tokens x of shape (..., d), None where it is that of other tokens.
 
-        Models that flatten batch and sequence on the way keep the order of their tokens.
+        Models that flatten leading axes on the way keep the order of their tokens.
         """
         mask = self.token_mask
         if self.memory is not None and not torch.compiler.is_compiling() and id(x) == self.memory[0]:
             mask = self.memory[1]
         if mask is None or mask.shape == x.shape[:-1]:
             return mask
-        is_flat = mask.dim() == 2 and x.dim() == 2 and mask.numel() == x.shape[0]
-        return mask.reshape(-1) if is_flat else None
+        # Into tokens, or as models of several texts an example do, into sequences.
+        is_flat = x.dim() == 2 < 1 + mask.dim() or (x.dim() == 3 < mask.dim() + 1 and mask.shape[-1] == x.shape[1])
+        return mask.reshape(x.shape[:-1]) if is_flat and mask.numel() == x.shape[:-1].numel() else None
 
 
 def pass_attention_mask(model: nn.Module) -> None:

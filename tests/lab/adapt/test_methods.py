@@ -1,12 +1,23 @@
 import pytest
 import torch
 
-from torchdsc.lab.adapt.config import Method, Task
+from torchdsc.lab.adapt.config import AdaptConfig, Method, Task
 from torchdsc.lab.adapt.data import TaskData
 from torchdsc.lab.adapt.methods import adapter_parameters, build_model, solve_size
 
 TARGETS = {"target_modules": ["query", "value"]}
-DATA = TaskData(Task("t", "a"), None, None, None, None, ["0", "1"], (0.0, 1.0), [])
+
+
+def study(encoder, **changes):
+    methods = [Method("m", "full")]
+    return AdaptConfig(**{"base": encoder, "tasks": [Task("t", "a")], "methods": methods, **changes})
+
+
+def data_of(task=Task("t", "a"), labels=("0", "1")):
+    return TaskData(task, None, None, None, None, list(labels), (0.0, 1.0), [], None)
+
+
+DATA = data_of()
 
 
 @pytest.mark.parametrize(
@@ -22,11 +33,11 @@ DATA = TaskData(Task("t", "a"), None, None, None, None, ["0", "1"], (0.0, 1.0), 
 )
 def test_size_is_the_largest_within_the_budget(encoder, kind, options, size):
     method = Method("m", kind, budget=2000, options={**TARGETS, **options})
-    solved = solve_size(method, encoder, "classification")
+    solved = solve_size(method, study(encoder))
 
     def count(value):
         sized = Method("m", kind, options={**solved.options, size: value})
-        return adapter_parameters(build_model(sized, encoder, DATA))
+        return adapter_parameters(build_model(sized, study(encoder), DATA))
 
     best = solved.options[size]
     following = (round(best**0.5) + 1) ** 2 if options.get("router") == "product_key" else best + 1
@@ -34,7 +45,7 @@ def test_size_is_the_largest_within_the_budget(encoder, kind, options, size):
 
 
 def test_head_is_not_of_the_adapter(encoder):
-    model = build_model(Method("m", "lora", options={"r": 2, **TARGETS}), encoder, DATA)
+    model = build_model(Method("m", "lora", options={"r": 2, **TARGETS}), study(encoder), DATA)
     assert adapter_parameters(model) == 2 * 2 * 2 * (32 + 32)
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == adapter_parameters(model) + 2 * 32 + 2
 
@@ -43,26 +54,26 @@ def test_same_seed_gives_methods_the_same_head(encoder):
     heads = []
     for kind, options in (("lora", {"r": 2}), ("dsc", {"num_atoms": 8})):
         torch.manual_seed(3)
-        state = build_model(Method("m", kind, options={**options, **TARGETS}), encoder, DATA).state_dict()
+        state = build_model(Method("m", kind, options={**options, **TARGETS}), study(encoder), DATA).state_dict()
         heads.append(next(value for key, value in state.items() if "classifier.modules_to_save" in key))
     assert torch.equal(*heads)
 
 
 def test_labels_are_saved_with_the_model(encoder):
-    data = TaskData(Task("t", "a"), None, None, None, None, ["no", "yes"], (0.0, 1.0), [])
-    assert build_model(Method("m", "full"), encoder, data).config.id2label == {0: "no", 1: "yes"}
+    data = data_of(labels=("no", "yes"))
+    assert build_model(Method("m", "full"), study(encoder), data).config.id2label == {0: "no", 1: "yes"}
 
 
 class TestErrors:
     def test_budget_too_small(self, encoder):
         with pytest.raises(ValueError, match=r"budget of method 'm' must be at least \d+ \(size 1\), got 10"):
-            solve_size(Method("m", "dsc", budget=10, options=TARGETS), encoder, "classification")
+            solve_size(Method("m", "dsc", budget=10, options=TARGETS), study(encoder))
 
     def test_size_and_budget(self, encoder):
         method = Method("m", "lora", budget=1000, options={"r": 2, **TARGETS})
         with pytest.raises(ValueError, match="options of method 'm' must leave r to its budget, got 2"):
-            solve_size(method, encoder, "classification")
+            solve_size(method, study(encoder))
 
     def test_unknown_option(self, encoder):
         with pytest.raises(ValueError, match=r"options of method 'm': .*'atoms'"):
-            solve_size(Method("m", "dsc", budget=1000, options={"atoms": 2}), encoder, "classification")
+            solve_size(Method("m", "dsc", budget=1000, options={"atoms": 2}), study(encoder))

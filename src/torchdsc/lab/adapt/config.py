@@ -12,6 +12,7 @@ __all__ = ["KINDS", "AdaptConfig", "Method", "Task"]
 
 TaskKind = Literal["classification", "regression", "causal_lm"]
 Metric = Literal["accuracy", "matthews", "f1", "correlation", "loss"]
+Head = Literal["embedding"] | None
 MethodKind = Literal["dsc", "mixture_of_loras", "lora", "vblora", "vera", "full"]
 KINDS: tuple[str, ...] = get_args(MethodKind)
 # Metrics of each kind of task, the default first.
@@ -114,6 +115,9 @@ class AdaptConfig:
     Attributes:
         base: Folder or hub id of the base model, "package:NAME/folder" inside an installed package, or
             "llama2c:MODEL.bin:TOKENIZER.bin", files of llama2.c, which are converted into the cache.
+        base_options: Fields of the base's configuration to change, such as its dropout or ``attn_implementation``.
+        head: For classification and regression; None for the head of the base's own kind, which reads two texts as
+            one, "embedding" for one on the embeddings of texts that are encoded apart (:class:`SentenceClassifier`).
         tasks: What to adapt to.
         methods: How.
         seeds: Every method adapts to every task once with each, at the learning rate that tuning has chosen.
@@ -139,6 +143,8 @@ class AdaptConfig:
     base: str
     tasks: list[Task]
     methods: list[Method]
+    base_options: dict[str, Any] | None = None
+    head: Head = None
     seeds: list[int] = field(default_factory=lambda: [0])
     learning_rates: list[float] = field(default_factory=lambda: [1e-3])
     tuning_tasks: list[str] | None = None
@@ -168,6 +174,9 @@ class AdaptConfig:
         for name in ("steps", "batch_size", "accumulation", "max_length", "validation_examples"):
             value = getattr(self, name)
             _check(name, value, isinstance(value, int) and value >= 1, "an int >= 1")
+        _check("head", self.head, self.head in (None, "embedding"), "None or 'embedding'")
+        if self.head is not None and any(task.kind == "causal_lm" for task in self.tasks):
+            raise ValueError(f"head must be None for causal_lm tasks, got {self.head!r}")
         _check("precision", self.precision, self.precision in ("fp32", "bf16"), "fp32 or bf16")
         _check("timing_rounds", self.timing_rounds, self.timing_rounds >= 2, ">= 2")
         _check("warmup_steps", self.warmup_steps, 0 <= self.warmup_steps <= self.steps, f"in 0 .. steps = {self.steps}")

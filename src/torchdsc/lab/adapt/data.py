@@ -5,8 +5,9 @@ import hashlib
 import json
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import fmean, pstdev
 from typing import Any
@@ -14,8 +15,10 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
+from transformers.data.data_collator import DataCollatorWithPadding, default_data_collator
 
-from .config import Task
+from .config import Head, Task
+from .sentences import collate_sentences
 
 __all__ = ["TaskData", "load_task"]
 
@@ -48,6 +51,7 @@ class TaskData:
         labels: Names of the classes, by id; one for regression; none for causal LMs.
         scale: Mean and standard deviation of train's labels, which regression standardises them by.
         sha256: Of the files, in order; empty for data sets on the hub.
+        collate: What makes a batch of examples.
     """
 
     task: Task
@@ -58,16 +62,20 @@ class TaskData:
     labels: list[str]
     scale: tuple[float, float]
     sha256: list[str]
+    collate: Callable[..., Any]
 
 
-def load_task(task: Task, tokenizer: PreTrainedTokenizerBase, *, max_length: int, validation_examples: int) -> TaskData:
+def load_task(
+    task: Task, tokenizer: PreTrainedTokenizerBase, *, max_length: int, validation_examples: int, head: Head = None
+) -> TaskData:
     """Read, split and encode a task's data.
 
     Args:
         task: The task.
         tokenizer: Of the base model.
-        max_length: Tokens of an example at most, or of a block.
+        max_length: Tokens of an example at most (of each of its texts, for embeddings), or of a block.
         validation_examples: Examples held out of train, and once more where the task names no evaluation.
+        head: As of the study.
 
     Returns:
         The examples.
@@ -93,13 +101,20 @@ def load_task(task: Task, tokenizer: PreTrainedTokenizerBase, *, max_length: int
         raise ValueError(f"metric of task {task.name!r} must be accuracy where labels are not two, got {labels}")
     scale = _scale(task, train) if task.kind == "regression" else (0.0, 1.0)
 
+    tokenize: Callable[..., Any] = partial(tokenizer, truncation=True, max_length=max_length)
+    collate: Callable[..., Any] = DataCollatorWithPadding(tokenizer)
+    if head == "embedding":
+        tokenize, collate = partial(_apart, tokenize), partial(collate_sentences, tokenizer)
+
     def encode(rows: list[Row]) -> _Examples:
-        return _Examples([_encode(task, row, tokenizer, labels, scale, max_length) for row in rows])
+        texts = ([str(row[name]) for name in task.text] for row in rows)
+        labelled = ({"labels": _label(task, row, labels, scale)} for row in rows)
+        return _Examples([{**tokenize(*text), **label} for text, label in zip(texts, labelled, strict=True)])
 
     validation = _by_length(encode(rows[:validation_examples]))
     last = rows[validation_examples:held] if task.evaluation is None else list(_rows(task, task.evaluation, hashes))
     evaluation = _by_length(encode(last[: task.max_evaluation]))
-    return TaskData(task, encode(train), validation, evaluation, None, labels, scale, hashes)
+    return TaskData(task, encode(train), validation, evaluation, None, labels, scale, hashes, collate)
 
 
 def _by_length(examples: _Examples) -> _Examples:
@@ -119,21 +134,19 @@ def _number(task: Task, value: Any) -> float:
         raise ValueError(f"labels of task {task.name!r} must be numbers, got {value!r}") from error
 
 
-def _encode(
-    task: Task,
-    row: Row,
-    tokenizer: PreTrainedTokenizerBase,
-    labels: list[str],
-    scale: tuple[float, float],
-    max_length: int,
-) -> dict[str, Any]:
-    encoded = dict(tokenizer(*(str(row[name]) for name in task.text), truncation=True, max_length=max_length))
+def _apart(tokenize: Callable[..., Any], *texts: str) -> dict[str, Any]:
+    """As :func:`collate_sentences` takes them; in one list, by whose length a sampler may sort."""
+    encoded = [tokenize(text)["input_ids"] for text in texts]
+    return {"input_ids": sum(encoded, []), "lengths": [len(ids) for ids in encoded]}
+
+
+def _label(task: Task, row: Row, labels: list[str], scale: tuple[float, float]) -> int | float:
     value = row[task.label]
-    if task.kind == "classification":
-        if str(value) not in labels:
-            raise ValueError(f"labels of task {task.name!r} must be among those of train, {labels}, got {value!r}")
-        return {**encoded, "labels": labels.index(str(value))}
-    return {**encoded, "labels": (_number(task, value) - scale[0]) / scale[1]}
+    if task.kind == "regression":
+        return (_number(task, value) - scale[0]) / scale[1]
+    if str(value) not in labels:
+        raise ValueError(f"labels of task {task.name!r} must be among those of train, {labels}, got {value!r}")
+    return labels.index(str(value))
 
 
 def _load_text(task: Task, tokenizer: PreTrainedTokenizerBase, length: int, held: int, hashes: list[str]) -> TaskData:
@@ -157,9 +170,8 @@ def _load_text(task: Task, tokenizer: PreTrainedTokenizerBase, length: int, held
     validation, evaluation = train[-parts * held :][:held], last[: task.max_evaluation]
     train = train[: -parts * held][: task.max_train]
     retain = None if task.retain is None else _Examples(blocks(task.retain)[: task.max_evaluation])
-    return TaskData(
-        task, _Examples(train), _Examples(validation), _Examples(evaluation), retain, [], (0.0, 1.0), hashes
-    )
+    examples = (_Examples(train), _Examples(validation), _Examples(evaluation))
+    return TaskData(task, *examples, retain, [], (0.0, 1.0), hashes, default_data_collator)
 
 
 def _rows(task: Task, source: str, hashes: list[str]) -> Iterator[Row]:

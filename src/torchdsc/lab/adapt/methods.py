@@ -8,12 +8,19 @@ import torch
 from peft import LoraConfig, PeftConfig, VBLoRAConfig, VeraConfig, get_peft_model
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+)
 
 from torchdsc.adapters import DSCAdapterConfig, MixtureOfLoRAsConfig
 
-from .config import Method, TaskKind, resolve_base
+from .config import AdaptConfig, Method, Task, TaskKind, resolve_base
 from .data import TaskData
+from .sentences import SentenceClassifier
 
 __all__ = ["adapter_config", "adapter_parameters", "build_model", "solve_size"]
 
@@ -47,13 +54,12 @@ def adapter_config(method: Method, kind: TaskKind) -> PeftConfig | None:
         raise ValueError(f"options of method {method.name!r}: {error}") from error
 
 
-def solve_size(method: Method, base: str, kind: TaskKind) -> Method:
+def solve_size(method: Method, study: AdaptConfig) -> Method:
     """The method with the largest size whose adapter stays within its budget.
 
     Args:
         method: With a budget; one without is returned as it is.
-        base: The base model.
-        kind: Kind of the task.
+        study: With the base model and the first of the tasks.
 
     Returns:
         The method with its size among the options.
@@ -68,8 +74,9 @@ def solve_size(method: Method, base: str, kind: TaskKind) -> Method:
         raise ValueError(
             f"options of method {method.name!r} must leave {name} to its budget, got {method.options[name]}"
         )
+    kind = study.tasks[0].kind
     with torch.device("meta"):
-        model = _pretrained(base, kind, 2, weights=False)
+        model = _pretrained(study, study.tasks[0], 2, weights=False)
 
     def sized(size: int) -> Method:
         options = {**method.options, name: size}
@@ -101,12 +108,12 @@ def solve_size(method: Method, base: str, kind: TaskKind) -> Method:
     return sized(allowed(low))
 
 
-def build_model(method: Method, base: str, data: TaskData, pad_token_id: int | None = None) -> nn.Module:
+def build_model(method: Method, study: AdaptConfig, data: TaskData, pad_token_id: int | None = None) -> nn.Module:
     """The base model with the method's adapter, its new head initialised by torch's present seed.
 
     Args:
         method: With its size.
-        base: The base model.
+        study: With the base model and its head.
         data: Of the task, which has the labels.
         pad_token_id: The tokenizer's, for a base model without one: a classifier finds its last token by it.
 
@@ -115,7 +122,7 @@ def build_model(method: Method, base: str, data: TaskData, pad_token_id: int | N
     """
     kind = data.task.kind
     # The head first: methods of the same seed start with the same one.
-    model = _pretrained(base, kind, max(1, len(data.labels)), weights=True)
+    model = _pretrained(study, data.task, max(1, len(data.labels)), weights=True)
     if model.config.get_text_config().pad_token_id is None:
         model.config.get_text_config().pad_token_id = pad_token_id
     if kind == "classification":
@@ -133,17 +140,22 @@ def adapter_parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters() if p.requires_grad and id(p) not in heads)
 
 
-def _pretrained(base: str, kind: TaskKind, num_labels: int, *, weights: bool) -> PreTrainedModel:
-    auto: Any = AutoModelForCausalLM if kind == "causal_lm" else AutoModelForSequenceClassification
-    settings: dict[str, Any] = {} if kind == "causal_lm" else {"num_labels": num_labels}
-    if kind == "regression":
+def _pretrained(study: AdaptConfig, task: Task, num_labels: int, *, weights: bool) -> PreTrainedModel:
+    is_causal = task.kind == "causal_lm"
+    settings: dict[str, Any] = dict(study.base_options or {})
+    if not is_causal:
+        settings |= {"num_labels": num_labels}
+    if task.kind == "regression":
         settings["problem_type"] = "regression"
-    path = resolve_base(base)
+    path, is_embedding = resolve_base(study.base), study.head == "embedding"
+    auto: Any = AutoModel if is_embedding else AutoModelForSequenceClassification
+    if is_causal:
+        auto = AutoModelForCausalLM
     model: PreTrainedModel
     if weights:
         # A base model may come with the head of another task.
-        replaced = {} if kind == "causal_lm" else {"ignore_mismatched_sizes": True}
+        replaced = {} if is_causal else {"ignore_mismatched_sizes": True}
         model = auto.from_pretrained(path, dtype=torch.float32, **settings, **replaced)
     else:
         model = auto.from_config(AutoConfig.from_pretrained(path, **settings))
-    return model
+    return SentenceClassifier(model, len(task.text)) if is_embedding else model

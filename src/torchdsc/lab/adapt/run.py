@@ -11,7 +11,6 @@ import torch
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from torch import nn
 from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments, set_seed
-from transformers.data.data_collator import DataCollatorWithPadding
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from torchdsc.adapters import last_regularization
@@ -118,8 +117,8 @@ def _adapt(
 ) -> dict[str, Any]:
     set_seed(job.seed)
     reset_peak_memory()
-    model = build_model(job.method, config.base, data, tokenizer.pad_token_id)
-    trainer = _trainer(config, job, data, tokenizer, model, folder, label)
+    model = build_model(job.method, config, data, tokenizer.pad_token_id)
+    trainer = _trainer(config, job, data, model, folder, label)
     retained = None if data.retain is None or job.is_trial else _loss(trainer, data.retain)
     start, checkpoint = time.perf_counter(), last_checkpoint(folder)
     trainer.train(None if checkpoint is None else str(checkpoint))
@@ -170,15 +169,7 @@ def _save(model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path) -> int:
     return sum(file.stat().st_size for file in files)
 
 
-def _trainer(
-    config: AdaptConfig,
-    job: Job,
-    data: TaskData,
-    tokenizer: PreTrainedTokenizerBase,
-    model: nn.Module,
-    folder: Path,
-    label: str,
-) -> Trainer:
+def _trainer(config: AdaptConfig, job: Job, data: TaskData, model: nn.Module, folder: Path, label: str) -> Trainer:
     metric, steps = data.task.scored_by, config.steps_of(data.task)
     evaluates = config.eval_every is not None
     every = config.eval_every or max(1, steps // 2)
@@ -222,7 +213,7 @@ def _trainer(
         args=arguments,
         train_dataset=data.train,
         eval_dataset=data.validation,
-        data_collator=DataCollatorWithPadding(tokenizer) if metric != "loss" else None,
+        data_collator=data.collate,
         compute_metrics=None if metric == "loss" else compute,
     )
     for default in (PrinterCallback, ProgressCallback):

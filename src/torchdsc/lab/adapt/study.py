@@ -13,7 +13,6 @@ import yaml
 from rich.console import Console
 from torch.optim import AdamW
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
-from transformers.data.data_collator import DataCollatorWithPadding, default_data_collator
 
 from torchdsc.lab.environment import hardware, peak_memory_bytes, quiet_transformers, reset_peak_memory
 from torchdsc.lab.files import read_json, write_json, write_text
@@ -56,10 +55,11 @@ def adapt(config: AdaptConfig, folder: Path, *, console: Console | None = None) 
     if tokenizer.pad_token is None:
         # Causal LMs often come without one; what is padded is masked.
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
-    sizes = {"max_length": config.max_length, "validation_examples": config.validation_examples}
-    data = {task.name: load_task(task, tokenizer, **sizes) for task in config.tasks}
+    shared = ("max_length", "validation_examples", "head")
+    settings = {name: getattr(config, name) for name in shared}
+    data = {task.name: load_task(task, tokenizer, **settings) for task in config.tasks}
     with quiet_transformers():
-        methods = [solve_size(method, config.base, config.tasks[0].kind) for method in config.methods]
+        methods = [solve_size(method, config) for method in config.methods]
     _take_folder(config, folder)
     for method in methods:
         console.print(f"{method.name}: {method.kind} {method.options}", markup=False, highlight=False, soft_wrap=True)
@@ -201,13 +201,12 @@ def _timing(
     if all(method.name in kept for method in methods):
         return kept
     task = data[config.tasks[0].name]
-    collate = DataCollatorWithPadding(tokenizer) if task.task.scored_by != "loss" else default_data_collator
-    batch = collate([task.train[index % len(task.train)] for index in range(config.batch_size)])  # type: ignore[arg-type]
+    batch = task.collate([task.train[index % len(task.train)] for index in range(config.batch_size)])  # type: ignore[arg-type]
     device = "cuda" if torch.cuda.is_available() else "cpu"
     batch = {name: value.to(device) for name, value in batch.items()}
 
     def step(method: Method) -> Callable[[], object]:
-        model = build_model(method, config.base, task, tokenizer.pad_token_id).to(device).train()
+        model = build_model(method, config, task, tokenizer.pad_token_id).to(device).train()
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         optimizer = AdamW(parameters, lr=1e-5)
 
