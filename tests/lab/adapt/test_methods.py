@@ -13,8 +13,8 @@ def study(encoder, **changes):
     return AdaptConfig(**{"base": encoder, "tasks": [Task("t", "a")], "methods": methods, **changes})
 
 
-def data_of(task=Task("t", "a"), labels=("0", "1")):
-    return TaskData(task, None, None, None, None, list(labels), (0.0, 1.0), [], None)
+def data_of(labels=("0", "1")):
+    return TaskData(Task("t", "a"), None, None, None, None, list(labels), (0.0, 1.0), [], None)
 
 
 DATA = data_of()

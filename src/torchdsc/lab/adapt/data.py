@@ -8,6 +8,7 @@ import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from statistics import fmean, pstdev
 from typing import Any
@@ -137,7 +138,7 @@ def _number(task: Task, value: Any) -> float:
 def _apart(tokenize: Callable[..., Any], *texts: str) -> dict[str, Any]:
     """As :func:`collate_sentences` takes them; in one list, by whose length a sampler may sort."""
     encoded = [tokenize(text)["input_ids"] for text in texts]
-    return {"input_ids": sum(encoded, []), "lengths": [len(ids) for ids in encoded]}
+    return {"input_ids": list(chain.from_iterable(encoded)), "lengths": [len(ids) for ids in encoded]}
 
 
 def _label(task: Task, row: Row, labels: list[str], scale: tuple[float, float]) -> int | float:
