@@ -7,7 +7,7 @@ from typing import Any
 import docstring_parser
 import yaml
 
-from torchdsc.lab.adapt.config import KINDS, AdaptConfig, Task
+from torchdsc.lab.adapt.config import KINDS, WITHOUT_ADAPTER, AdaptConfig, Task
 from torchdsc.lab.presets import preset_names, read_preset
 
 from .parsing import ArgumentParser, command_parser
@@ -93,12 +93,12 @@ def _chosen_methods(values: dict[str, Any], options: dict[str, Any]) -> None:
         for name in options["method"]:
             if name not in known and name not in KINDS:
                 raise ValueError(f"method must be among {[*known, *KINDS]}, got {name!r}")
-            budget = {} if name == "full" else {"budget": _DEFAULT_BUDGET}
+            budget = {} if name in WITHOUT_ADAPTER else {"budget": _DEFAULT_BUDGET}
             methods.append(known.get(name, {"name": name, "kind": name, **budget}))
         values["methods"] = methods
     if options["budget"] is not None:
         values["methods"] = [
-            method if method["kind"] == "full" else {**method, "budget": options["budget"]}
+            method if method["kind"] in WITHOUT_ADAPTER else {**method, "budget": options["budget"]}
             for method in values["methods"]
         ]
 

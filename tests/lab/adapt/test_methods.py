@@ -3,7 +3,7 @@ import torch
 
 from torchdsc.lab.adapt.config import AdaptConfig, Method, Task
 from torchdsc.lab.adapt.data import TaskData
-from torchdsc.lab.adapt.methods import adapter_parameters, build_model, solve_size
+from torchdsc.lab.adapt.methods import adapter_parameters, build_model, head_parameters, solve_size
 
 TARGETS = {"target_modules": ["query", "value"]}
 
@@ -62,6 +62,21 @@ def test_same_seed_gives_methods_the_same_head(encoder):
 def test_labels_are_saved_with_the_model(encoder):
     data = data_of(labels=("no", "yes"))
     assert build_model(Method("m", "full"), study(encoder), data).config.id2label == {0: "no", 1: "yes"}
+
+
+def test_head_alone(encoder):
+    model = build_model(Method("m", "head"), study(encoder), DATA)
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == {"classifier.weight", "classifier.bias"}
+    assert adapter_parameters(model) == 0
+
+
+@pytest.mark.parametrize("kind", ["full", "lora", "dsc"])
+def test_head_parameters(encoder, kind):
+    options = {"dsc": {"num_atoms": 8}, "lora": {"r": 2}}
+    method = Method("m", kind, options={**options[kind], **TARGETS} if kind != "full" else {})
+    model = build_model(method, study(encoder), DATA)
+    trained = [p for p in head_parameters(model) if p.requires_grad]
+    assert sorted(p.numel() for p in trained) == [2, 2 * 32]
 
 
 class TestErrors:

@@ -133,13 +133,48 @@ def test_interrupted_run_goes_on_exactly(study, tmp_path, monkeypatch):
     assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
+def test_head_has_a_rate_of_its_own(study, tmp_path, monkeypatch):
+    seen = {}
+    methods = [
+        {"name": "LoRA", "kind": "lora", "options": {"r": 2, "target_modules": ["query"]}},
+        {"name": "all", "kind": "full"},
+        {"name": "head", "kind": "head"},
+    ]
+
+    class Trainer(run_module._HeadTrainer):
+        def create_optimizer(self, *args):
+            optimizer = super().create_optimizer(*args)
+            head = {id(p) for p in run_module.head_parameters(self.model)}
+            rates = {True: set(), False: set()}
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    rates[id(parameter) in head].add(group["lr"])
+            seen[len(seen)] = rates
+            trained = {id(p) for p in self.model.parameters() if p.requires_grad}
+            assert {id(p) for group in optimizer.param_groups for p in group["params"]} == trained
+            return optimizer
+
+    monkeypatch.setattr(run_module, "_HeadTrainer", Trainer)
+    config = study(methods=methods, learning_rates=[1e-2], head_learning_rate=3e-4, weight_decay=0.1)
+    results = adapt(config, tmp_path / "out")
+    assert seen == {
+        0: {True: {3e-4}, False: {1e-2}},
+        1: {True: {3e-4}, False: {1e-2}},
+        2: {True: {3e-4}, False: set()},
+    }
+    sizes = {run["method"]: run["adapter_bytes"] for run in results["runs"]}
+    # A head of 2 x 32 and 2 numbers.
+    assert 4 * 66 < sizes["head"] < 1000 < sizes["LoRA"] < sizes["all"]
+
+
 def test_regression_and_full_fine_tuning(study, reviews, tmp_path):
     task = {"name": "pairs", "train": str(reviews / "scores.tsv"), "kind": "regression", "label": "score"}
     task["text"] = ["sentence1", "sentence2"]
     results = adapt(study(tasks=[task], methods=[{"name": "all", "kind": "full"}]), tmp_path / "out")
     (run,) = results["runs"]
     assert -100 <= run["score"] <= 100
-    assert run["params_adapter"] == run["params_trainable"]
+    # But for the head, of 32 weights and a bias.
+    assert run["params_adapter"] == run["params_trainable"] - 33
 
 
 def test_causal_lm_and_forgetting(study, decoder, reviews, tmp_path):

@@ -8,13 +8,14 @@ from importlib import util
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-__all__ = ["KINDS", "AdaptConfig", "Method", "Task"]
+__all__ = ["KINDS", "WITHOUT_ADAPTER", "AdaptConfig", "Method", "Task"]
 
 TaskKind = Literal["classification", "regression", "causal_lm"]
 Metric = Literal["accuracy", "matthews", "f1", "correlation", "loss"]
 Head = Literal["embedding"] | None
-MethodKind = Literal["dsc", "mixture_of_loras", "lora", "vblora", "vera", "full"]
+MethodKind = Literal["dsc", "mixture_of_loras", "lora", "vblora", "vera", "full", "head"]
 KINDS: tuple[str, ...] = get_args(MethodKind)
+WITHOUT_ADAPTER = ("full", "head")
 # Metrics of each kind of task, the default first.
 _METRICS: dict[str, tuple[Metric, ...]] = {
     "classification": ("accuracy", "matthews", "f1"),
@@ -82,7 +83,8 @@ class Method:
 
     Attributes:
         name: What the method is called in tables.
-        kind: "dsc", "mixture_of_loras", "lora", "vblora", "vera" or "full" fine-tuning.
+        kind: "dsc", "mixture_of_loras", "lora", "vblora", "vera", "full" fine-tuning, or "head",
+            which trains nothing else.
         budget: Trainable parameters of the adapter, heads left out; its size (atoms, experts, rank or vectors) is the
             largest within. None where ``options`` give the size.
         learning_rates: Trials; by default those of the study.
@@ -102,9 +104,9 @@ class Method:
         _check(f"budget of method {self.name!r}", self.budget, self.budget is None or self.budget >= 1, "None or >= 1")
         if self.learning_rates is not None:
             _check_rates(f"learning_rates of method {self.name!r}", self.learning_rates)
-        if self.kind == "full" and (self.budget is not None or self.options):
+        if self.kind in WITHOUT_ADAPTER and (self.budget is not None or self.options):
             raise ValueError(
-                f"method {self.name!r} must have no budget and options, as full fine-tuning has no adapter"
+                f"method {self.name!r} must have no budget and options, as kind = {self.kind!r} has no adapter"
             )
 
 
@@ -122,6 +124,7 @@ class AdaptConfig:
         methods: How.
         seeds: Every method adapts to every task once with each, at the learning rate that tuning has chosen.
         learning_rates: Trials of a method; with a single one nothing is tuned.
+        head_learning_rate: Of the new head, which no method's rate needs to suit then; the method's by default.
         tuning_tasks: Names of the tasks that learning rates are tuned on, by the mean score; all by default.
         tuning_seed: Seed of the trials.
         validation_examples: Examples (or blocks) held out of train, which trials and checkpoints are chosen by; where a
@@ -147,6 +150,7 @@ class AdaptConfig:
     head: Head = None
     seeds: list[int] = field(default_factory=lambda: [0])
     learning_rates: list[float] = field(default_factory=lambda: [1e-3])
+    head_learning_rate: float | None = None
     tuning_tasks: list[str] | None = None
     tuning_seed: int = 1000
     validation_examples: int = 500
@@ -169,6 +173,8 @@ class AdaptConfig:
                 raise ValueError(f"{name} must be one or more of different names, got {names}")
         _check_numbers("seeds", self.seeds)
         _check_rates("learning_rates", self.learning_rates)
+        if self.head_learning_rate is not None:
+            _check_rates("head_learning_rate", [self.head_learning_rate])
         for name in ("warmup_steps", "timing_rounds", "weight_decay", "max_grad_norm"):
             _check(name, getattr(self, name), isinstance(getattr(self, name), int | float), "a number")
         for name in ("steps", "batch_size", "accumulation", "max_length", "validation_examples"):

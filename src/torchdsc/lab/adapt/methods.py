@@ -18,11 +18,11 @@ from transformers import (
 
 from torchdsc.adapters import DSCAdapterConfig, MixtureOfLoRAsConfig
 
-from .config import AdaptConfig, Method, Task, TaskKind, resolve_base
+from .config import WITHOUT_ADAPTER, AdaptConfig, Method, Task, TaskKind, resolve_base
 from .data import TaskData
 from .sentences import SentenceClassifier
 
-__all__ = ["adapter_config", "adapter_parameters", "build_model", "solve_size"]
+__all__ = ["adapter_config", "adapter_parameters", "build_model", "head_parameters", "solve_size"]
 
 _CONFIGS: dict[str, Callable[..., PeftConfig]] = {
     "dsc": DSCAdapterConfig,
@@ -33,16 +33,18 @@ _CONFIGS: dict[str, Callable[..., PeftConfig]] = {
 }
 # The option that makes an adapter larger.
 _SIZE = {"dsc": "num_atoms", "mixture_of_loras": "num_experts", "lora": "r", "vblora": "num_vectors", "vera": "r"}
+# As PEFT has it.
+_HEADS = {"classifier", "score"}
 _TASK_TYPES: dict[TaskKind, str] = {"classification": "SEQ_CLS", "regression": "SEQ_CLS", "causal_lm": "CAUSAL_LM"}
 
 
 def adapter_config(method: Method, kind: TaskKind) -> PeftConfig | None:
-    """The PEFT configuration of a method; None for full fine-tuning.
+    """The PEFT configuration of a method; None for full fine-tuning and for a head alone.
 
     Raises:
         ValueError: If an option is unknown or out of its range.
     """
-    if method.kind == "full":
+    if method.kind in WITHOUT_ADAPTER:
         return None
     options = dict(method.options)
     if method.kind == "lora":
@@ -118,7 +120,7 @@ def build_model(method: Method, study: AdaptConfig, data: TaskData, pad_token_id
         pad_token_id: The tokenizer's, for a base model without one: a classifier finds its last token by it.
 
     Returns:
-        A PEFT model, or the base model for full fine-tuning.
+        A PEFT model, or the base model, of which full fine-tuning trains all and "head" the head.
     """
     kind = data.task.kind
     # The head first: methods of the same seed start with the same one.
@@ -128,16 +130,25 @@ def build_model(method: Method, study: AdaptConfig, data: TaskData, pad_token_id
     if kind == "classification":
         model.config.id2label = dict(enumerate(data.labels))
         model.config.label2id = {label: index for index, label in enumerate(data.labels)}
+    if method.kind == "head":
+        model.requires_grad_(False)
+        for parameter in head_parameters(model):
+            parameter.requires_grad_(True)
     config = adapter_config(method, kind)
     adapted: nn.Module = model if config is None else get_peft_model(model, config)
     return adapted
 
 
+def head_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """Parameters of the new head of a classifier or a regression."""
+    return [parameter for name, parameter in model.named_parameters() if _HEADS & set(name.split("."))]
+
+
 def adapter_parameters(model: nn.Module) -> int:
     """Trainable parameters without those of heads and other modules that are trained whole."""
     wrapped = [module for module in model.modules() if isinstance(module, AuxiliaryTrainingWrapper)]
-    heads = {id(p) for module in wrapped for p in module.parameters()}
-    return sum(p.numel() for p in model.parameters() if p.requires_grad and id(p) not in heads)
+    whole = {id(p) for module in wrapped for p in module.parameters()} | {id(p) for p in head_parameters(model)}
+    return sum(p.numel() for p in model.parameters() if p.requires_grad and id(p) not in whole)
 
 
 def _pretrained(study: AdaptConfig, task: Task, num_labels: int, *, weights: bool) -> PreTrainedModel:

@@ -4,12 +4,13 @@ import re
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from torch import nn
+from torch.optim import Optimizer
 from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
@@ -29,7 +30,7 @@ from torchdsc.lab.trainer import QuietProgress
 
 from .config import AdaptConfig, Method
 from .data import TaskData
-from .methods import adapter_parameters, build_model
+from .methods import adapter_parameters, build_model, head_parameters
 from .metrics import score
 
 __all__ = ["RECORD", "Job", "adapt_run"]
@@ -152,7 +153,7 @@ def _adapt(
         "command": command_line(),
     }
     if not job.is_trial:
-        record["adapter_bytes"] = _save(model, tokenizer, folder / WEIGHTS)
+        record["adapter_bytes"] = _save(job.method, model, tokenizer, folder / WEIGHTS)
     return record
 
 
@@ -160,9 +161,12 @@ def _settings(config: AdaptConfig) -> dict[str, Any]:
     return {name: value for name, value in config.as_dict().items() if name not in ("tasks", "methods", "seeds")}
 
 
-def _save(model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path) -> int:
+def _save(method: Method, model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path) -> int:
     """Bytes of the weights that were written."""
-    model.save_pretrained(folder)
+    options: dict[str, Any] = {}
+    if method.kind == "head":
+        options["state_dict"] = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    model.save_pretrained(folder, **options)
     tokenizer.save_pretrained(folder)
     weights = folder / SAFETENSORS_WEIGHTS_NAME
     files = [weights] if weights.is_file() else list(folder.glob("*.safetensors"))
@@ -208,7 +212,8 @@ def _trainer(config: AdaptConfig, job: Job, data: TaskData, model: nn.Module, fo
     def compute(prediction: Any) -> dict[str, float]:
         return {"score": score(metric, np.asarray(prediction.predictions, float), np.asarray(prediction.label_ids))}
 
-    trainer = Trainer(
+    trainer = _HeadTrainer(
+        config.head_learning_rate,
         model=model,
         args=arguments,
         train_dataset=data.train,
@@ -220,6 +225,25 @@ def _trainer(config: AdaptConfig, job: Job, data: TaskData, model: nn.Module, fo
         trainer.remove_callback(default)
     trainer.add_callback(QuietProgress(label))
     return trainer
+
+
+class _HeadTrainer(Trainer):
+    """Trainer with a learning rate of its own for the head; the schedule is the same."""
+
+    def __init__(self, head_learning_rate: float | None, **kwargs: Any) -> None:
+        self._head_learning_rate = head_learning_rate
+        super().__init__(**kwargs)
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Optimizer:
+        """Trainer's, its groups divided."""
+        optimizer: Optimizer = super().create_optimizer(*args, **kwargs)
+        if self._head_learning_rate is not None:
+            head = {id(parameter) for parameter in head_parameters(cast(nn.Module, self.model))}
+            for group in list(optimizer.param_groups):
+                own = [parameter for parameter in group["params"] if id(parameter) in head]
+                group["params"] = [parameter for parameter in group["params"] if id(parameter) not in head]
+                optimizer.add_param_group({**group, "params": own, "lr": self._head_learning_rate})
+        return optimizer
 
 
 def _evaluate(trainer: Trainer, data: TaskData, part: Any) -> dict[str, float]:
