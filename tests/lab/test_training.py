@@ -14,8 +14,8 @@ from torch.nn import functional
 from transformers import TrainerCallback, TrainingArguments
 from transformers.utils import logging as transformers_logging
 
+from torchdsc.lab import checkpoints, training
 from torchdsc.lab import trainer as lab_trainer
-from torchdsc.lab import training
 from torchdsc.lab.budget import METHODS
 from torchdsc.lab.checkpoints import checkpoint_step
 from torchdsc.lab.sparse import DenseAndSparseAdam, clip_grad_norm
@@ -66,6 +66,14 @@ def whole(tiny, tiny_data, tmp_path_factory):
         return folder, train_run(tiny, make_plans(tiny, tiny_data.vocab_size)[method], 1, tiny_data, folder)
 
     return run
+
+
+def test_checkpoints_that_another_process_removes(tmp_path, monkeypatch):
+    gone, here = tmp_path / "checkpoint-1", tmp_path / "checkpoint-2"
+    here.mkdir()
+    monkeypatch.setattr(checkpoints, "_checkpoints", lambda folder: [gone, here])
+    checkpoints.remove_checkpoints(tmp_path)
+    assert not here.exists()
 
 
 def weights(folder):

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 __all__ = ["checkpoint_step", "last_checkpoint", "remove_checkpoints"]
@@ -21,9 +22,10 @@ def checkpoint_step(folder: Path) -> int:
 
 
 def remove_checkpoints(folder: Path) -> None:
-    """Remove all, complete or not."""
+    """Remove all, complete or not; another process may be at it too."""
     for checkpoint in _checkpoints(folder):
-        shutil.rmtree(checkpoint)
+        with suppress(FileNotFoundError):
+            shutil.rmtree(checkpoint)
 
 
 def _checkpoints(folder: Path) -> list[Path]:
