@@ -11,9 +11,10 @@ _COMMANDS = {
     "train": ("torchdsc.cli.train", "train one method"),
     "generate": ("torchdsc.cli.generate", "generate text with a trained model"),
     "adapt": ("torchdsc.cli.adapt", "adapt a pretrained model to tasks, through PEFT"),
+    "study": ("torchdsc.cli.study", "train variants of the layers, each tuned by trials, and compare them"),
     "bench": ("torchdsc.cli.bench", "time the library against its baselines, in a checkout"),
 }
-_RESUMABLE = ("compare", "train", "adapt")
+_RESUMABLE = ("compare", "train", "adapt", "study")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

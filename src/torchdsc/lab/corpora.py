@@ -65,6 +65,8 @@ def load_corpus(
       is joined in sorted order, subfolders included, and cut 90/5/5 at line boundaries.
     * a single file, cut 90/5/5 at line boundaries.
 
+    Paths may hold variables of the environment, `$DATA/wikitext-2`.
+
     Files are UTF-8 text of any suffix; `.xz`, `.gz` and `.bz2` are decompressed. The `<doc ...>` and `</doc>` lines
     of WikiExtractor are taken out. The names above win over a folder of the same name: write `./wikitext-2` for that.
 
@@ -113,7 +115,7 @@ def _read(spec: str) -> tuple[str, SplitTexts]:
         return spec, read_embedded()
     if spec in HUB_CONFIGURATIONS:
         return spec, read_hub(spec)
-    path = Path(spec).expanduser()
+    path = Path(os.path.expandvars(spec)).expanduser()
     if path.exists():
         return path.resolve().name, read_local(path)
     known = ["embedded", *HUB_CONFIGURATIONS]

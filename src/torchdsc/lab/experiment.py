@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from transformers import PreTrainedTokenizerBase
 
 from .budget import Plan
 from .config import ExperimentConfig
@@ -16,7 +17,7 @@ from .tokenizers import load_tokenizer
 from .tokens import FixedWindows, tokenize_corpus
 from .training import Data, make_plans
 
-__all__ = ["prepare"]
+__all__ = ["load_data", "prepare"]
 
 CONFIG, CORPUS, TOKENIZER = "config.yaml", "corpus.json", "tokenizer"
 
@@ -40,19 +41,44 @@ def prepare(config: ExperimentConfig, folder: Path) -> tuple[Data, dict[str, Pla
         OSError: If the folder cannot be written, or the corpus or tokenizer not read.
     """
     _check_folder(folder, config)
-    with _naming("corpus", config.corpus):
-        corpus = load_corpus(config.corpus, preparation=config.preparation, max_bytes=config.max_bytes)
+    corpus = _load_corpus(config)
     _check_corpus(folder, corpus)
-    with _naming("tokenizer", config.tokenizer):
-        tokenizer = load_tokenizer(config.tokenizer, corpus, vocab_size=config.vocab_size)
-    data = Data(corpus, tokenize_corpus(corpus, tokenizer))
-    for split in ("train", "valid", "test"):
-        _check_length(data, split, config.window)
+    tokenizer, data = _tokenize(config, corpus)
     plans = make_plans(config, data.vocab_size)
     write_text(folder / CONFIG, yaml.safe_dump(config.as_dict(), sort_keys=False))
     write_json(folder / CORPUS, {"name": corpus.name, "sha256": corpus.sha256})
     tokenizer.save_pretrained(folder / TOKENIZER)
     return data, plans
+
+
+def load_data(config: ExperimentConfig) -> Data:
+    """Load and tokenise the corpus alone.
+
+    Args:
+        config: The experiment.
+
+    Returns:
+        The data.
+
+    Raises:
+        ValueError: If a split is shorter than a window, or the corpus unusable.
+        OSError: If the corpus or tokenizer cannot be read.
+    """
+    return _tokenize(config, _load_corpus(config))[1]
+
+
+def _load_corpus(config: ExperimentConfig) -> Corpus:
+    with _naming("corpus", config.corpus):
+        return load_corpus(config.corpus, preparation=config.preparation, max_bytes=config.max_bytes)
+
+
+def _tokenize(config: ExperimentConfig, corpus: Corpus) -> tuple[PreTrainedTokenizerBase, Data]:
+    with _naming("tokenizer", config.tokenizer):
+        tokenizer = load_tokenizer(config.tokenizer, corpus, vocab_size=config.vocab_size)
+    data = Data(corpus, tokenize_corpus(corpus, tokenizer))
+    for split in ("train", "valid", "test"):
+        _check_length(data, split, config.window)
+    return tokenizer, data
 
 
 @contextmanager

@@ -88,6 +88,7 @@ def train_run(
     *,
     callbacks: list[Any] | None = None,
     label: str | None = None,
+    is_trial: bool = False,
 ) -> dict[str, Any]:
     """Train one method with one seed, or go on where it stopped, or return what a finished run recorded.
 
@@ -101,6 +102,7 @@ def train_run(
         folder: The run's own folder.
         callbacks: Further Trainer callbacks.
         label: What the progress bar says.
+        is_trial: Leave the test part alone, and keep no model.
 
     Returns:
         The run's record, in the form of DESIGN.md; its latency is measured later, with those it is compared to.
@@ -117,14 +119,23 @@ def train_run(
         return record
     folder.mkdir(parents=True, exist_ok=True)
     with quiet_transformers():
-        record = _train(config, plan, seed, data, folder, callbacks or [], label or f"{plan.method} seed {seed}")
+        label = label or f"{plan.method} seed {seed}"
+        record = _train(config, plan, seed, data, folder, callbacks or [], label, is_trial=is_trial)
     write_json(record_file, record)
     remove_checkpoints(folder)
     return record
 
 
 def _train(
-    config: ExperimentConfig, plan: Plan, seed: int, data: Data, folder: Path, callbacks: list[Any], label: str
+    config: ExperimentConfig,
+    plan: Plan,
+    seed: int,
+    data: Data,
+    folder: Path,
+    callbacks: list[Any],
+    label: str,
+    *,
+    is_trial: bool,
 ) -> dict[str, Any]:
     set_seed(seed)
     reset_peak_memory()
@@ -139,9 +150,11 @@ def _train(
     if not any("eval_loss" in entry and entry["step"] == config.steps for entry in trainer.state.log_history):
         trainer.evaluate()
     measured = _measured(config, plan, seed, trainer)
-    test = FixedWindows(data.tokens.test, config.window, config.test_windows)
-    test_loss = trainer.evaluate(test)["eval_loss"]
-    model.save_pretrained(folder / MODEL)
+    test_loss = None
+    if not is_trial:
+        test = FixedWindows(data.tokens.test, config.window, config.test_windows)
+        test_loss = trainer.evaluate(test)["eval_loss"]
+        model.save_pretrained(folder / MODEL)
     return {
         **measured,
         "test_loss": test_loss,

@@ -3,10 +3,12 @@
 import hashlib
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from importlib import util
 from pathlib import Path
 from typing import Any, Literal, get_args
+
+from torchdsc.lab.mappings import from_mapping
 
 __all__ = ["KINDS", "WITHOUT_ADAPTER", "AdaptConfig", "Method", "Task"]
 
@@ -225,9 +227,9 @@ class AdaptConfig:
         values = dict(values)
         for name, kind in (("tasks", Task), ("methods", Method)):
             values[name] = [
-                item if isinstance(item, kind) else _build(kind, name, item) for item in values.get(name, [])
+                item if isinstance(item, kind) else from_mapping(kind, name, item) for item in values.get(name, [])
             ]
-        config: AdaptConfig = _build(cls, "config", values)
+        config: AdaptConfig = from_mapping(cls, "config", values)
         return config
 
 
@@ -262,18 +264,6 @@ def _converted(base: str) -> str:
         folder.parent.mkdir(parents=True, exist_ok=True)
         convert_llama2c(files[0], files[1], folder)
     return str(folder)
-
-
-def _build(kind: Any, name: str, values: Any) -> Any:
-    if not isinstance(values, Mapping):
-        raise ValueError(f"{name} must hold mappings, got {values!r}")
-    unknown = sorted(set(values) - {f.name for f in fields(kind)})
-    if unknown:
-        raise ValueError(f"{name} must set fields of {kind.__name__}, got {unknown}")
-    try:
-        return kind(**values)
-    except TypeError as error:
-        raise ValueError(f"{name}: {str(error).removeprefix(f'{kind.__name__}.__init__() ')}") from error
 
 
 def _check_numbers(name: str, values: Any) -> None:

@@ -1,15 +1,12 @@
 """A study: tuning trials, runs at the rates they chose, and a comparison. Several processes may share its folder."""
 
 import math
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import torch
-import yaml
 from rich.console import Console
 from torch.optim import AdamW
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -17,6 +14,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from torchdsc.lab.environment import hardware, peak_memory_bytes, quiet_transformers, reset_peak_memory
 from torchdsc.lab.files import read_json, write_json, write_text
 from torchdsc.lab.latency import measure_in_turn
+from torchdsc.lab.queue import locked, share, take_folder
 
 from .config import AdaptConfig, Method, resolve_base
 from .data import TaskData, load_task
@@ -27,8 +25,7 @@ from .summary import to_markdown
 
 __all__ = ["adapt", "write_results"]
 
-CONFIG, RESULTS, TABLE, TIMING = "config.yaml", "results.json", "table.md", "timing.json"
-_POLL_SECONDS = 5.0
+RESULTS, TABLE, TIMING = "results.json", "table.md", "timing.json"
 
 
 def adapt(config: AdaptConfig, folder: Path, *, console: Console | None = None) -> dict[str, Any]:
@@ -60,15 +57,15 @@ def adapt(config: AdaptConfig, folder: Path, *, console: Console | None = None) 
     data = {task.name: load_task(task, tokenizer, **settings) for task in config.tasks}
     with quiet_transformers():
         methods = [solve_size(method, config) for method in config.methods]
-    _take_folder(config, folder)
+    take_folder(config.as_dict(), folder)
     for method in methods:
         console.print(f"{method.name}: {method.kind} {method.options}", markup=False, highlight=False, soft_wrap=True)
 
     def run(jobs: list[Job]) -> list[dict[str, Any]]:
-        def one(job: Job, label: str) -> dict[str, Any]:
-            return adapt_run(config, job, data[job.task], tokenizer, folder / job.name, label)
+        def one(job: Job) -> dict[str, Any]:
+            return adapt_run(config, job, data[job.task], tokenizer, folder / job.name, job.name)
 
-        return _share(jobs, folder, one, console)
+        return share(jobs, one, lambda job: folder / job.name / RECORD, console)
 
     trials = run([job for method in methods for job in _trials(config, method)])
     rates = {method.name: _best_rate(config, method, trials) for method in methods}
@@ -80,7 +77,7 @@ def adapt(config: AdaptConfig, folder: Path, *, console: Console | None = None) 
             for task in config.tasks
         ]
     )
-    with _locked(folder / ".timing", wait=True):
+    with locked(folder / ".timing", wait=True):
         timing = _timing(config, methods, data, tokenizer, folder)
     results = {
         "format": 1,
@@ -125,67 +122,6 @@ def _best_rate(config: AdaptConfig, method: Method, trials: list[dict[str, Any]]
         return found if math.isfinite(found) else -math.inf
 
     return max(rates, key=mean)
-
-
-def _share(
-    jobs: list[Job], folder: Path, run: Callable[[Job, str], dict[str, Any]], console: Console
-) -> list[dict[str, Any]]:
-    """Run jobs in order, leaving out those that another process is at, until all are done."""
-    while True:
-        open_jobs = [job for job in jobs if not (folder / job.name / RECORD).is_file()]
-        taken = False
-        for job in open_jobs:
-            with _locked(folder / job.name / ".lock") as is_mine:
-                if is_mine and not (folder / job.name / RECORD).is_file():
-                    done = sum((folder / other.name / RECORD).is_file() for other in jobs)
-                    console.print(f"[bold]{done + 1} of {len(jobs)}[/]: {job.name}", highlight=False)
-                    run(job, job.name)
-                    taken = True
-        if not open_jobs:
-            return [run(job, job.name) for job in jobs]
-        if not taken:
-            time.sleep(_POLL_SECONDS)
-
-
-@contextmanager
-def _locked(path: Path, *, wait: bool = False) -> Iterator[bool]:
-    """Whether this process now holds the lock, which ends with the process; always where files cannot be locked."""
-    try:
-        import fcntl
-    except ImportError:
-        yield True
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            yield False
-            return
-        yield True
-
-
-def _take_folder(config: AdaptConfig, folder: Path) -> None:
-    file = folder / CONFIG
-    wanted = yaml.safe_load(yaml.safe_dump(config.as_dict()))
-    if file.is_file():
-        kept = yaml.safe_load(file.read_text(encoding="utf-8"))
-        # More seeds, methods and tasks may be added to a study; what is there must stay what it is.
-        changed = [name for name in wanted if not _extends(kept.get(name), wanted[name])]
-        if changed:
-            raise ValueError(
-                f"output {folder} holds a study with {changed[0]} {kept.get(changed[0])!r} instead of "
-                f"{wanted[changed[0]]!r}: choose another folder, or delete this one"
-            )
-    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"output must be a new or empty folder, or a study's, got {folder} with other files")
-    folder.mkdir(parents=True, exist_ok=True)
-    write_text(file, yaml.safe_dump(config.as_dict(), sort_keys=False))
-
-
-def _extends(kept: Any, wanted: Any) -> bool:
-    is_list = isinstance(kept, list) and isinstance(wanted, list)
-    return kept == wanted or (is_list and all(item in wanted for item in kept))
 
 
 def _timing(

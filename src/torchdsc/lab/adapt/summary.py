@@ -1,15 +1,14 @@
 """A study's results reduced to a row a method, with differences to a reference and their intervals."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from statistics import fmean, median, stdev, variance
+from statistics import fmean, median, stdev
 from typing import Any
 
+from torchdsc.lab.intervals import Difference, paired_difference
 from torchdsc.lab.tables import DASH, MINUS, TIMES
 
 __all__ = [
-    "Difference",
     "MethodRow",
     "difference",
     "reference_of",
@@ -19,23 +18,7 @@ __all__ = [
     "to_markdown",
 ]
 
-# Two-sided 95 % points of Student's t, by degrees of freedom; between them the next smaller, which is wider.
-_T = {1: 12.71, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262, 10: 2.228}
-_T |= {12: 2.179, 15: 2.131, 20: 2.086, 25: 2.060, 30: 2.042, 40: 2.021, 60: 2.000, 120: 1.980}
-
 Run = Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class Difference:
-    """Mean over tasks of the difference of scores to the reference, paired by seed, and the half width of its 95 %.
-
-    The tasks are taken as they are, not as a sample of tasks; the seeds of each as a sample, so that the variance of
-    the mean is that of each task's mean added up.
-    """
-
-    mean: float
-    half_width: float | None
 
 
 @dataclass(frozen=True)
@@ -91,19 +74,7 @@ def difference(runs: Sequence[Run], name: str, reference: str) -> Difference:
     for (method, task, seed), value in scores.items():
         if method == name and (reference, task, seed) in scores:
             paired.setdefault(task, []).append(value - scores[reference, task, seed])
-    if not paired:
-        return Difference(math.nan, None)
-    mean = fmean(fmean(values) for values in paired.values())
-    if any(len(values) < 2 for values in paired.values()):
-        return Difference(mean, None)
-    parts = [(variance(values) / len(values), len(values) - 1) for values in paired.values()]
-    total = sum(part for part, _ in parts)
-    if total == 0:
-        return Difference(mean, 0.0)
-    # Welch and Satterthwaite: tasks vary by different amounts.
-    freedom = total**2 / sum(part**2 / degrees for part, degrees in parts)
-    point = _T[max((known for known in _T if known <= freedom + 1e-9), default=1)]
-    return Difference(mean, point * math.sqrt(total) / len(paired))
+    return paired_difference(paired)
 
 
 def summarize(results: Mapping[str, Any]) -> list[MethodRow]:

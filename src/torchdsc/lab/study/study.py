@@ -1,0 +1,132 @@
+"""A study: trials of every variant, runs as the best trial was, and a comparison. Processes may share its folder."""
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from torchdsc.lab.config import ExperimentConfig
+from torchdsc.lab.experiment import load_data
+from torchdsc.lab.files import read_json, write_json, write_text
+from torchdsc.lab.queue import share, take_folder
+from torchdsc.lab.training import RECORD, Data, make_plans, train_run
+
+from .config import StudyConfig, Variant
+from .report import write_report
+from .summary import to_markdown
+
+__all__ = ["run_study", "write_results"]
+
+RESULTS, TABLE = "results.json", "table.md"
+
+
+@dataclass(frozen=True)
+class _Job:
+    variant: Variant
+    trial: int
+    seed: int
+    is_trial: bool
+
+    @property
+    def name(self) -> str:
+        """Name of the run's folder."""
+        settings = "-".join(f"{key} {value}" for key, value in _leaves(self.variant.trials[self.trial]))
+        phase = "trial" if self.is_trial else "run"
+        name = "-".join(part for part in (phase, self.variant.name, settings, f"seed{self.seed}") if part)
+        return re.sub(r"[^\w.+-]+", "_", name)
+
+
+def run_study(config: StudyConfig, folder: Path, *, console: Console | None = None) -> dict[str, Any]:
+    """Run a study, or what is left of it, and write its results.
+
+    ``folder`` ends with ``config.yaml``, one folder a run, ``results.json``, ``table.md`` and ``report.html``. Runs
+    that are there are kept, and one that was interrupted goes on from its last checkpoint. Processes that are given
+    the same folder share the work. Trials see the validation part alone; the test part is for the runs.
+
+    Args:
+        config: The study.
+        folder: Its own folder.
+        console: Where to print.
+
+    Returns:
+        What ``results.json`` holds: "config", "chosen", "trials" and "runs".
+
+    Raises:
+        ValueError: If ``folder`` holds another study, a budget is infeasible, or the corpus unusable.
+        OSError: If ``folder`` cannot be written.
+    """
+    console = console or Console()
+    first = config.variants[0]
+    data = load_data(config.experiment(first, first.trials[0], config.seeds[0], is_trial=False))
+    for variant in config.variants:
+        for trial in variant.trials:
+            experiment = config.experiment(variant, trial, config.seeds[0], is_trial=False)
+            plan = make_plans(experiment, data.vocab_size)[variant.method]
+        console.print(
+            f"{variant.name}: {plan.description}; {plan.params_total / 1e6:.3f} M stored, "
+            f"{plan.params_active / 1e6:.3f} M active",
+            highlight=False,
+            soft_wrap=True,
+        )
+    take_folder(config.as_dict(), folder)
+
+    def run(jobs: list[_Job]) -> list[dict[str, Any]]:
+        return share(jobs, lambda job: _run(config, job, data, folder), lambda job: folder / job.name / RECORD, console)
+
+    trials = run([_Job(v, index, config.tuning_seed, True) for v in config.variants for index in _tried(v)])
+    chosen = {variant.name: _best(variant, trials) for variant in config.variants}
+    runs = run([_Job(v, chosen[v.name], seed, False) for seed in config.seeds for v in config.variants])
+    settings = {variant.name: variant.trials[chosen[variant.name]] for variant in config.variants}
+    results = {"format": 1, "config": config.as_dict(), "chosen": settings, "trials": trials, "runs": runs}
+    write_results(results, folder)
+    console.print(to_markdown(results), markup=False, highlight=False, soft_wrap=True)
+    console.print(f"report: {folder / 'report.html'}", highlight=False, soft_wrap=True)
+    return results
+
+
+def write_results(results: dict[str, Any], folder: Path) -> None:
+    """Write ``results.json``, ``table.md`` and ``report.html``."""
+    write_json(folder / RESULTS, results)
+    write_text(folder / TABLE, to_markdown(results))
+    write_report(results, folder)
+
+
+def _tried(variant: Variant) -> range:
+    return range(len(variant.trials) if len(variant.trials) > 1 else 0)
+
+
+def _best(variant: Variant, trials: list[dict[str, Any]]) -> int:
+    """The trial with the lowest final validation loss; one that diverged is the last to be chosen."""
+    found = {trial["trial"]: trial["val_loss_final"] for trial in trials if trial["variant"] == variant.name}
+    return min(found, key=lambda index: found[index] if math.isfinite(found[index]) else math.inf, default=0)
+
+
+def _run(config: StudyConfig, job: _Job, data: Data, folder: Path) -> dict[str, Any]:
+    experiment = config.experiment(job.variant, job.variant.trials[job.trial], job.seed, is_trial=job.is_trial)
+    file = folder / job.name / RECORD
+    if file.is_file():
+        _check_record(read_json(file), experiment, data, file)
+    plan = make_plans(experiment, data.vocab_size)[job.variant.method]
+    place = folder / job.name
+    record = train_run(experiment, plan, job.seed, data, place, label=job.name, is_trial=job.is_trial)
+    return {"variant": job.variant.name, "trial": job.trial, **record}
+
+
+def _check_record(record: Mapping[str, Any], experiment: ExperimentConfig, data: Data, file: Path) -> None:
+    """A record under a run's name must be that of this very run."""
+    kept, wanted = record["config"], experiment.as_dict()
+    different = [name for name in wanted if kept.get(name) != wanted[name]]
+    if different or record["corpus"]["sha256"] != data.corpus.sha256:
+        what = f"{different[0]} {kept.get(different[0])!r}" if different else "another corpus"
+        raise ValueError(f"{file} must be a record of this study, got one of {what}: delete its folder to run it anew")
+
+
+def _leaves(values: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    found: list[tuple[str, Any]] = []
+    for key, value in values.items():
+        found += _leaves(value) if isinstance(value, Mapping) else [(key, value)]
+    return found

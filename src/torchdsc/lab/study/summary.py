@@ -1,0 +1,139 @@
+"""A study's results reduced to a row a variant, with differences to a reference and their intervals."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean, stdev
+from typing import Any
+
+from torchdsc.lab.intervals import Difference, paired_difference
+from torchdsc.lab.tables import DASH, MINUS
+
+__all__ = ["VariantRow", "format_settings", "reference_of", "summarize", "table_cells", "table_head", "to_markdown"]
+
+Run = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class VariantRow:
+    """One variant over its seeds.
+
+    Attributes:
+        name: The variant.
+        description: Its widths in words.
+        params_total: Parameters stored.
+        params_active: Parameters that one token uses.
+        chosen: Settings of its best trial.
+        valid: Final validation losses, nats per token, one a seed.
+        test: Test losses.
+        other: The variant it is compared to.
+        against: Difference of validation losses to that, paired by seed; None for itself.
+        share_of_steps: Share of training after which its mean validation loss is below the other's final one; None
+            where it never is.
+    """
+
+    name: str
+    description: str
+    params_total: int
+    params_active: int
+    chosen: dict[str, Any]
+    valid: list[float]
+    test: list[float]
+    other: str
+    against: Difference | None
+    share_of_steps: float | None
+
+
+def reference_of(results: Mapping[str, Any]) -> str:
+    """The variant that others are compared to: the study's choice, or the first."""
+    config = results["config"]
+    chosen: str = config["reference"] or config["variants"][0]["name"]
+    return chosen
+
+
+def summarize(results: Mapping[str, Any]) -> list[VariantRow]:
+    """One row a variant that has runs, in the study's order."""
+    by_name: dict[str, list[Run]] = {}
+    for run in results["runs"]:
+        by_name.setdefault(run["variant"], []).append(run)
+    rows = []
+    for variant in results["config"]["variants"]:
+        name = variant["name"]
+        other = variant["against"] or reference_of(results)
+        own = by_name.get(name, [])
+        if not own:
+            continue
+        is_other = name != other and other in by_name
+        rows.append(
+            VariantRow(
+                name=name,
+                description=own[0]["description"],
+                params_total=own[0]["params_total"],
+                params_active=own[0]["params_active"],
+                chosen=results["chosen"][name],
+                valid=[run["val_loss_final"] for run in own],
+                test=[run["test_loss"] for run in own],
+                other=other,
+                against=_difference(own, by_name[other]) if is_other else None,
+                share_of_steps=_share_of_steps(own, by_name[other]) if is_other else None,
+            )
+        )
+    return rows
+
+
+def _difference(own: Sequence[Run], others: Sequence[Run]) -> Difference:
+    losses = {run["seed"]: run["val_loss_final"] for run in others}
+    pairs = [run["val_loss_final"] - losses[run["seed"]] for run in own if run["seed"] in losses]
+    return paired_difference({"all": pairs} if pairs else {})
+
+
+def _share_of_steps(own: Sequence[Run], others: Sequence[Run]) -> float | None:
+    target = fmean(run["val_loss_final"] for run in others)
+    for points in zip(*(run["curve"] for run in own), strict=True):
+        if fmean(point["val_loss"] for point in points) <= target:
+            share: float = points[0]["step"] / own[0]["steps"]
+            return share
+    return None
+
+
+def to_markdown(results: Mapping[str, Any]) -> str:
+    """The table as GitHub markdown."""
+    head, rows = table_head(results), [table_cells(row, results) for row in summarize(results)]
+    lines = [head, [":--", ":--", *["--:"] * (len(head) - 2)], *rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines) + "\n"
+
+
+def table_head(results: Mapping[str, Any]) -> list[str]:
+    """Titles of the columns of :func:`table_cells`."""
+    losses = ("validation loss", "test loss", f"vs {reference_of(results)}")
+    return ["Variant", "best trial", "total", "active", *losses, "its loss reached after"]
+
+
+def table_cells(row: VariantRow, results: Mapping[str, Any]) -> list[str]:
+    """One row of the table as text."""
+    return [
+        row.name,
+        format_settings(row.chosen) or DASH,
+        f"{row.params_total:,}",
+        f"{row.params_active:,}",
+        _losses(row.valid),
+        _losses(row.test),
+        _signed(row.against) + ("" if row.other == reference_of(results) else f" (vs {row.other})"),
+        DASH if row.share_of_steps is None else f"{row.share_of_steps:.0%} of steps",
+    ]
+
+
+def format_settings(settings: Mapping[str, Any]) -> str:
+    """ "learning_rate 0.004, aux_weight 0.01"."""
+    parts = (format_settings(v) if isinstance(v, Mapping) else f"{k} {v}" for k, v in settings.items())
+    return ", ".join(parts)
+
+
+def _losses(values: Sequence[float]) -> str:
+    return f"{fmean(values):.3f}" + (f" ± {stdev(values):.3f}" if len(values) > 1 else "")
+
+
+def _signed(value: Difference | None) -> str:
+    if value is None:
+        return DASH
+    text = f"{value.mean:+.3f}".replace("-", MINUS)
+    return text if value.half_width is None else f"{text} ± {value.half_width:.3f}"
