@@ -42,6 +42,19 @@ def test_equals_literal_loop(impl, dtype, tolerance, hidden, normalize_weights, 
     equal_with_gradients(layer, lambda x: literal_loop(layer, literal_choice, x), layer.parameters(), x, tolerance)
 
 
+@pytest.mark.parametrize("shared_experts", [1, 3])
+def test_shared_experts_are_one_layer_beside(shared_experts, literal_choice, equal_with_gradients):
+    layer = make(8, "eager", shared_experts=shared_experts, dtype=torch.float64).eval()
+    assert layer.shared.up.weight.shape == (shared_experts * 8, 8)
+
+    def reference(x):
+        return (
+            literal_loop(layer, literal_choice, x) + gelu(x @ layer.shared.up.weight.t()) @ layer.shared.down.weight.t()
+        )
+
+    equal_with_gradients(layer, reference, layer.parameters(), torch.randn(2, 7, 8, dtype=torch.float64), 1e-12)
+
+
 # Largest error relative to the largest entry, measured (1.1e-6, 9e-3) times two.
 @pytest.mark.parametrize("in_features", [8, 6, 5])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2.2e-6), (torch.bfloat16, 1.8e-2)])
@@ -143,6 +156,7 @@ def test_missing_transformers_names_the_extra(monkeypatch):
         ({"top_k": 6}, r"top_k must be in \[1, num_experts = 5\], got 6"),
         ({"aux_weight": -1.0}, "aux_weight must be finite and >= 0, got -1.0"),
         ({"z_weight": float("nan")}, "z_weight must be finite and >= 0"),
+        ({"shared_experts": -1}, "shared_experts must be >= 0, got -1"),
         ({"router_norm": "batch"}, "norm must be one of .*, got 'batch'"),
     ],
 )

@@ -53,7 +53,7 @@ class TestErrors:
     def test_unknown_command(self, fails):
         assert (
             fails("comparr")
-            == "torchdsc: command must be one of compare, budget, train, generate, adapt, bench, got 'comparr'"
+            == "torchdsc: command must be one of compare, budget, train, generate, adapt, study, bench, got 'comparr'"
         )
 
     @pytest.mark.parametrize(

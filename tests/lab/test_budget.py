@@ -145,6 +145,16 @@ class TestCounts:
             stored = PAPER.fixed + 6 * experts * (2 * width + 1) * 384
             assert abs(stored - PAPER.total) > abs(plan.params_total - PAPER.total)
 
+    @pytest.mark.parametrize(("top_k", "shared"), [(2, 1), (4, 0), (7, 1), (4, 4)])
+    def test_moe_with_shared_experts_meets_the_active_target(self, top_k, shared):
+        plan = solve("moe", PAPER, top_k=top_k, options={"shared_experts": shared})
+        experts, width = plan.options["num_experts"], plan.intermediate_size
+        assert plan.params_total == PAPER.fixed + 6 * 384 * (2 * (experts + shared) * width + experts)
+        assert plan.params_active == PAPER.fixed + 6 * 384 * (2 * (top_k + shared) * width + experts)
+        # Within a step of the width and half a step of an expert.
+        assert 0 <= 28_000_000 - plan.params_active < 6 * 2 * 384 * (top_k + shared)
+        assert abs(plan.params_total - PAPER.total) <= 6 * 384 * (2 * width + 1)
+
 
 def units(draw, rank):
     """Targets of one layer in units of D that leave a step of the widths less than 0.1 %, and some static width."""

@@ -97,7 +97,9 @@ class TestParameterGroups:
         options = {} if method == "dense" else {"router_norm": "layer_affine"}
         config = dataclasses.replace(tiny, overrides={method: {"feed_forward": options}})
         model = build_model(config, make_plans(config, 320)[method], 320)
-        groups = parameter_groups(model, learning_rate=1e-3, weight_decay=0.02, router_lr_multiplier=5)
+        groups = parameter_groups(
+            model, learning_rate=1e-3, weight_decay=0.02, router_lr_multiplier=5, atom_lr_multiplier=0.5
+        )
         found = [(id(p), group["lr"], group["weight_decay"]) for group in groups for p in group["params"]]
         assert len(found) == len({i for i, _, _ in found}) == len(list(model.parameters()))
         settings = {i: (lr, decay) for i, lr, decay in found}
@@ -106,6 +108,8 @@ class TestParameterGroups:
                 expected = (5e-3, 0.0)
             elif "embed" in name or "norm" in name or "gamma" in name:
                 expected = (1e-3, 0.0)
+            elif "bank" in name:
+                expected = (5e-4, 0.02)
             else:
                 expected = (1e-3, 0.02)
             assert settings[id(parameter)] == expected, name
@@ -118,8 +122,9 @@ class TestParameterGroups:
 
     @pytest.mark.parametrize("value", [0, -1, math.nan])
     def test_multiplier(self, value):
-        with pytest.raises(ValueError, match="router_lr_multiplier must be > 0"):
-            parameter_groups(torch.nn.Linear(1, 1), learning_rate=1, weight_decay=0, router_lr_multiplier=value)
+        for name in ("router_lr_multiplier", "atom_lr_multiplier"):
+            with pytest.raises(ValueError, match=f"{name} must be > 0"):
+                parameter_groups(torch.nn.Linear(1, 1), learning_rate=1, weight_decay=0, **{name: value})
 
     def test_routers_keep_their_rate_throughout(self, train, tmp_path):
         """The published run's multiplier was lost after its first step."""

@@ -45,6 +45,10 @@ class TestResidualInit:
         assert deviation(model, f"{prefix}down.weight") == pytest.approx(feed_forward, rel=0.05)
         assert deviation(model, f"{prefix}up.weight") == pytest.approx(STD, rel=0.05)
 
+    def test_of_shared_experts(self, residual_init, attention, feed_forward, experts, make):
+        model = make("moe", residual_init=residual_init, feed_forward_options={"shared_experts": 2})
+        assert deviation(model, "feed_forward.shared.down.weight") == pytest.approx(feed_forward, rel=0.05)
+
     def test_of_experts(self, residual_init, attention, feed_forward, experts, make):
         model = make("moe", residual_init=residual_init)
         assert deviation(model, "feed_forward.experts.down_proj") == pytest.approx(experts, rel=0.05)

@@ -11,6 +11,7 @@ from torchdsc.nn import RegularizerWeights, RoutedLayer, RoutingStatistics
 from torchdsc.nn.options import RouterNorm
 from torchdsc.nn.statistics import check_token_mask
 
+from .dense import DenseFFN
 from .router import SoftmaxRouter
 
 ExpertKernel = Literal["auto", "eager", "batched_mm", "grouped_mm"]
@@ -21,7 +22,7 @@ _FEW_PAIRS = 4
 
 
 class StandardMoE(RoutedLayer):
-    """``y = sum_{e in top-k} p_e gelu(x W_1e) W_2e``, experts without biases.
+    """``y = sum_{e in top-k} p_e gelu(x W_1e) W_2e``, experts without biases, and shared ones if there are any.
 
     Regularised by the load balance N sum_j P_j f_j (k when uniform) and the router z-loss, collected by
     :func:`torchdsc.regularization` like those of DSC.
@@ -36,6 +37,7 @@ class StandardMoE(RoutedLayer):
         router_norm: LayerNorm before the router.
         aux_weight: Weight of the load balance.
         z_weight: Weight of the z-loss.
+        shared_experts: Experts beside the N that every token takes, unweighted.
         impl: Expert kernel: "grouped_mm" and "batched_mm" are those of transformers, "eager" is a loop over experts
             over their own tokens; "auto" takes the fastest for the number of tokens and the device.
         device: Where the parameters live.
@@ -57,6 +59,7 @@ class StandardMoE(RoutedLayer):
         router_norm: RouterNorm = "none",
         aux_weight: float = 0.01,
         z_weight: float = 1e-4,
+        shared_experts: int = 0,
         impl: ExpertKernel = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -65,6 +68,8 @@ class StandardMoE(RoutedLayer):
         for name, size in (("in_features", in_features), ("hidden_features", hidden_features)):
             if size < 1:
                 raise ValueError(f"{name} must be >= 1, got {size}")
+        if shared_experts < 0:
+            raise ValueError(f"shared_experts must be >= 0, got {shared_experts}")
         if impl not in get_args(ExpertKernel):
             raise ValueError(f"impl must be one of {get_args(ExpertKernel)}, got {impl!r}")
         self.in_features, self.impl = in_features, impl
@@ -80,6 +85,9 @@ class StandardMoE(RoutedLayer):
             dtype=dtype,
         )
         self.experts = Experts(num_experts, in_features, hidden_features, device=device, dtype=dtype)
+        # As one layer of their width together.
+        shared = shared_experts * hidden_features
+        self.shared = DenseFFN(in_features, shared, device=device, dtype=dtype) if shared else None
 
     def forward_with_statistics(
         self, x: Tensor, token_mask: Tensor | None = None
@@ -89,6 +97,8 @@ class StandardMoE(RoutedLayer):
         collect = self.training and self.regularizers.need_tokens
         choice = self.router(flat, check_token_mask(token_mask, x), collect)
         y = self.experts(flat, choice.indices, choice.weights.to(flat.dtype), self._kernel(flat, choice.indices))
+        if self.shared is not None:
+            y = y + self.shared(flat)
         return y.to(x.dtype).reshape(x.shape), choice.statistics
 
     def _kernel(self, x: Tensor, indices: Tensor) -> str:

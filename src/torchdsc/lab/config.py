@@ -11,7 +11,7 @@ from .presets import preset_names, read_preset
 __all__ = ["METHODS", "ExperimentConfig", "load_preset", "preset_names"]
 
 # What may differ from method to method: the optimizer's settings, and options of the feed-forward layer.
-_OVERRIDABLE = ("learning_rate", "router_lr_multiplier", "weight_decay", "feed_forward")
+_OVERRIDABLE = ("learning_rate", "router_lr_multiplier", "atom_lr_multiplier", "weight_decay", "feed_forward")
 
 # What holds of a number; written so that NaN does not pass.
 _Range = tuple[Callable[[Any], bool], str]
@@ -20,7 +20,10 @@ _RANGES: dict[str, _Range] = {
     **dict.fromkeys(("d_model", "n_layer", "n_head", "window", "top_k", "rank", "experts_per_token"), _AT_LEAST_1),
     **dict.fromkeys(("steps", "batch_size", "accumulation", "eval_every", "eval_batch_size"), _AT_LEAST_1),
     **dict.fromkeys(("eval_windows", "test_windows"), _AT_LEAST_1),
-    **dict.fromkeys(("total", "active", "learning_rate", "router_lr_multiplier"), (lambda v: 0 < v < inf, "> 0")),
+    **dict.fromkeys(
+        ("total", "active", "learning_rate", "router_lr_multiplier", "atom_lr_multiplier"),
+        (lambda v: 0 < v < inf, "> 0"),
+    ),
     **dict.fromkeys(("warmup_steps", "weight_decay"), (lambda value: 0 <= value < inf, ">= 0")),
     **dict.fromkeys(("dropout", "beta1", "beta2"), (lambda value: 0 <= value < 1, "in [0, 1)")),
     "max_grad_norm": (lambda value: value > 0, "> 0"),
@@ -60,6 +63,7 @@ class ExperimentConfig:
         min_lr_ratio: Its end, as a share of the peak.
         warmup_steps: Linear warm-up.
         router_lr_multiplier: Factor on routers' learning rate.
+        atom_lr_multiplier: Factor on that of DSC's atoms.
         weight_decay: Of matrices; routers, embeddings, norms and gamma have none.
         beta1: Of AdamW.
         beta2: Of AdamW.
@@ -71,8 +75,9 @@ class ExperimentConfig:
         latency_rounds: Rounds of the latency measurement.
         precision: Of autocast in training; fp32 for none.
         compile: Whether to train through torch.compile.
-        overrides: By method: learning_rate, router_lr_multiplier, weight_decay, and feed_forward, further options of
-            its layer. ``--overrides.moe.learning_rate 0.002`` sets one, ``--overrides '{moe: {...}}'`` all of them.
+        overrides: By method: learning_rate, router_lr_multiplier, atom_lr_multiplier, weight_decay, and feed_forward,
+            further options of its layer. ``--overrides.moe.learning_rate 0.002`` sets one,
+            ``--overrides '{moe: {...}}'`` all of them.
     """
 
     methods: list[str] = field(default_factory=lambda: list(METHODS))
@@ -101,6 +106,7 @@ class ExperimentConfig:
     min_lr_ratio: float = 0.1
     warmup_steps: int = 50
     router_lr_multiplier: float = 5.0
+    atom_lr_multiplier: float = 1.0
     weight_decay: float = 0.02
     beta1: float = 0.9
     beta2: float = 0.95

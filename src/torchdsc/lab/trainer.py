@@ -12,7 +12,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ProgressCallback, TrainerState
 
 from torchdsc.diagnostics import LayerRouting, RoutingMonitor
-from torchdsc.nn import Router
+from torchdsc.nn import BasisBank, Router
 
 from .environment import peak_memory_bytes
 from .sparse import DenseAndSparseAdam, clip_grad_norm, sparse_parameters
@@ -21,7 +21,12 @@ __all__ = ["LabTrainer", "QuietProgress", "parameter_groups"]
 
 
 def parameter_groups(
-    model: nn.Module, *, learning_rate: float, weight_decay: float, router_lr_multiplier: float = 1.0
+    model: nn.Module,
+    *,
+    learning_rate: float,
+    weight_decay: float,
+    router_lr_multiplier: float = 1.0,
+    atom_lr_multiplier: float = 1.0,
 ) -> list[dict[str, Any]]:
     """The paper's groups: routers at their own rate without decay, other matrices with decay, the rest without.
 
@@ -32,19 +37,22 @@ def parameter_groups(
         learning_rate: Base rate.
         weight_decay: Of matrices.
         router_lr_multiplier: Factor on the routers' rate.
+        atom_lr_multiplier: Factor on that of the banks' atoms.
 
     Returns:
         Groups for an optimizer; every trainable parameter is in exactly one.
 
     Raises:
-        ValueError: If ``router_lr_multiplier`` is not positive.
+        ValueError: If a factor is not positive.
     """
-    if not router_lr_multiplier > 0:
-        raise ValueError(f"router_lr_multiplier must be > 0, got {router_lr_multiplier}")
+    for name, factor in (("router_lr_multiplier", router_lr_multiplier), ("atom_lr_multiplier", atom_lr_multiplier)):
+        if not factor > 0:
+            raise ValueError(f"{name} must be > 0, got {factor}")
     routers = {id(p) for module in model.modules() if isinstance(module, Router) for p in module.parameters()}
     embeddings = {id(p) for module in model.modules() if isinstance(module, nn.Embedding) for p in module.parameters()}
+    atoms = {id(p) for module in model.modules() if isinstance(module, BasisBank) for p in module.parameters()}
     sparse = sparse_parameters(model)
-    groups: dict[str, list[nn.Parameter]] = {"router": [], "decay": [], "no_decay": [], "sparse": []}
+    groups: dict[str, list[nn.Parameter]] = {"router": [], "atoms": [], "decay": [], "no_decay": [], "sparse": []}
     for parameter in model.parameters():
         if not parameter.requires_grad:
             continue
@@ -52,15 +60,18 @@ def parameter_groups(
             groups["router"].append(parameter)
         elif id(parameter) in sparse:
             groups["sparse"].append(parameter)
+        elif id(parameter) in atoms:
+            groups["atoms"].append(parameter)
         elif parameter.dim() >= 2 and id(parameter) not in embeddings:
             groups["decay"].append(parameter)
         else:
             groups["no_decay"].append(parameter)
     settings = {
         "router": {"lr": learning_rate * router_lr_multiplier, "weight_decay": 0.0},
+        "atoms": {"lr": learning_rate * atom_lr_multiplier, "weight_decay": weight_decay},
         "decay": {"lr": learning_rate, "weight_decay": weight_decay},
         "no_decay": {"lr": learning_rate, "weight_decay": 0.0},
-        "sparse": {"lr": learning_rate, "weight_decay": 0.0},
+        "sparse": {"lr": learning_rate * atom_lr_multiplier, "weight_decay": 0.0},
     }
     return [{"params": members, **settings[name]} for name, members in groups.items() if members]
 
@@ -74,13 +85,14 @@ class LabTrainer(Trainer):
 
     Args:
         router_lr_multiplier: Factor on the routers' learning rate.
+        atom_lr_multiplier: Factor on that of the banks' atoms.
         **kwargs: See ``Trainer``.
     """
 
     optimizer: Optimizer | None
 
-    def __init__(self, *, router_lr_multiplier: float = 1.0, **kwargs: Any) -> None:
-        self.router_lr_multiplier = router_lr_multiplier
+    def __init__(self, *, router_lr_multiplier: float = 1.0, atom_lr_multiplier: float = 1.0, **kwargs: Any) -> None:
+        self.router_lr_multiplier, self.atom_lr_multiplier = router_lr_multiplier, atom_lr_multiplier
         self._task_loss, self._task_steps = 0.0, 0
         self._seconds = 0.0
         # When the clock was started; None while it stands.
@@ -115,6 +127,7 @@ class LabTrainer(Trainer):
                 learning_rate=self.args.learning_rate,
                 weight_decay=self.args.weight_decay,
                 router_lr_multiplier=self.router_lr_multiplier,
+                atom_lr_multiplier=self.atom_lr_multiplier,
             )
             betas, eps = (self.args.adam_beta1, self.args.adam_beta2), self.args.adam_epsilon
             held = sparse_parameters(self.model if model is None else model)

@@ -215,6 +215,7 @@ def _trainer(
     arguments._n_gpu = min(1, arguments.n_gpu)
     trainer = LabTrainer(
         router_lr_multiplier=config.of_method(method, "router_lr_multiplier"),
+        atom_lr_multiplier=config.of_method(method, "atom_lr_multiplier"),
         model=model,
         args=arguments,
         train_dataset=RandomWindows(data.tokens.train, config.window, config.steps * config.batch_size, seed),

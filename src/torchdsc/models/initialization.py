@@ -53,5 +53,5 @@ def mark_residual_writers(block: nn.Module) -> None:
     for name, module in block.named_modules():
         if name == "attention.out_proj":
             module._writes_residual = "always"
-        elif name in ("feed_forward.down", "feed_forward.base.down"):
+        elif name in ("feed_forward.down", "feed_forward.base.down", "feed_forward.shared.down"):
             module._writes_residual = "feed_forward"

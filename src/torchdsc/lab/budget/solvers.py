@@ -26,20 +26,25 @@ def solve_dense(targets: Targets) -> Plan:
 
 
 def solve_moe(targets: Targets, top_k: int) -> Plan:
-    """Stored D N (2 H + 1), active 2 K D H + D N: N whose H, by the active target, meets the total best."""
+    """Stored D N (2 H + 1), active 2 K D H + D N: N whose H, by the active target, meets the total best.
+
+    S shared experts are 2 S D H more of both.
+    """
     unit, fewest = targets.unit, max(3, top_k + 1)
-    least, why = 2 * top_k + fewest, f"{fewest} experts of width 1"
+    shared: int = targets.options.get("shared_experts", 0)
+    taken = top_k + shared
+    least, why = 2 * taken + fewest, f"{fewest} experts of width 1"
     targets.check_total(least, why)
     targets.check_active(least * unit, why)
 
     def width(experts: int) -> int:
-        return (targets.used - unit * experts) // (2 * unit * top_k)
+        return (targets.used - unit * experts) // (2 * unit * taken)
 
     def distance(experts: int) -> int:
-        return abs(experts * (2 * width(experts) + 1) * unit - targets.stored)
+        return abs((2 * (experts + shared) * width(experts) + experts) * unit - targets.stored)
 
     # More experts than this leave no width.
-    most = targets.used // unit - 2 * top_k
+    most = targets.used // unit - 2 * taken
     best = min(range(fewest, most + 1), key=distance)
     return targets.plan("moe", width(best), {"num_experts": best, "top_k": top_k})
 
