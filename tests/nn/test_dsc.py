@@ -38,7 +38,8 @@ def literal(layer, x):
             z = alpha[j] / (strength + o.eps) * factor
             u = layer.bank.u[j] / layer.bank.u[j].norm().clamp_min(o.eps)
             v = layer.bank.v[j] / layer.bank.v[j].norm().clamp_min(o.eps)
-            row = row + z * (token @ u) * v
+            latent = token @ u
+            row = row + z * (latent.relu() if o.activation == "relu" else latent) * v
         rows.append(row * layer.gamma)
     return torch.stack(rows)
 
@@ -54,6 +55,7 @@ def literal(layer, x):
         {"top_k": 1},
         {"top_k": 11},
         {"logit_clamp": 0.3},
+        {"activation": "relu"},
     ],
     ids=str,
 )
@@ -71,8 +73,9 @@ def test_basic_is_algorithm_one():
     assert DSC(6, **SIZES).gamma.shape == (6,)
 
 
-def test_gradients_equal_the_literal_loop():
-    layer = make_layer()
+@pytest.mark.parametrize("activation", ["none", "relu"])
+def test_gradients_equal_the_literal_loop(activation):
+    layer = make_layer(activation=activation)
     x = torch.randn(8, 6, dtype=torch.float64, requires_grad=True)
     leaves = [x, *layer.parameters()]
     weight = torch.randn(8, 5, dtype=torch.float64)
@@ -95,8 +98,9 @@ def test_leading_dimensions(shape):
     assert routing.strength.shape == shape[:-1]
 
 
-def test_delta_weight_and_route_describe_the_forward_pass():
-    layer = make_layer()
+@pytest.mark.parametrize("activation", ["none", "relu"])
+def test_delta_weight_and_route_describe_the_forward_pass(activation):
+    layer = make_layer(activation=activation)
     x = torch.randn(4, 7, 6, dtype=torch.float64)
     weight = layer.delta_weight(x)
     assert weight.shape == (4, 7, 6, 5)
@@ -115,13 +119,15 @@ def test_delta_weight_and_route_describe_the_forward_pass():
     scale=st.sampled_from([1e-3, 1.0, 1e4]),
     duplicates=st.booleans(),
     gate=st.sampled_from(["sum", "mean", "none"]),
+    activation=st.sampled_from(["none", "relu"]),
     dtype=st.sampled_from([torch.float32, torch.float64]),
 )
-def test_property_bounds(seed, sizes, top_k, scale, duplicates, gate, dtype):
+def test_property_bounds(seed, sizes, top_k, scale, duplicates, gate, activation, dtype):
     """Sum of coefficients and |dW|_2 within their bounds, up to rounding, for every input."""
     in_features, out_features, num_atoms = sizes
     torch.manual_seed(seed)
-    layer = DSC(in_features, out_features, num_atoms=num_atoms, top_k=min(top_k, num_atoms), gate=gate).to(dtype)
+    options = {"num_atoms": num_atoms, "top_k": min(top_k, num_atoms), "gate": gate, "activation": activation}
+    layer = DSC(in_features, out_features, **options).to(dtype)
     with torch.no_grad():
         layer.router.weight.mul_(scale * 50)
         layer.gamma.normal_()
@@ -249,9 +255,10 @@ def test_autocast():
 
 
 @pytest.mark.slow
-def test_compile_whole_layer_with_regularisers():
+@pytest.mark.parametrize("activation", ["none", "relu"])
+def test_compile_whole_layer_with_regularisers(activation):
     torch._dynamo.reset()
-    layer = DSC(16, num_atoms=40, top_k=3)
+    layer = DSC(16, num_atoms=40, top_k=3, activation=activation)
 
     def step(x):
         return layer(x).square().sum() + regularization(layer).total
@@ -290,6 +297,7 @@ def test_export():
         ({"frame_weight": float("nan")}, ValueError, "frame_weight must be"),
         ({"router": "hash"}, ValueError, "router must be one of"),
         ({"gate": "max"}, ValueError, "gate must be one of"),
+        ({"activation": "gelu"}, ValueError, "activation must be one of"),
         ({"impl": "fast"}, ValueError, "impl must be one of"),
         ({"router_norm": "rms"}, ValueError, "router_norm must be one of"),
         ({"colour": 1}, TypeError, "colour"),

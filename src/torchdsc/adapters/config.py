@@ -8,7 +8,7 @@ from peft import PeftConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 
 from torchdsc.nn import DSCOptions, RegularizerWeights
-from torchdsc.nn.options import RouterKind, RouterNorm
+from torchdsc.nn.options import Activation, RouterKind, RouterNorm
 from torchdsc.ops.compose.api import Implementation
 from torchdsc.ops.gate import GateKind
 
@@ -112,6 +112,7 @@ class DSCAdapterConfig(AdapterConfig):
     atom_init_norm: float = 1.0
     logit_clamp: float = 20.0
     eps: float = 1e-6
+    activation: Activation = "none"
     gate: GateKind = "sum"
     z_loss_on_raw_logits: bool = False
     frame_normalized: bool = True

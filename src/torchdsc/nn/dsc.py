@@ -5,7 +5,7 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor, nn
 
-from torchdsc.ops import compose, gate
+from torchdsc.ops import compose, gate, latents
 
 from .bank import BasisBank
 from .options import DSCOptions
@@ -33,7 +33,8 @@ class DSC(RoutedLayer):
     """Dynamic Subspace Composition: ``y = scale gamma * ((x U_I^T) * z) V_I``, equations (4), (5) and (14).
 
     It maps x to the update x dW(z(x)) alone; :class:`DSCResidual` adds it to a base. The default is the paper's
-    Algorithm 2, ``DSC.basic(...)`` its Algorithm 1. ``|dW|_2 < scale max |gamma|`` for every token, equations (7), (8).
+    Algorithm 2, ``DSC.basic(...)`` its Algorithm 1. With ``activation="relu"`` the latent values x . u_k are rectified:
+    ``y = scale gamma * (relu(x U_I^T) * z) V_I``. ``|dW|_2 < scale max |gamma|`` for every token, equations (7), (8).
 
     Args:
         in_features: d_in.
@@ -137,6 +138,7 @@ class DSC(RoutedLayer):
             raw_normalizer=options.z_loss_on_raw_logits and self.regularizers.z > 0,
         )
         coefficients, strength = self._gate(selection.logits)
+        coefficients = self._rectified(coefficients, flat, selection.indices)
         u, v, indices = self.bank.rows(selection.indices)
         y = compose(flat, u, v, indices, coefficients, eps=options.eps, impl=options.impl)
         # In inference in place: what compose returns is new.
@@ -156,6 +158,7 @@ class DSC(RoutedLayer):
         flat, options = self._tokens(x), self.options
         top_logits, indices = self.router.select(flat, options.top_k, logit_clamp=options.logit_clamp)[:2]
         coefficients, strength = self._gate(top_logits)
+        coefficients = self._rectified(coefficients, flat, indices)
         shape = (*x.shape[:-1], options.top_k)
         return Routing(
             indices.reshape(shape),
@@ -186,6 +189,12 @@ class DSC(RoutedLayer):
 
     def _tokens(self, x: Tensor) -> Tensor:
         return self._flatten(x, self.in_features, self.bank.u.dtype)
+
+    def _rectified(self, coefficients: Tensor, x: Tensor, indices: Tensor) -> Tensor:
+        """Coefficients of zero where a latent value is negative: relu(a) is a where a > 0."""
+        if self.options.activation == "none":
+            return coefficients
+        return coefficients * (latents(x, self.bank.u, indices) > 0)
 
     def _gate(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         options = self.options

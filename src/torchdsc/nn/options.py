@@ -9,6 +9,7 @@ from torchdsc.ops.gate import GateKind
 from .statistics import RegularizerWeights
 
 RouterKind = Literal["linear", "low_rank", "product_key"]
+Activation = Literal["none", "relu"]
 RouterNorm = Literal["layer", "layer_affine", "none"]
 
 
@@ -36,6 +37,8 @@ class DSCOptions:
             step that a learning rate makes does: direction changes go with step over norm.
         logit_clamp: tau, > 0.
         eps: Stability constant of norms and of the gate, > 0.
+        activation: Of the latent values x . u_k: "none", equation (14), or "relu", which leaves out the atoms that a
+            token is on the negative side of. It is 1-Lipschitz, and the bound on dW holds as it is.
         gate: "sum" for tanh(S), equation (5); "mean" for tanh(S / K); "none".
         z_loss_on_raw_logits: Take equation (12) on unclamped logits, whose gradient can bring a clamped one back.
         frame_normalized: Take equation (11) per pair of atoms, so that its weight does not depend on M.
@@ -63,6 +66,7 @@ class DSCOptions:
     atom_init_norm: float = 0.01
     logit_clamp: float = 20.0
     eps: float = 1e-6
+    activation: Activation = "none"
     gate: GateKind = "sum"
     z_loss_on_raw_logits: bool = False
     frame_normalized: bool = False
@@ -89,6 +93,7 @@ class DSCOptions:
         for name, choices in (
             ("router", RouterKind),
             ("router_norm", RouterNorm),
+            ("activation", Activation),
             ("gate", GateKind),
             ("impl", Implementation),
         ):

@@ -2,8 +2,9 @@
 
 from .compose import compose
 from .gate import gate
+from .latents import latents
 from .product_key import select_product_key
 from .route import route
 from .select import Selection, select
 
-__all__ = ["Selection", "compose", "gate", "route", "select", "select_product_key"]
+__all__ = ["Selection", "compose", "gate", "latents", "route", "select", "select_product_key"]

@@ -37,7 +37,7 @@ def forward(
     accumulated = coefficients.dtype
     u, u_indices = _in_dtype(u, indices, accumulated)
     v, v_indices = _in_dtype(v, indices, accumulated)
-    latent = _sampled_product(x.to(accumulated), u, u_indices)
+    latent = sampled_product(x.to(accumulated), u, u_indices)
     scale_u, scale_v = pair_scale(u, u_indices, eps), pair_scale(v, v_indices, eps)
     if scale_u is not None and scale_v is not None:
         latent.mul_(scale_u)
@@ -66,7 +66,7 @@ def backward(
     v, v_indices = _in_dtype(v, indices, accumulated)
     x, grad = x.to(accumulated), grad.to(accumulated)
     scale_u, scale_v = pair_scale(u, u_indices, eps), pair_scale(v, v_indices, eps)
-    projected = _sampled_product(grad, v, v_indices)
+    projected = sampled_product(grad, v, v_indices)
     if scale_v is not None:
         projected.mul_(scale_v)
     weight_u, weight_v = coefficients * projected, coefficients * latent
@@ -148,11 +148,11 @@ def _in_dtype(atoms: Tensor, indices: Tensor, dtype: torch.dtype) -> tuple[Tenso
     return rows, torch.arange(indices.numel(), device=indices.device).view_as(indices)
 
 
-def _sampled_product(x: Tensor, atoms: Tensor, indices: Tensor) -> Tensor:
+def sampled_product(x: Tensor, atoms: Tensor, indices: Tensor) -> Tensor:
     """``x_t . atoms_(t,k)`` of shape (T, K)."""
     tokens, top_k = indices.shape
     # The sampled product refuses patterns with more entries a row than columns.
-    if x.device.type == "cpu" and top_k <= atoms.shape[0] and _has_sampled_product():
+    if x.device.type == "cpu" and top_k <= atoms.shape[0] and _hassampled_product():
         starts = torch.arange(0, tokens * top_k + 1, top_k)
         pattern = torch.sparse_csr_tensor(
             starts, indices.reshape(-1), x.new_zeros(tokens * top_k), (tokens, atoms.shape[0]), check_invariants=False
@@ -169,7 +169,7 @@ def _sampled_product(x: Tensor, atoms: Tensor, indices: Tensor) -> Tensor:
 
 
 @functools.cache
-def _has_sampled_product() -> bool:
+def _hassampled_product() -> bool:
     # Torch warns once a process that CSR tensors are in beta: nothing that a user of this library could act on.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -1,0 +1,33 @@
+"""The latent values of selected atoms alone, as a mask needs them before the composition."""
+
+import torch
+from torch import Tensor
+
+from .compose.gather import sampled_product
+
+
+def latents(x: Tensor, u: Tensor, indices: Tensor) -> Tensor:
+    """``x_t . u_k`` for the atoms that each token selects, without gradients and without normalising atoms.
+
+    Args:
+        x: Tokens of shape (T, d_in).
+        u: Input atoms of shape (M, d_in), dtype of ``x``.
+        indices: Selected atoms of shape (T, K), int64, each in [0, M).
+
+    Returns:
+        Tensor of shape (T, K), float32 (float64 for float64 input).
+    """
+    found: Tensor = _latents_op(x.detach(), u.detach(), indices)
+    return found
+
+
+@torch.library.custom_op("torchdsc::latents", mutates_args=())
+def _latents_op(x: Tensor, u: Tensor, indices: Tensor) -> Tensor:
+    dtype = x.dtype if x.dtype == torch.float64 else torch.float32
+    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+        return sampled_product(x.to(dtype), u.to(dtype), indices)
+
+
+@_latents_op.register_fake
+def _(x: Tensor, u: Tensor, indices: Tensor) -> Tensor:
+    return x.new_empty(indices.shape, dtype=x.dtype if x.dtype == torch.float64 else torch.float32)

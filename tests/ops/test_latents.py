@@ -1,0 +1,31 @@
+import pytest
+import torch
+
+from torchdsc.ops import latents
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("tokens", "atoms", "top_k"), [(7, 11, 3), (5, 3, 3), (4, 2, 6), (1, 9, 1), (0, 4, 2)])
+def test_equals_the_gathered_products(tokens, atoms, top_k, dtype):
+    x, u = torch.randn(tokens, 6).to(dtype), torch.randn(atoms, 6).to(dtype)
+    indices = torch.randint(atoms, (tokens, top_k))
+    found = latents(x, u, indices)
+    assert found.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    torch.testing.assert_close(found, torch.einsum("td,tkd->tk", x.to(found.dtype), u.to(found.dtype)[indices]))
+
+
+def test_autocast_and_gradients_stay_out():
+    x, u = torch.randn(9, 6, requires_grad=True), torch.randn(5, 6, requires_grad=True)
+    indices = torch.randint(5, (9, 2))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = latents(x, u, indices)
+    assert not found.requires_grad
+    torch.testing.assert_close(found, torch.einsum("td,tkd->tk", x, u[indices]))
+
+
+def test_operator():
+    torch.library.opcheck(
+        torch.ops.torchdsc.latents.default,
+        (torch.randn(4, 6), torch.randn(5, 6), torch.randint(5, (4, 2))),
+        test_utils=("test_schema", "test_faketensor"),
+    )
