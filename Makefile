@@ -1,9 +1,8 @@
 # `make compare` runs the main job, `make test` the tests; each makes .venv first.
 PYTHON ?= python3
-PRESET ?= stories
 BIN := .venv/bin
 
-.PHONY: compare test check lint types bench adapt clean
+.PHONY: compare test check lint types bench adapt study clean
 
 compare: .venv/ready
 	$(BIN)/torchdsc compare --preset quick $(ARGS)
@@ -23,10 +22,13 @@ types: .venv/ready
 bench: .venv/ready
 	$(BIN)/torchdsc bench $(ARGS)
 
-# A study of adapters: PRESET=glue, glue-levers or stories; started twice, two processes share the work.
-adapt: .venv/ready
-	TORCHDSC_DATA=$${TORCHDSC_DATA:-../shared/data} $(BIN)/torchdsc adapt --preset $(PRESET) \
-	    --output experiments/adapt/$(PRESET) $(ARGS)
+# A study of adapters (PRESET=glue, glue-levers or stories) or of layers (opponents or levers), over what is there in
+# experiments/; started twice, two processes share the work.
+adapt: PRESET ?= stories
+study: PRESET ?= opponents
+adapt study: .venv/ready
+	TORCHDSC_DATA=$${TORCHDSC_DATA:-../shared/data} $(BIN)/torchdsc $@ --preset $(PRESET) \
+	    --output experiments/$@/$(PRESET) $(ARGS)
 
 clean:
 	rm -rf .venv runs
