@@ -199,7 +199,7 @@ def test_missing_quartile_is_named(make_runs):
 
 def test_unknown_method_repeated_run_and_mixed_sizes_are_errors(make_runs):
     runs = make_runs()
-    with pytest.raises(ValueError, match="method must be one of dense, moe, mixture_of_loras, dsc, got 'rnn'"):
+    with pytest.raises(ValueError, match="method must be one of dense, moe, mixture_of_loras, peer, dsc, got 'rnn'"):
         check_runs([*runs, {**runs[0], "method": "rnn"}])
     with pytest.raises(ValueError, match=r"runs\[8\] repeats method 'dense' with seed 42"):
         check_runs([*runs, runs[0]])

@@ -7,6 +7,7 @@ KINDS = {
     "dense": (20, {}),
     "moe": (9, {"num_experts": 4, "top_k": 2}),
     "mixture_of_loras": (8, {"num_experts": 4, "rank": 2}),
+    "peer": (8, {"num_experts": 16, "top_k": 4, "heads": 2}),
     "dsc": (8, {"num_atoms": 20, "top_k": 3}),
 }
 

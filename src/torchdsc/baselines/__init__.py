@@ -1,8 +1,9 @@
-"""What DSC is measured against: a dense feed-forward layer, Standard MoE and Mixture-of-LoRAs."""
+"""What DSC is measured against: a dense feed-forward layer, Standard MoE, Mixture-of-LoRAs and PEER."""
 
 from .dense import DenseFFN
 from .mixture_of_loras import MixtureOfLoRAs
 from .moe import StandardMoE
+from .peer import PEER
 from .router import SoftmaxRouter
 
-__all__ = ["DenseFFN", "MixtureOfLoRAs", "SoftmaxRouter", "StandardMoE"]
+__all__ = ["PEER", "DenseFFN", "MixtureOfLoRAs", "SoftmaxRouter", "StandardMoE"]

@@ -37,7 +37,7 @@ class ExperimentConfig:
     """Dense, MoE, Mixture-of-LoRAs and DSC language models trained at equal budgets.
 
     Attributes:
-        methods: Which, of dense, moe, mixture_of_loras and dsc.
+        methods: Which, of dense, moe, mixture_of_loras, peer and dsc.
         seeds: Every method is trained once with each.
         corpus: "embedded" (the Python standard library), "wikitext-2", "wikitext-103", or a path to text.
         preparation: "plain", or "published" for the published run's text preparation.
@@ -53,7 +53,7 @@ class ExperimentConfig:
         window: Tokens of a training sequence T.
         dropout: Of the model.
         residual_init: See DSCGPTConfig.
-        top_k: K, atoms a token composes; experts a token takes for Mixture-of-LoRAs.
+        top_k: K, atoms a token composes; experts a token takes for Mixture-of-LoRAs and PEER.
         rank: Of Mixture-of-LoRAs.
         experts_per_token: Of MoE.
         steps: Optimizer steps.
@@ -80,7 +80,7 @@ class ExperimentConfig:
             ``--overrides '{moe: {...}}'`` all of them.
     """
 
-    methods: list[str] = field(default_factory=lambda: list(METHODS))
+    methods: list[str] = field(default_factory=lambda: ["dense", "moe", "mixture_of_loras", "dsc"])
     seeds: list[int] = field(default_factory=lambda: [42])
     corpus: str = "embedded"
     preparation: Literal["plain", "published"] = "plain"

@@ -17,6 +17,7 @@ METHOD_LABELS: dict[str, str] = {
     "dense": "Dense",
     "moe": "Standard MoE",
     "mixture_of_loras": "Mixture-of-LoRAs",
+    "peer": "PEER",
     "dsc": "DSC",
 }
 """What each method is called, in the order of every table and figure."""

@@ -5,10 +5,10 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from torchdsc.baselines import DenseFFN, MixtureOfLoRAs, StandardMoE
+from torchdsc.baselines import PEER, DenseFFN, MixtureOfLoRAs, StandardMoE
 from torchdsc.nn import DSC, DSCResidual
 
-FeedForwardKind = Literal["dense", "moe", "mixture_of_loras", "dsc"]
+FeedForwardKind = Literal["dense", "moe", "mixture_of_loras", "peer", "dsc"]
 
 
 def build_feed_forward(
@@ -35,6 +35,8 @@ def build_feed_forward(
             return StandardMoE(hidden_size, intermediate_size, **options)
         if kind == "mixture_of_loras":
             return DSCResidual(_static(hidden_size, intermediate_size), MixtureOfLoRAs(hidden_size, **options))
+        if kind == "peer":
+            return DSCResidual(_static(hidden_size, intermediate_size), PEER(hidden_size, **options))
         if kind == "dsc":
             return DSCResidual(_static(hidden_size, intermediate_size), DSC(hidden_size, **options))
     except TypeError as error:

@@ -3,7 +3,7 @@
 from torch import nn
 from transformers import initialization as init
 
-from torchdsc.baselines import MixtureOfLoRAs
+from torchdsc.baselines import PEER, MixtureOfLoRAs
 from torchdsc.baselines.moe import Experts
 from torchdsc.nn import DSC, BasisBank, Router
 
@@ -46,6 +46,9 @@ def initialize(module: nn.Module, config: DSCGPTConfig) -> None:
     elif isinstance(module, MixtureOfLoRAs):
         init.kaiming_uniform_(module.down, a=5**0.5)
         init.zeros_(module.up)
+    elif isinstance(module, PEER):
+        init.normal_(module.down, std=module.in_features**-0.5)
+        init.normal_(module.up, std=module.out_features**-0.5)
 
 
 def mark_residual_writers(block: nn.Module) -> None:

@@ -17,6 +17,7 @@ _WIDTHS: dict[str, set[str]] = {
     "dense": set(),
     "moe": {"num_experts", "top_k"},
     "mixture_of_loras": {"num_experts", "rank", "top_k"},
+    "peer": {"num_experts", "top_k"},
     "dsc": {"num_atoms", "top_k"},
 }
 
@@ -34,13 +35,13 @@ def solve(
 
     Dense has one width and meets the total; MoE goes in steps of an expert and takes the nearest; DSC and
     Mixture-of-LoRAs meet both within 0.1 % of the feed-forward budget, where that is more than a step of their widths
-    (2 D parameters, 2 r D for experts of rank r); the plan says by how much it misses. With product keys M is a square,
-    and DSC stays below both targets or next to them.
+    (2 D parameters, 2 r D for experts of rank r); the plan says by how much it misses. With product keys M, or N for
+    PEER, is a square, and the plan stays below both targets or next to them.
 
     Args:
-        method: "dense", "moe", "mixture_of_loras" or "dsc".
+        method: "dense", "moe", "mixture_of_loras", "peer" or "dsc".
         budget: Targets and sizes.
-        top_k: Atoms or experts per token; 4 for DSC and Mixture-of-LoRAs, 2 for MoE by default.
+        top_k: Atoms or experts per token; 2 for MoE, 4 for others by default.
         rank: Of Mixture-of-LoRAs.
         match: Another method's plan whose realised numbers replace the targets.
         options: Further feed-forward options, counted with the rest where they have parameters.
@@ -71,8 +72,8 @@ def solve(
         return solve_dense(targets)
     if method == "moe":
         return solve_moe(targets, top_k or 2)
-    if targets.options.get("router", "linear") != "linear":
-        return solve_router(targets, top_k or 4)
+    if method == "peer" or targets.options.get("router", "linear") != "linear":
+        return solve_router(targets, method, top_k or 4)
     return solve_atoms(targets, method, top_k or 4, 1 if method == "dsc" else rank)
 
 
@@ -84,7 +85,7 @@ def solve_all(
     experts_per_token: int = 2,
     dsc_options: dict[str, Any] | None = None,
 ) -> list[Plan]:
-    """Plans of all four methods; see :func:`solve`. ``dsc_options`` are further options of DSC, its router say."""
+    """Plans of the comparison's four methods; see :func:`solve`. ``dsc_options`` are further options of DSC."""
     return [
         solve("dense", budget),
         solve("moe", budget, top_k=experts_per_token),

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torchdsc.models.feed_forward import FeedForwardKind
 
-METHODS: tuple[FeedForwardKind, ...] = ("dense", "moe", "mixture_of_loras", "dsc")
+METHODS: tuple[FeedForwardKind, ...] = ("dense", "moe", "mixture_of_loras", "peer", "dsc")
 
 
 @dataclass(frozen=True)
@@ -97,6 +97,8 @@ def feed_forward_parameters(
         idle = 2 * d_model * (options["num_atoms"] - options["top_k"])
     elif method == "mixture_of_loras":
         idle = 2 * d_model * options["rank"] * (options["num_experts"] - options.get("top_k", 2))
+    elif method == "peer":
+        idle = 2 * d_model * (options["num_experts"] - options.get("top_k", 4))
     elif method == "moe":
         idle = 2 * d_model * intermediate_size * (options["num_experts"] - options.get("top_k", 2))
     return total, total - idle

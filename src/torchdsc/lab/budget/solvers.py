@@ -70,12 +70,13 @@ def solve_atoms(targets: Targets, method: FeedForwardKind, top_k: int, rank: int
     return min((plan(*pair) for pair in _around(targets, plan, count, top_k)), key=_miss)
 
 
-def solve_router(targets: Targets, top_k: int) -> Plan:
-    """DSC with another router than the linear one: M follows as with it, for the router is active as a whole.
+def solve_router(targets: Targets, method: FeedForwardKind, top_k: int) -> Plan:
+    """PEER, or DSC with another router than the linear one: M follows as with it, for the router is active as a whole.
 
     Stored less active is 2 D (M - K) whatever the router. Its own parameters are counted on the built layer.
     """
-    unit, router = targets.unit, targets.options["router"]
+    unit = targets.unit
+    name, router = ("num_experts", "product_key") if method == "peer" else ("num_atoms", targets.options["router"])
     count = (targets.stored - targets.used + 2 * top_k * unit) // (2 * unit)
     counts = [count]
     if router == "product_key":
@@ -83,10 +84,10 @@ def solve_router(targets: Targets, top_k: int) -> Plan:
     counts = [count for count in counts if count >= top_k]
     if not counts:
         nearest = targets.active + 2 * unit * (ceil(sqrt(top_k)) ** 2 - top_k if router == "product_key" else 0)
-        raise ValueError(f"total must be at least {nearest:,} for num_atoms = top_k, got {targets.total:,}")
+        raise ValueError(f"total must be at least {nearest:,} for {name} = top_k, got {targets.total:,}")
 
     def plan(count: int, width: int) -> Plan:
-        return targets.plan("dsc", width, {"num_atoms": count, "top_k": top_k})
+        return targets.plan(method, width, {name: count, "top_k": top_k})
 
     found, missing = [], []
     for count in counts:
@@ -99,7 +100,7 @@ def solve_router(targets: Targets, top_k: int) -> Plan:
         least = missing[0]
         raise ValueError(
             f"total and active must be at least {least.params_total:,} and {least.params_active:,} for a "
-            f"router = {router!r} beside num_atoms = {least.options['num_atoms']:,}, "
+            f"router = {router!r} beside {name} = {least.options[name]:,}, "
             f"got {targets.total:,} and {targets.active:,}{targets.source}"
         )
     return min(found, key=_miss)

@@ -80,6 +80,7 @@ def _describe(method: FeedForwardKind, width: int, widths: dict[str, Any]) -> st
         "mixture_of_loras": lambda: (
             f"{widths['num_experts']} experts of rank {widths['rank']}, top-{widths['top_k']}, static width {width}"
         ),
+        "peer": lambda: f"{widths['num_experts']} experts of one neuron, top-{widths['top_k']}, static width {width}",
         "dsc": lambda: (
             f"M {widths['num_atoms']}, K {widths['top_k']}, static width {width}"
             + ("" if router == "linear" else f", {router} router")

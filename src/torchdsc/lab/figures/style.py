@@ -15,6 +15,7 @@ PALETTE: dict[str, tuple[str, str]] = {
     "dense": ("#2f3742", "#d9dfe7"),
     "moe": ("#bb5806", "#f2973a"),
     "mixture_of_loras": ("#0b8668", "#25b48f"),
+    "peer": ("#a12a8c", "#e07fd0"),
     "dsc": ("#2257e0", "#7d9dff"),
     "label": ("#4a5361", "#b3bcc9"),
     "faint": ("#8a93a0", "#788393"),
@@ -27,7 +28,7 @@ have contrast 4.5 or more with the page.
 """
 
 COLORS: dict[str, str] = {name: light for name, (light, _) in PALETTE.items()}
-MARKERS: dict[str, str] = {"dense": "o", "moe": "s", "mixture_of_loras": "^", "dsc": "D"}
+MARKERS: dict[str, str] = {"dense": "o", "moe": "s", "mixture_of_loras": "^", "peer": "v", "dsc": "D"}
 FONT_SIZE = 12.0
 WIDTH, HEIGHT = 480.0, 310.0
 

@@ -15,6 +15,7 @@ MARKS: dict[str, str] = {
     "dense": "\N{BLACK CIRCLE}",
     "moe": "\N{BLACK SQUARE}",
     "mixture_of_loras": "\N{BLACK UP-POINTING TRIANGLE}",
+    "peer": "\N{BLACK DOWN-POINTING TRIANGLE}",
     "dsc": "\N{BLACK DIAMOND}",
 }
 """The figures' markers as characters."""

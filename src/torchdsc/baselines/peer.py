@@ -1,0 +1,103 @@
+"""PEER: experts of a single neuron, retrieved by product keys."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torchdsc.nn import ProductKeyRouter, RegularizerWeights, RoutedLayer, RoutingStatistics
+from torchdsc.nn.options import RouterNorm
+from torchdsc.nn.statistics import check_token_mask, sum_statistics
+from torchdsc.ops import compose
+from torchdsc.ops.compose.api import Implementation
+
+# Clamping is DSC's: no score of a product key comes near.
+_NO_CLAMP = 1e4
+
+
+class PEER(RoutedLayer):
+    """``y = sum_heads sum_{e in top-k} p_e gelu(x . u_e) v_e``, arXiv 2407.04153: a product-key memory of neurons.
+
+    Each head retrieves K / heads of N experts by the sum of two half scores, and p is the softmax over those that it
+    retrieves. Training needs tokens x N latent values. It is the update alone, for a residual.
+
+    Args:
+        in_features: d_in.
+        out_features: d_out; ``in_features`` by default.
+        num_experts: N, a square.
+        top_k: Experts per token K, a multiple of ``heads``.
+        heads: Queries, each with keys of its own.
+        query_features: Of each head, even; d_in / 2 by default, rounded down to an even number.
+        router_norm: What the queries see of x: "layer" its LayerNorm, "layer_affine", or "none".
+        aux_weight: Weight of L_aux, equation (9); PEER as published has none.
+        z_weight: Weight of the router z-loss; likewise.
+        impl: Implementation of the composition.
+        device: Where the parameters live.
+        dtype: Their dtype.
+
+    Attributes:
+        down: Rows u, of shape (N, d_in), normal of standard deviation ``d_in^-1/2`` at the start.
+        up: Rows v, of shape (N, d_out), likewise.
+
+    Raises:
+        ValueError: On an argument out of its range.
+    """
+
+    router: ProductKeyRouter
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int | None = None,
+        *,
+        num_experts: int,
+        top_k: int = 4,
+        heads: int = 1,
+        query_features: int | None = None,
+        router_norm: RouterNorm = "layer",
+        aux_weight: float = 0.0,
+        z_weight: float = 0.0,
+        impl: Implementation = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        out_features = in_features if out_features is None else out_features
+        if heads < 1 or top_k < heads or top_k % heads:
+            raise ValueError(f"top_k must be a multiple of heads = {heads}, got {top_k}")
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.in_features, self.out_features, self.top_k, self.impl = in_features, out_features, top_k, impl
+        self.regularizers = RegularizerWeights(aux=aux_weight, z=z_weight)
+        rank = 2 * max(1, in_features // 4) if query_features is None else query_features
+        self.router = ProductKeyRouter(in_features, num_experts, rank=rank, heads=heads, norm=router_norm, **factory)
+        if top_k > heads * num_experts:
+            raise ValueError(f"top_k must be at most heads x num_experts = {heads * num_experts}, got {top_k}")
+        self.down = nn.Parameter(torch.empty(num_experts, in_features, **factory))
+        self.up = nn.Parameter(torch.empty(num_experts, out_features, **factory))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Normal rows."""
+        nn.init.normal_(self.down, std=self.in_features**-0.5)
+        nn.init.normal_(self.up, std=self.out_features**-0.5)
+
+    def forward_with_statistics(
+        self, x: Tensor, token_mask: Tensor | None = None
+    ) -> tuple[Tensor, RoutingStatistics | None]:
+        """See :class:`torchdsc.nn.RoutedLayer`."""
+        flat = self._flatten(x, self.in_features, self.down.dtype)
+        mask = check_token_mask(token_mask, x)
+        collect = self.training and self.regularizers.need_tokens
+        found = self.router.select(flat, self.top_k, logit_clamp=_NO_CLAMP, token_mask=mask, statistics=collect)
+        indices = found.indices
+        weights = found.logits.view(flat.shape[0], self.router.heads, -1).softmax(dim=-1).view_as(found.logits)
+        latent = (flat @ self.down.t()).gather(1, indices).to(weights.dtype)
+        # gelu(a) is a times the normal distribution's function at a; compose brings the other a.
+        coefficients = weights * 0.5 * torch.erfc(-latent / math.sqrt(2))
+        y = compose(flat, self.down, self.up, indices, coefficients, eps=None, impl=self.impl)
+        y = y.to(x.dtype).reshape(*x.shape[:-1], self.out_features)
+        if not collect:
+            return y, None
+        strength = weights.sum(dim=-1)
+        return y, sum_statistics(strength, found.log_normalizer, found.probability_sum, mask)
