@@ -20,11 +20,11 @@ class DSCGPTConfig(PretrainedConfig):
         num_hidden_layers: Blocks.
         num_attention_heads: Heads; must divide ``hidden_size``.
         max_position_embeddings: Longest sequence.
-        feed_forward: "dense", "moe", "mixture_of_loras" or "dsc".
+        feed_forward: "dense", "moe", "mixture_of_loras", "peer" or "dsc".
         intermediate_size: Width of the dense layer, of one MoE expert, or of the static layer beside the update of
-            DSC and Mixture-of-LoRAs (0 leaves it out).
+            DSC, PEER and Mixture-of-LoRAs (0 leaves it out).
         feed_forward_options: Further arguments of :class:`torchdsc.DSC` ("num_atoms" and "top_k" are required), of
-            :class:`torchdsc.baselines.StandardMoE` ("num_experts") or
+            :class:`torchdsc.baselines.StandardMoE` and :class:`torchdsc.baselines.PEER` ("num_experts"), or
             :class:`torchdsc.baselines.MixtureOfLoRAs` ("num_experts" and "rank").
         dropout: Of embeddings, attention weights and residual branches.
         layer_norm_eps: Of every LayerNorm.
