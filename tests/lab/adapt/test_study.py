@@ -133,6 +133,16 @@ def test_interrupted_run_goes_on_exactly(study, tmp_path, monkeypatch):
     assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
+def test_seeds_of_a_method(study, tmp_path):
+    first, second = study().as_dict()["methods"]
+    results = adapt(study(methods=[{**first, "seeds": [3, 0, 1]}, second], seeds=[0]), tmp_path / "out")
+    runs = [(run["method"], run["seed"]) for run in results["runs"]]
+    assert runs == [("LoRA", 3), ("LoRA", 0), ("DSC", 0), ("LoRA", 1)]
+    # What is compared are the seeds that both have.
+    scores = {run["method"]: run["score"] for run in results["runs"] if run["seed"] == 0}
+    assert difference(results["runs"], "DSC", "LoRA").mean == pytest.approx(scores["DSC"] - scores["LoRA"])
+
+
 def test_head_has_a_rate_of_its_own(study, tmp_path, monkeypatch):
     seen = {}
     methods = [

@@ -92,6 +92,7 @@ class Method:
         learning_rates: Trials; by default those of the study.
         options: Fields of the method's PEFT configuration.
         against: Name of the method it is compared to; the study's reference by default.
+        seeds: Of its own, where an important comparison wants more; those of the study by default.
     """
 
     name: str
@@ -100,12 +101,15 @@ class Method:
     learning_rates: list[float] | None = None
     options: dict[str, Any] = field(default_factory=dict)
     against: str | None = None
+    seeds: list[int] | None = None
 
     def __post_init__(self) -> None:
         _check(f"kind of method {self.name!r}", self.kind, self.kind in KINDS, f"one of {KINDS}")
         _check(f"budget of method {self.name!r}", self.budget, self.budget is None or self.budget >= 1, "None or >= 1")
         if self.learning_rates is not None:
             _check_rates(f"learning_rates of method {self.name!r}", self.learning_rates)
+        if self.seeds is not None:
+            _check_numbers(f"seeds of method {self.name!r}", self.seeds)
         if self.kind in WITHOUT_ADAPTER and (self.budget is not None or self.options):
             raise ValueError(
                 f"method {self.name!r} must have no budget and options, as kind = {self.kind!r} has no adapter"
@@ -124,7 +128,7 @@ class AdaptConfig:
             one, "embedding" for one on the embeddings of texts that are encoded apart (:class:`SentenceClassifier`).
         tasks: What to adapt to.
         methods: How.
-        seeds: Every method adapts to every task once with each, at the learning rate that tuning has chosen.
+        seeds: Every method adapts to every task once with each (or its own), at the learning rate that tuning chose.
         learning_rates: Trials of a method; with a single one nothing is tuned.
         head_learning_rate: Of the new head, which no method's rate needs to suit then; the method's by default.
         tuning_tasks: Names of the tasks that learning rates are tuned on, by the mean score; all by default.
@@ -204,6 +208,10 @@ class AdaptConfig:
     def rates(self, method: Method) -> list[float]:
         """Learning rates to try."""
         return method.learning_rates or self.learning_rates
+
+    def seeds_of(self, method: Method) -> list[int]:
+        """Seeds of a method's runs."""
+        return method.seeds or self.seeds
 
     def tuned_on(self) -> list[Task]:
         """Tasks that learning rates are tuned on."""

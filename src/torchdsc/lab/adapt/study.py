@@ -69,12 +69,14 @@ def adapt(config: AdaptConfig, folder: Path, *, console: Console | None = None) 
 
     trials = run([job for method in methods for job in _trials(config, method)])
     rates = {method.name: _best_rate(config, method, trials) for method in methods}
+    seeds = dict.fromkeys(seed for method in methods for seed in config.seeds_of(method))
     runs = run(
         [
             Job(task.name, method, rates[method.name], seed, is_trial=False)
-            for seed in config.seeds
+            for seed in seeds
             for method in methods
             for task in config.tasks
+            if seed in config.seeds_of(method)
         ]
     )
     with locked(folder / ".timing", wait=True):
