@@ -31,7 +31,7 @@ def render_report(results: Mapping[str, Any]) -> str:
     rows = summarize(results)
     settings = results["config"]["settings"]
     facts = {
-        "Corpus": settings.get("corpus", "embedded"),
+        "Corpus": Path(settings.get("corpus", "embedded")).name,
         "Steps": f"{results['runs'][0]['steps']:,}",
         "Seeds": ", ".join(map(str, results["config"]["seeds"])),
         "Trials": str(len(results["trials"])),
@@ -113,6 +113,8 @@ def _rates(results: Mapping[str, Any]) -> Figure:
             ends.append((points[-1][1], variant["name"], color))
             shown += list(best.values())
     axes.set_ylim(*pad_limits(shown))
+    rates = sorted({trial["config"]["learning_rate"] for trial in results["trials"]})
+    axes.set_xticks(rates, [f"{rate:g}" for rate in rates])
     label_ends(axes, ends)
     return drawing
 

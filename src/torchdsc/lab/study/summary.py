@@ -105,7 +105,7 @@ def to_markdown(results: Mapping[str, Any]) -> str:
 def table_head(results: Mapping[str, Any]) -> list[str]:
     """Titles of the columns of :func:`table_cells`."""
     losses = ("validation loss", "test loss", f"vs {reference_of(results)}")
-    return ["Variant", "best trial", "total", "active", *losses, "its loss reached after"]
+    return ["Variant", "best trial", "total", "active", *losses, "steps to its loss"]
 
 
 def table_cells(row: VariantRow, results: Mapping[str, Any]) -> list[str]:
@@ -118,7 +118,7 @@ def table_cells(row: VariantRow, results: Mapping[str, Any]) -> list[str]:
         _losses(row.valid),
         _losses(row.test),
         _signed(row.against) + ("" if row.other == reference_of(results) else f" (vs {row.other})"),
-        DASH if row.share_of_steps is None else f"{row.share_of_steps:.0%} of steps",
+        DASH if row.share_of_steps is None else f"{row.share_of_steps:.0%}",
     ]
 
 
