@@ -67,7 +67,7 @@ class TestErrors:
             (["compare", "--seeds", "1", "1"], "seeds must be one or more different integers, got [1, 1]"),
             (
                 ["compare", "--methods", "dsc", "lora"],
-                "methods must be among dense, moe, mixture_of_loras, dsc, got lora",
+                "methods must be among dense, moe, mixture_of_loras, peer, dsc, got lora",
             ),
             (["compare", "--preset", "tiny"], f"preset must be one of {preset_names()}, got 'tiny'"),
             (["compare", "--config", "nowhere.yaml"], "config: File does not exist"),

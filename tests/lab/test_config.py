@@ -7,7 +7,6 @@ import pytest
 import yaml
 
 from torchdsc.lab import presets
-from torchdsc.lab.budget import METHODS
 from torchdsc.lab.config import ExperimentConfig, load_preset, preset_names
 from torchdsc.lab.training import make_plans
 
@@ -49,7 +48,7 @@ class TestPresets:
 
 class TestExperimentConfig:
     def test_defaults_are_valid(self):
-        assert ExperimentConfig().methods == list(METHODS)
+        assert ExperimentConfig().methods == ["dense", "moe", "mixture_of_loras", "dsc"]
 
     def test_as_dict_survives_yaml(self):
         config = ExperimentConfig(learning_rate=1e-5, overrides={"moe": {"feed_forward": {"jitter": 0.01}}})
@@ -89,7 +88,7 @@ class TestExperimentConfig:
         [
             ({"methods": []}, r"methods must be one or more different names, got \[\]"),
             ({"methods": ["dsc", "dsc"]}, "methods must be one or more different names"),
-            ({"methods": ["dsc", "lora"]}, "methods must be among dense, moe, mixture_of_loras, dsc, got lora"),
+            ({"methods": ["dsc", "lora"]}, "methods must be among dense, moe, mixture_of_loras, peer, dsc, got lora"),
             ({"match": "lora"}, "match must be among .*, got lora"),
             ({"seeds": []}, "seeds must be one or more different integers"),
             ({"seeds": [1, 1]}, "seeds must be one or more different integers"),

@@ -63,7 +63,8 @@ def whole(tiny, tiny_data, tmp_path_factory):
     @functools.cache
     def run(method):
         folder = tmp_path_factory.mktemp(method)
-        return folder, train_run(tiny, make_plans(tiny, tiny_data.vocab_size)[method], 1, tiny_data, folder)
+        plan = make_plans(dataclasses.replace(tiny, methods=[method]), tiny_data.vocab_size)[method]
+        return folder, train_run(tiny, plan, 1, tiny_data, folder)
 
     return run
 
@@ -95,7 +96,7 @@ class TestParameterGroups:
     @pytest.mark.parametrize("method", METHODS)
     def test_every_parameter_is_in_its_group(self, tiny, method):
         options = {} if method == "dense" else {"router_norm": "layer_affine"}
-        config = dataclasses.replace(tiny, overrides={method: {"feed_forward": options}})
+        config = dataclasses.replace(tiny, methods=[method], overrides={method: {"feed_forward": options}})
         model = build_model(config, make_plans(config, 320)[method], 320)
         groups = parameter_groups(
             model, learning_rate=1e-3, weight_decay=0.02, router_lr_multiplier=5, atom_lr_multiplier=0.5

@@ -12,9 +12,6 @@ from torchdsc.nn.statistics import check_token_mask, sum_statistics
 from torchdsc.ops import compose
 from torchdsc.ops.compose.api import Implementation
 
-# Clamping is DSC's: no score of a product key comes near.
-_NO_CLAMP = 1e4
-
 
 class PEER(RoutedLayer):
     """``y = sum_heads sum_{e in top-k} p_e gelu(x . u_e) v_e``, arXiv 2407.04153: a product-key memory of neurons.
@@ -45,6 +42,8 @@ class PEER(RoutedLayer):
     """
 
     router: ProductKeyRouter
+    # Clamping is DSC's: no score comes near.
+    logit_clamp = 1e4
 
     def __init__(
         self,
@@ -89,7 +88,7 @@ class PEER(RoutedLayer):
         flat = self._flatten(x, self.in_features, self.down.dtype)
         mask = check_token_mask(token_mask, x)
         collect = self.training and self.regularizers.need_tokens
-        found = self.router.select(flat, self.top_k, logit_clamp=_NO_CLAMP, token_mask=mask, statistics=collect)
+        found = self.router.select(flat, self.top_k, logit_clamp=self.logit_clamp, token_mask=mask, statistics=collect)
         indices = found.indices
         weights = found.logits.view(flat.shape[0], self.router.heads, -1).softmax(dim=-1).view_as(found.logits)
         latent = (flat @ self.down.t()).gather(1, indices).to(weights.dtype)

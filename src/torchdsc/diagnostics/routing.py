@@ -7,7 +7,7 @@ from typing import Any, Self, cast
 import torch
 from torch import Tensor, nn
 
-from torchdsc.nn import DSC, LinearRouter, RoutedLayer
+from torchdsc.nn import DSC, LinearRouter, RoutedLayer, Router
 from torchdsc.ops import gate
 
 # Points of a load curve that a record keeps.
@@ -81,16 +81,15 @@ class _Counter:
 
     @torch.no_grad()
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if isinstance(self.layer, DSC):
-            options = self.layer.options
-            scores = output.detach()
-            top_logits, indices = self.layer.router.select_from(scores, options.top_k, logit_clamp=options.logit_clamp)[
-                :2
-            ]
-            strength = gate(top_logits, logit_clamp=options.logit_clamp, eps=options.eps).strength
-            self.strength_sum += float(strength.sum())
-            self.gate_sum += float(strength.tanh().sum())
-            num_atoms = options.num_atoms
+        if isinstance(module, Router):
+            # Its output are scores.
+            settings: Any = self.layer.options if isinstance(self.layer, DSC) else self.layer
+            found = module.select_from(output.detach(), settings.top_k, logit_clamp=settings.logit_clamp)
+            indices, num_atoms = found.indices, module.num_atoms
+            if isinstance(self.layer, DSC):
+                strength = gate(found.logits, logit_clamp=settings.logit_clamp, eps=settings.eps).strength
+                self.strength_sum += float(strength.sum())
+                self.gate_sum += float(strength.tanh().sum())
         else:
             indices, num_atoms = output.indices, cast(LinearRouter, module.linear).num_atoms
         counts = torch.bincount(indices.reshape(-1), minlength=num_atoms).cpu()
