@@ -19,7 +19,7 @@ def run(arguments: list[str]) -> None:
         "Train variants of the layers at equal budgets, each tuned by trials on the validation part.",
         "(--preset NAME | --config FILE) [--seeds SEED ...] [--output FOLDER]",
     )
-    parser.add_argument("--preset", type=str | None, default=None, help=f"{', '.join(preset_names(_FOLDER))}")
+    parser.add_argument("--preset", type=str | None, default=None, help=", ".join(preset_names(_FOLDER)))
     parser.add_argument("--config", type=str | None, default=None, help="YAML file of a study")
     parser.add_argument("--seeds", nargs="+", type=int, default=None, help="in place of the study's")
     parser.add_argument("--output", type=str | None, default=None, help="folder of the study (default: runs/study-...)")

@@ -1,11 +1,13 @@
-"""Differences of means over seeds, with the half width of their 95 % intervals."""
+"""Means over seeds and their differences, with the half width of 95 % intervals, also as text."""
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from statistics import fmean, variance
+from statistics import fmean, stdev, variance
 
-__all__ = ["Difference", "paired_difference"]
+from .tables import DASH, MINUS
+
+__all__ = ["Difference", "format_difference", "format_mean", "paired_difference"]
 
 # Two-sided 95 % points of Student's t, by degrees of freedom; between them the next smaller, which is wider.
 _T = {1: 12.71, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262, 10: 2.228}
@@ -45,3 +47,18 @@ def paired_difference(groups: Mapping[str, Sequence[float]]) -> Difference:
     freedom = total**2 / sum(part**2 / degrees for part, degrees in parts)
     point = _T[max((known for known in _T if known <= freedom + 1e-9), default=1)]
     return Difference(mean, point * math.sqrt(total) / len(groups))
+
+
+def format_mean(values: Sequence[float], decimals: int) -> str:
+    """ "71.20 ± 0.84", the sample standard deviation over seeds; without it for one seed, a dash for none."""
+    if not values:
+        return DASH
+    return f"{fmean(values):.{decimals}f}" + (f" ± {stdev(values):.{decimals}f}" if len(values) > 1 else "")
+
+
+def format_difference(value: Difference | None, decimals: int) -> str:
+    """ "+0.41 ± 0.55" with the half width of the 95 % interval; a dash for None."""
+    if value is None:
+        return DASH
+    text = f"{value.mean:+.{decimals}f}".replace("-", MINUS)
+    return text if value.half_width is None else f"{text} ± {value.half_width:.{decimals}f}"

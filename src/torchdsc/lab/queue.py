@@ -1,4 +1,4 @@
-"""A study's folder and its queue of runs, which any number of processes may share."""
+"""A study's folder, its queue of runs, which any number of processes may share, and its results."""
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -9,11 +9,11 @@ from typing import Any, TypeVar
 import yaml
 from rich.console import Console
 
-from .files import write_text
+from .files import write_json, write_text
 
-__all__ = ["locked", "share", "take_folder"]
+__all__ = ["locked", "share", "take_folder", "write_results"]
 
-CONFIG = "config.yaml"
+CONFIG, RESULTS, TABLE, REPORT = "config.yaml", "results.json", "table.md", "report.html"
 _POLL_SECONDS = 5.0
 
 Job = TypeVar("Job")
@@ -97,6 +97,15 @@ def take_folder(values: Mapping[str, Any], folder: Path) -> None:
         raise ValueError(f"output must be a new or empty folder, or a study's, got {folder} with other files")
     folder.mkdir(parents=True, exist_ok=True)
     write_text(file, yaml.safe_dump(wanted, sort_keys=False))
+
+
+def write_results(results: Mapping[str, Any], table: str, page: str, folder: Path, console: Console) -> None:
+    """Write ``results.json``, ``table.md`` and ``report.html``, and print the table and where the page is."""
+    write_json(folder / RESULTS, results)
+    write_text(folder / TABLE, table)
+    write_text(folder / REPORT, page)
+    console.print(table, markup=False, highlight=False, soft_wrap=True)
+    console.print(f"report: {folder / REPORT}", highlight=False, soft_wrap=True)
 
 
 def _extends(kept: Any, wanted: Any) -> bool:

@@ -16,6 +16,7 @@ __all__ = [
     "format_loss",
     "format_millions",
     "format_ratio",
+    "markdown_table",
     "print_table",
     "summarize",
     "table_cells",
@@ -81,16 +82,21 @@ def to_markdown(summaries: Sequence[MethodSummary]) -> str:
     A loss is bold only where `leader` says that it is lowest beyond noise.
     """
     leaders = {column: leader(summaries, name) for column, name in LOSS_COLUMNS.items()}
-    lines = [_markdown_row([*HEADER, "layer"]), "|:--|" + "--:|" * (len(HEADER) - 1) + ":--|"]
+    rows = []
     for summary in summaries:
         cells = table_cells(summary)
         for column, winner in leaders.items():
             if winner is summary:
                 cells[column] = f"**{cells[column]}**"
-        lines.append(_markdown_row([*cells, summary.description]))
-    if any(summary.num_seeds > 1 for summary in summaries):
-        lines += ["", DEVIATION_NOTE]
-    return "\n".join(lines) + "\n"
+        rows.append([*cells, summary.description])
+    markdown = markdown_table([*HEADER, "layer"], rows, left=(0, len(HEADER)))
+    return f"{markdown}\n{DEVIATION_NOTE}\n" if any(summary.num_seeds > 1 for summary in summaries) else markdown
+
+
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]], *, left: Sequence[int] = (0,)) -> str:
+    """Returns a table as GitHub markdown; columns are right-aligned but for those in `left`."""
+    rule = "|" + "".join(":--|" if column in left else "--:|" for column in range(len(head)))
+    return "\n".join([_markdown_row(head), rule, *map(_markdown_row, rows)]) + "\n"
 
 
 def _markdown_row(cells: Iterable[str]) -> str:

@@ -49,9 +49,11 @@ class TokenMasked:
             mask = self.memory[1]
         if mask is None or mask.shape == x.shape[:-1]:
             return mask
-        # Into tokens, or as models of several texts an example do, into sequences.
-        is_flat = x.dim() == 2 < 1 + mask.dim() or (x.dim() == 3 < mask.dim() + 1 and mask.shape[-1] == x.shape[1])
-        return mask.reshape(x.shape[:-1]) if is_flat and mask.numel() == x.shape[:-1].numel() else None
+        # Into tokens, or as models of several texts an example do, into sequences of the same length.
+        shape = x.shape[:-1]
+        keeps_length = len(shape) == 1 or shape[-1] == mask.shape[-1]
+        is_flat = len(shape) < mask.dim() and keeps_length and mask.numel() == shape.numel()
+        return mask.reshape(shape) if is_flat else None
 
 
 def pass_attention_mask(model: nn.Module) -> None:

@@ -3,32 +3,24 @@
 import json
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 
 from torchdsc.lab.figures.style import COLORS, FONT_SIZE, add_axes, new_figure, pad_limits
-from torchdsc.lab.files import write_text
+from torchdsc.lab.intervals import format_difference
 from torchdsc.lab.report.html import Html, details, figure, grid, paragraph, section, table, terms, text
 from torchdsc.lab.report.template import PAGE, style_sheet
 from torchdsc.lab.tables import DASH
 
 from .config import Task
-from .summary import MethodRow, format_difference, reference_of, summarize, table_cells, table_head
+from .summary import MethodRow, reference_of, summarize, table_cells, table_head
 
-__all__ = ["render_report", "write_report"]
+__all__ = ["render_report"]
 
 # Colours by kind of method; those of the comparison keep theirs.
 _COLORS = {"dsc": COLORS["dsc"], "mixture_of_loras": COLORS["mixture_of_loras"], "full": COLORS["dense"]}
 _OTHERS = COLORS["moe"]
-
-
-def write_report(results: Mapping[str, Any], folder: Path) -> Path:
-    """Write ``report.html`` into a folder and return its path; it needs no other file."""
-    path = folder / "report.html"
-    write_text(path, render_report(results))
-    return path
 
 
 def render_report(results: Mapping[str, Any]) -> str:
@@ -58,7 +50,7 @@ def _headline(rows: Sequence[MethodRow]) -> str:
         return f"{sentence}."
     sure = abs(best.against.mean) > best.against.half_width
     verdict = "beyond" if sure else "within"
-    return f"{sentence}: {format_difference(best.against)} to {best.other}, {verdict} the 95 % interval."
+    return f"{sentence}: {format_difference(best.against, 2)} to {best.other}, {verdict} the 95 % interval."
 
 
 def _facts(results: Mapping[str, Any], tasks: Sequence[str]) -> Html:

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import SequenceClassifierOutput
 
@@ -64,15 +64,15 @@ class SentenceClassifier(PreTrainedModel):
         mask = attention_mask.flatten(0, 1)
         states = self.encoder(input_ids=input_ids.flatten(0, 1), attention_mask=mask, **options)[0]
         mean = (states * mask[..., None]).sum(dim=1) / mask.sum(dim=1, keepdim=True)
-        embedding = F.normalize(mean, dim=-1) * mean.shape[-1] ** 0.5
+        embedding = functional.normalize(mean, dim=-1) * mean.shape[-1] ** 0.5
         u, *others = embedding.view(batch, sentences, -1).unbind(dim=1)
         features = torch.cat([u] + [part for v in others for part in (v, (u - v).abs(), u * v)], dim=-1)
         logits = self.classifier(features)
         loss = None
         if labels is not None and self.config.problem_type == "regression":
-            loss = F.mse_loss(logits.squeeze(-1).float(), labels.float())
+            loss = functional.mse_loss(logits.squeeze(-1).float(), labels.float())
         elif labels is not None:
-            loss = F.cross_entropy(logits.float(), labels)
+            loss = functional.cross_entropy(logits.float(), labels)
         return SequenceClassifierOutput(loss=loss, logits=logits)
 
 

@@ -12,20 +12,20 @@ from torch.optim import AdamW
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from torchdsc.lab.environment import hardware, peak_memory_bytes, quiet_transformers, reset_peak_memory
-from torchdsc.lab.files import read_json, write_json, write_text
+from torchdsc.lab.files import read_json, write_json
 from torchdsc.lab.latency import measure_in_turn
-from torchdsc.lab.queue import locked, share, take_folder
+from torchdsc.lab.queue import locked, share, take_folder, write_results
 
 from .config import AdaptConfig, Method, resolve_base
 from .data import TaskData, load_task
 from .methods import build_model, solve_size
-from .report import write_report
+from .report import render_report
 from .run import RECORD, Job, adapt_run
 from .summary import to_markdown
 
-__all__ = ["adapt", "write_results"]
+__all__ = ["adapt"]
 
-RESULTS, TABLE, TIMING = "results.json", "table.md", "timing.json"
+TIMING = "timing.json"
 
 
 def adapt(config: AdaptConfig, folder: Path, *, console: Console | None = None) -> dict[str, Any]:
@@ -89,17 +89,8 @@ def adapt(config: AdaptConfig, folder: Path, *, console: Console | None = None) 
         "trials": trials,
         "runs": runs,
     }
-    write_results(results, folder)
-    console.print(to_markdown(results), markup=False, highlight=False, soft_wrap=True)
-    console.print(f"report: {folder / 'report.html'}", highlight=False, soft_wrap=True)
+    write_results(results, to_markdown(results), render_report(results), folder, console)
     return results
-
-
-def write_results(results: dict[str, Any], folder: Path) -> None:
-    """Write ``results.json``, ``table.md`` and ``report.html``."""
-    write_json(folder / RESULTS, results)
-    write_text(folder / TABLE, to_markdown(results))
-    write_report(results, folder)
 
 
 def _trials(config: AdaptConfig, method: Method) -> list[Job]:

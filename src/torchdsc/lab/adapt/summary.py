@@ -2,11 +2,11 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from statistics import fmean, median, stdev
+from statistics import fmean, median
 from typing import Any
 
-from torchdsc.lab.intervals import Difference, paired_difference
-from torchdsc.lab.tables import DASH, MINUS, TIMES
+from torchdsc.lab.intervals import Difference, format_difference, format_mean, paired_difference
+from torchdsc.lab.tables import DASH, TIMES, markdown_table
 
 __all__ = [
     "MethodRow",
@@ -127,8 +127,7 @@ def _peak_ratio(timing: Mapping[str, Any], name: str, reference: str) -> float |
 def to_markdown(results: Mapping[str, Any]) -> str:
     """The table as GitHub markdown."""
     head, rows = table_head(results), [table_cells(row, results) for row in summarize(results)]
-    lines = [head, [":--", *["--:"] * (len(head) - 1)], *rows]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines) + "\n"
+    return markdown_table(head, rows)
 
 
 def table_head(results: Mapping[str, Any]) -> list[str]:
@@ -147,23 +146,8 @@ def table_cells(row: MethodRow, results: Mapping[str, Any]) -> list[str]:
         f"{row.params_adapter:,}",
         f"{row.adapter_bytes:,.0f}",
         f"{row.rate:g}",
-        *(format_scores(row.scores.get(task, [])) for task in tasks),
+        *(format_mean(row.scores.get(task, []), 2) for task in tasks),
         f"{row.mean:.2f}",
-        format_difference(row.against) + ("" if row.other == reference_of(results) else f" (vs {row.other})"),
+        format_difference(row.against, 2) + ("" if row.other == reference_of(results) else f" (vs {row.other})"),
         *(DASH if ratio is None else f"{ratio:.2f}{TIMES}" for ratio in (row.step_ratio, row.peak_ratio)),
     ]
-
-
-def format_scores(values: Sequence[float]) -> str:
-    """ "71.20 ± 0.84", the sample standard deviation over seeds; without it for one seed."""
-    if not values:
-        return DASH
-    return f"{fmean(values):.2f}" + (f" ± {stdev(values):.2f}" if len(values) > 1 else "")
-
-
-def format_difference(value: Difference | None) -> str:
-    """ "+0.41 ± 0.55" with the half width of the 95 % interval."""
-    if value is None:
-        return DASH
-    text = f"{value.mean:+.2f}".replace("-", MINUS)
-    return text if value.half_width is None else f"{text} ± {value.half_width:.2f}"

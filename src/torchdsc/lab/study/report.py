@@ -10,20 +10,12 @@ from matplotlib.figure import Figure
 
 from torchdsc.lab.figures.labels import label_ends
 from torchdsc.lab.figures.style import COLORS, MARKERS, add_axes, new_figure, pad_limits
-from torchdsc.lab.files import write_text
 from torchdsc.lab.report.html import Html, details, figure, grid, paragraph, section, table, terms, text
 from torchdsc.lab.report.template import PAGE, style_sheet
 
 from .summary import VariantRow, format_settings, reference_of, summarize, table_cells, table_head
 
-__all__ = ["render_report", "write_report"]
-
-
-def write_report(results: Mapping[str, Any], folder: Path) -> Path:
-    """Write ``report.html`` into a folder and return its path; it needs no other file."""
-    path = folder / "report.html"
-    write_text(path, render_report(results))
-    return path
+__all__ = ["render_report"]
 
 
 def render_report(results: Mapping[str, Any]) -> str:

@@ -11,17 +11,15 @@ from rich.console import Console
 
 from torchdsc.lab.config import ExperimentConfig
 from torchdsc.lab.experiment import load_data
-from torchdsc.lab.files import read_json, write_json, write_text
-from torchdsc.lab.queue import share, take_folder
+from torchdsc.lab.files import read_json
+from torchdsc.lab.queue import share, take_folder, write_results
 from torchdsc.lab.training import RECORD, Data, make_plans, train_run
 
 from .config import StudyConfig, Variant
-from .report import write_report
+from .report import render_report
 from .summary import to_markdown
 
-__all__ = ["run_study", "write_results"]
-
-RESULTS, TABLE = "results.json", "table.md"
+__all__ = ["run_study"]
 
 
 @dataclass(frozen=True)
@@ -63,9 +61,9 @@ def run_study(config: StudyConfig, folder: Path, *, console: Console | None = No
     first = config.variants[0]
     data = load_data(config.experiment(first, first.trials[0], config.seeds[0], is_trial=False))
     for variant in config.variants:
-        for trial in variant.trials:
-            experiment = config.experiment(variant, trial, config.seeds[0], is_trial=False)
-            plan = make_plans(experiment, data.vocab_size)[variant.method]
+        experiments = [config.experiment(variant, trial, config.seeds[0], is_trial=False) for trial in variant.trials]
+        # Budgets that a trial cannot meet are refused before the first run.
+        plan, *_ = (make_plans(experiment, data.vocab_size)[variant.method] for experiment in experiments)
         console.print(
             f"{variant.name}: {plan.description}; {plan.params_total / 1e6:.3f} M stored, "
             f"{plan.params_active / 1e6:.3f} M active",
@@ -82,17 +80,8 @@ def run_study(config: StudyConfig, folder: Path, *, console: Console | None = No
     runs = run([_Job(v, chosen[v.name], seed, False) for seed in config.seeds for v in config.variants])
     settings = {variant.name: variant.trials[chosen[variant.name]] for variant in config.variants}
     results = {"format": 1, "config": config.as_dict(), "chosen": settings, "trials": trials, "runs": runs}
-    write_results(results, folder)
-    console.print(to_markdown(results), markup=False, highlight=False, soft_wrap=True)
-    console.print(f"report: {folder / 'report.html'}", highlight=False, soft_wrap=True)
+    write_results(results, to_markdown(results), render_report(results), folder, console)
     return results
-
-
-def write_results(results: dict[str, Any], folder: Path) -> None:
-    """Write ``results.json``, ``table.md`` and ``report.html``."""
-    write_json(folder / RESULTS, results)
-    write_text(folder / TABLE, to_markdown(results))
-    write_report(results, folder)
 
 
 def _tried(variant: Variant) -> range:

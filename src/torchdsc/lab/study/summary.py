@@ -2,11 +2,11 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
-from torchdsc.lab.intervals import Difference, paired_difference
-from torchdsc.lab.tables import DASH, MINUS
+from torchdsc.lab.intervals import Difference, format_difference, format_mean, paired_difference
+from torchdsc.lab.tables import DASH, markdown_table
 
 __all__ = ["VariantRow", "format_settings", "reference_of", "summarize", "table_cells", "table_head", "to_markdown"]
 
@@ -98,8 +98,7 @@ def _share_of_steps(own: Sequence[Run], others: Sequence[Run]) -> float | None:
 def to_markdown(results: Mapping[str, Any]) -> str:
     """The table as GitHub markdown."""
     head, rows = table_head(results), [table_cells(row, results) for row in summarize(results)]
-    lines = [head, [":--", ":--", *["--:"] * (len(head) - 2)], *rows]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines) + "\n"
+    return markdown_table(head, rows, left=(0, 1))
 
 
 def table_head(results: Mapping[str, Any]) -> list[str]:
@@ -115,9 +114,9 @@ def table_cells(row: VariantRow, results: Mapping[str, Any]) -> list[str]:
         format_settings(row.chosen) or DASH,
         f"{row.params_total:,}",
         f"{row.params_active:,}",
-        _losses(row.valid),
-        _losses(row.test),
-        _signed(row.against) + ("" if row.other == reference_of(results) else f" (vs {row.other})"),
+        format_mean(row.valid, 3),
+        format_mean(row.test, 3),
+        format_difference(row.against, 3) + ("" if row.other == reference_of(results) else f" (vs {row.other})"),
         DASH if row.share_of_steps is None else f"{row.share_of_steps:.0%}",
     ]
 
@@ -126,14 +125,3 @@ def format_settings(settings: Mapping[str, Any]) -> str:
     """ "learning_rate 0.004, aux_weight 0.01"."""
     parts = (format_settings(v) if isinstance(v, Mapping) else f"{k} {v}" for k, v in settings.items())
     return ", ".join(parts)
-
-
-def _losses(values: Sequence[float]) -> str:
-    return f"{fmean(values):.3f}" + (f" ± {stdev(values):.3f}" if len(values) > 1 else "")
-
-
-def _signed(value: Difference | None) -> str:
-    if value is None:
-        return DASH
-    text = f"{value.mean:+.3f}".replace("-", MINUS)
-    return text if value.half_width is None else f"{text} ± {value.half_width:.3f}"
