@@ -69,9 +69,9 @@ def test_padding_does_not_count():
     [
         ({"heads": 0}, "top_k must be a multiple of heads = 0, got 6"),
         ({"heads": 4}, "top_k must be a multiple of heads = 4, got 6"),
-        ({"num_experts": 15}, "num_atoms must be a square"),
+        ({"num_experts": 15}, "num_experts must be a square, for product keys, got 15"),
         ({"num_experts": 1}, "top_k must be at most heads x num_experts = 2, got 6"),
-        ({"query_features": 3}, "rank must be even"),
+        ({"query_features": 3}, "query_features must be even and >= 2, got 3"),
         ({"z_weight": -1.0}, "z_weight must be finite and >= 0"),
     ],
 )

@@ -361,6 +361,11 @@ class TestErrors:
         with pytest.raises(FileNotFoundError, match=re.escape(spec)):
             load_corpus(spec)
 
+    def test_variable_that_is_not_set(self, monkeypatch):
+        monkeypatch.delenv("NOWHERE", raising=False)
+        with pytest.raises(ValueError, match="the environment variable NOWHERE is not set"):
+            load_corpus("${NOWHERE}/wikitext-2")
+
     def test_blank_name(self):
         with pytest.raises(ValueError, match="spec must be a corpus name"):
             load_corpus(" ")

@@ -17,7 +17,6 @@ from torchdsc.lab.tokenizers import (
     default_cache_dir,
     load_tokenizer,
     plain_backend,
-    write_atomically,
 )
 
 TRICKY = [
@@ -167,28 +166,6 @@ class TestBpeCache:
         assert default_cache_dir() == tmp_path / "chosen"
         load_tokenizer("bpe", corpus, vocab_size=300)
         assert len(list((tmp_path / "chosen" / "tokenizers").iterdir())) == 1
-
-
-class TestWriteAtomically:
-    def test_writes_and_leaves_nothing_beside(self, tmp_path):
-        target = tmp_path / "new" / "file"
-        write_atomically(target, lambda file: file.write(b"one"))
-        write_atomically(target, lambda file: file.write(b"two"))
-        assert target.read_bytes() == b"two"
-        assert [path.name for path in target.parent.iterdir()] == ["file"]
-
-    @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-    def test_interruption_keeps_the_former_file(self, tmp_path, error):
-        def interrupted(file):
-            file.write(b"half")
-            raise error
-
-        target = tmp_path / "file"
-        write_atomically(target, lambda file: file.write(b"whole"))
-        with pytest.raises(error):
-            write_atomically(target, interrupted)
-        assert target.read_bytes() == b"whole"
-        assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 class TestFolders:

@@ -68,7 +68,11 @@ class PEER(RoutedLayer):
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.in_features, self.out_features, self.top_k, self.impl = in_features, out_features, top_k, impl
         self.regularizers = RegularizerWeights(aux=aux_weight, z=z_weight)
+        if math.isqrt(max(num_experts, 0)) ** 2 != num_experts:
+            raise ValueError(f"num_experts must be a square, for product keys, got {num_experts}")
         rank = 2 * max(1, in_features // 4) if query_features is None else query_features
+        if rank < 2 or rank % 2:
+            raise ValueError(f"query_features must be even and >= 2, got {rank}")
         self.router = ProductKeyRouter(in_features, num_experts, rank=rank, heads=heads, norm=router_norm, **factory)
         if top_k > heads * num_experts:
             raise ValueError(f"top_k must be at most heads x num_experts = {heads * num_experts}, got {top_k}")

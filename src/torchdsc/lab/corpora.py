@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from torchdsc.lab.corpus_sources import HUB_CONFIGURATIONS, SplitTexts, read_embedded, read_hub, read_local
+from torchdsc.lab.files import expand
 
 Preparation = Literal["plain", "published"]
 
@@ -115,7 +116,7 @@ def _read(spec: str) -> tuple[str, SplitTexts]:
         return spec, read_embedded()
     if spec in HUB_CONFIGURATIONS:
         return spec, read_hub(spec)
-    path = Path(os.path.expandvars(spec)).expanduser()
+    path = Path(expand(spec)).expanduser()
     if path.exists():
         return path.resolve().name, read_local(path)
     known = ["embedded", *HUB_CONFIGURATIONS]

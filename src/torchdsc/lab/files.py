@@ -1,12 +1,53 @@
 """Small files that are whole or absent, whenever a run is killed."""
 
 import json
+import os
+import re
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from .tokenizers import write_atomically
+__all__ = ["expand", "read_json", "write_atomically", "write_json", "write_text"]
 
-__all__ = ["read_json", "write_json", "write_text"]
+
+def expand(source: str) -> str:
+    """``source`` with the environment's variables for its ``${NAME}``.
+
+    Raises:
+        ValueError: If one is not set.
+    """
+    expanded = os.path.expandvars(source)
+    unset = re.search(r"\$(\w+|\{\w+\})", expanded)
+    if unset:
+        raise ValueError(f"{source}: the environment variable {unset[1].strip('{}')} is not set")
+    return expanded
+
+
+def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
+    """Write a file so that ``path`` is at any time absent, the former file, or the complete new one.
+
+    Args:
+        path: The file; its folder is made where it is missing.
+        write: Called with the open binary file.
+
+    Raises:
+        OSError: If the folder cannot be made or written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Beside the target, because a replace is atomic only within one file system.
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        # mkstemp makes files that only their owner may read; a cache may be shared.
+        Path(temporary).chmod(0o644)
+        Path(temporary).replace(path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
 
 
 def write_text(path: Path, text: str) -> None:

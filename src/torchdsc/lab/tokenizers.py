@@ -5,15 +5,14 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, GPT2TokenizerFast, PreTrainedTokenizerFast
 
 from torchdsc.lab.corpora import Corpus
+from torchdsc.lab.files import write_text
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -88,32 +87,6 @@ def default_cache_dir() -> Path:
     return Path(chosen).expanduser() if chosen else Path.home() / ".cache" / "torchdsc"
 
 
-def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
-    """Writes a file so that `path` is at any time absent, the former file, or the complete new one.
-
-    Args:
-        path: the file; its folder is made where it is missing.
-        write: called with the open binary file.
-
-    Raises:
-        OSError: the folder cannot be made or written.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Beside the target, because a replace is atomic only within one file system.
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        # mkstemp makes files that only their owner may read; a cache may be shared.
-        Path(temporary).chmod(0o644)
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-
-
 def _byte_tokenizer() -> Tokenizer:
     """A BPE without merges, whose ids are the byte values."""
     # ByteLevel writes a printable byte as itself, and gives the others the characters from 256 on, in order.
@@ -146,12 +119,8 @@ def _trained_bpe(corpus: Corpus, vocab_size: int, cache_dir: Path) -> Tokenizer:
         except Exception as error:
             _logger.warning("%s is damaged (%s): training the tokenizer again", path, error)
     tokenizer = _train_bpe(corpus.train, vocab_size)
-    write_atomically(path, lambda file: _write_text(file, tokenizer.to_str()))
+    write_text(path, tokenizer.to_str())
     return tokenizer
-
-
-def _write_text(file: BinaryIO, text: str) -> None:
-    file.write(text.encode())
 
 
 def _train_bpe(text: str, vocab_size: int) -> Tokenizer:

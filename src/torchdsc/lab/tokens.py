@@ -22,7 +22,8 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 from transformers import PreTrainedTokenizerFast
 
 from torchdsc.lab.corpora import Corpus
-from torchdsc.lab.tokenizers import content_hash, default_cache_dir, plain_backend, write_atomically
+from torchdsc.lab.files import write_atomically, write_json
+from torchdsc.lab.tokenizers import content_hash, default_cache_dir, plain_backend
 
 TokenArray = npt.NDArray[np.uint16] | npt.NDArray[np.uint32]
 
@@ -136,12 +137,8 @@ def _encode_splits(
             if counts[split] == 0:
                 raise ValueError(f"tokenizer must give tokens for every split, got none for {split} of {corpus.name}")
     # Written last: without it the files beside it do not count as complete.
-    write_atomically(folder / "counts.json", lambda file: _write_json(file, counts))
+    write_json(folder / "counts.json", counts)
     return counts
-
-
-def _write_json(file: BinaryIO, value: dict[str, int]) -> None:
-    file.write(json.dumps(value).encode())
 
 
 def _encode(text: str, backend: Tokenizer, file: BinaryIO, dtype: np.dtype[Any], bar: Any) -> int:

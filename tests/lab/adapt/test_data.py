@@ -112,7 +112,7 @@ class TestErrors:
 
     def test_variable_that_is_not_set(self, encoder, monkeypatch):
         monkeypatch.delenv("NOWHERE", raising=False)
-        with pytest.raises(ValueError, match="holds a variable that is not set"):
+        with pytest.raises(ValueError, match="the environment variable NOWHERE is not set"):
             load(encoder, train="${NOWHERE}/a.tsv")
 
     def test_no_file(self, encoder, tmp_path):

@@ -1,13 +1,13 @@
 """The configuration of an adaptation study: a base model, tasks, methods at a budget, seeds and tuning trials."""
 
 import hashlib
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from importlib import util
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from torchdsc.lab.files import expand
 from torchdsc.lab.mappings import from_mapping
 
 __all__ = ["KINDS", "WITHOUT_ADAPTER", "AdaptConfig", "Method", "Task"]
@@ -245,12 +245,12 @@ def resolve_base(base: str) -> str:
     """The folder or hub id of ``base``.
 
     Raises:
-        ValueError: If a package is not installed.
+        ValueError: If a package is not installed, or a variable is not set.
     """
     if base.startswith("llama2c:"):
         return _converted(base)
     if not base.startswith("package:"):
-        return os.path.expandvars(base)
+        return expand(base)
     package, _, inner = base.removeprefix("package:").partition("/")
     found = util.find_spec(package)
     if found is None or found.origin is None:
@@ -259,7 +259,7 @@ def resolve_base(base: str) -> str:
 
 
 def _converted(base: str) -> str:
-    files = [Path(os.path.expandvars(part)) for part in base.split(":")[1:]]
+    files = [Path(expand(part)) for part in base.split(":")[1:]]
     if len(files) != 2:
         raise ValueError(f"base must be llama2c:MODEL.bin:TOKENIZER.bin, got {base!r}")
     # Imported late: it takes transformers, which the configuration alone does not.

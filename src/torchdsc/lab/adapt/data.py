@@ -3,7 +3,6 @@
 import csv
 import hashlib
 import json
-import os
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,6 +16,8 @@ import torch
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 from transformers.data.data_collator import DataCollatorWithPadding, default_data_collator
+
+from torchdsc.lab.files import expand
 
 from .config import Head, Task
 from .sentences import collate_sentences
@@ -176,9 +177,7 @@ def _load_text(task: Task, tokenizer: PreTrainedTokenizerBase, length: int, held
 
 
 def _rows(task: Task, source: str, hashes: list[str]) -> Iterator[Row]:
-    path = Path(os.path.expandvars(source)).expanduser()
-    if "$" in str(path):
-        raise ValueError(f"{source} of task {task.name!r} holds a variable that is not set")
+    path = Path(expand(source)).expanduser()
     if path.suffix in (".csv", ".tsv", ".jsonl", ".txt"):
         hashes.append(hashlib.sha256(path.read_bytes()).hexdigest())
         rows = _read(path, task)
