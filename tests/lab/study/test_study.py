@@ -76,6 +76,13 @@ def test_trials_leave_the_test_part_alone(finished):
     assert not list(folder.glob("trial-*/model"))
 
 
+def test_a_study_to_choose_by_leaves_the_test_part_alone(study, tmp_path, module_cache):
+    results = run_study(study(variants=[{"name": "DSC", "method": "dsc"}], seeds=[1], test=False), tmp_path / "out")
+    assert [run["test_loss"] for run in results["runs"]] == [None]
+    assert summarize(results)[0].test == []
+    assert not list((tmp_path / "out").glob("run-*/model"))
+
+
 def test_rows(finished):
     _, folder, results = finished
     dense, two, four = summarize(results)

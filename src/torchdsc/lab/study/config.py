@@ -53,6 +53,7 @@ class StudyConfig:
         seeds: Every variant is trained once with each, as its best trial was.
         tuning_seed: Seed of the trials.
         reference: Name of the variant that others are compared to; the first by default.
+        test: Whether runs end with a look at the test part: not in a study that others are chosen by.
     """
 
     variants: list[Variant]
@@ -61,6 +62,7 @@ class StudyConfig:
     seeds: list[int] = field(default_factory=lambda: [0])
     tuning_seed: int = 1000
     reference: str | None = None
+    test: bool = True
 
     def __post_init__(self) -> None:
         names = [variant.name for variant in self.variants]

@@ -43,7 +43,8 @@ def run_study(config: StudyConfig, folder: Path, *, console: Console | None = No
 
     ``folder`` ends with ``config.yaml``, one folder a run, ``results.json``, ``table.md`` and ``report.html``. Runs
     that are there are kept, and one that was interrupted goes on from its last checkpoint. Processes that are given
-    the same folder share the work. Trials see the validation part alone; the test part is for the runs.
+    the same folder share the work. Trials see the validation part alone; the test part is for the runs, and for them
+    where ``config.test`` says so.
 
     Args:
         config: The study.
@@ -101,7 +102,8 @@ def _run(config: StudyConfig, job: _Job, data: Data, folder: Path) -> dict[str, 
         _check_record(read_json(file), experiment, data, file)
     plan = make_plans(experiment, data.vocab_size)[job.variant.method]
     place = folder / job.name
-    record = train_run(experiment, plan, job.seed, data, place, label=job.name, is_trial=job.is_trial)
+    is_trial = job.is_trial or not config.test
+    record = train_run(experiment, plan, job.seed, data, place, label=job.name, is_trial=is_trial)
     return {"variant": job.variant.name, "trial": job.trial, **record}
 
 

@@ -24,7 +24,7 @@ class VariantRow:
         params_active: Parameters that one token uses.
         chosen: Settings of its best trial.
         valid: Final validation losses, nats per token, one a seed.
-        test: Test losses.
+        test: Test losses, none where the study leaves the test part alone.
         other: The variant it is compared to.
         against: Difference of validation losses to that, paired by seed; None for itself.
         share_of_steps: Share of training after which its mean validation loss is below the other's final one; None
@@ -71,7 +71,7 @@ def summarize(results: Mapping[str, Any]) -> list[VariantRow]:
                 params_active=own[0]["params_active"],
                 chosen=results["chosen"][name],
                 valid=[run["val_loss_final"] for run in own],
-                test=[run["test_loss"] for run in own],
+                test=[run["test_loss"] for run in own if run["test_loss"] is not None],
                 other=other,
                 against=_difference(own, by_name[other]) if is_other else None,
                 share_of_steps=_share_of_steps(own, by_name[other]) if is_other else None,
