@@ -36,7 +36,8 @@ def count_active(model, options):
     active = 0
     for name, parameter in model.named_parameters():
         if name.endswith(("bank.u", "bank.v")):
-            active += options["top_k"] * parameter[0].numel()
+            layers = model.config.num_hidden_layers if options.get("share_bank") else 1
+            active += layers * options["top_k"] * parameter[0].numel()
         elif name.endswith(("experts.up_proj", "experts.down_proj", "dsc.down", "dsc.up")):
             active += parameter.numel() // options["num_experts"] * options["top_k"]
         else:
@@ -94,6 +95,7 @@ class TestCounts:
             {"router": "product_key"},
             {"router": "product_key", "router_heads": 4, "router_rank": 20},
             {"router": "low_rank", "router_bias": True, "router_norm": "layer_affine"},
+            {"router": "low_rank", "router_rank": 16, "share_bank": True},
         ],
     )
     @pytest.mark.parametrize("budget", [PAPER, SMALL], ids=["paper", "small"])
@@ -105,6 +107,7 @@ class TestCounts:
         step = 2 * budget.d_model * budget.n_layer
         assert min(budget.total - plan.params_total, budget.active - plan.params_active) < step
         assert options["router"] in plan.description
+        assert ("shared" in plan.description) == ("share_bank" in options)
 
     @pytest.mark.parametrize("options", [{}, {"heads": 2, "query_features": 20}])
     @pytest.mark.parametrize("budget", [PAPER, SMALL], ids=["paper", "small"])
@@ -121,6 +124,21 @@ class TestCounts:
         plan = solve("dsc", SMALL, options={"router": "product_key"})
         assert (plan.options["num_atoms"], plan.intermediate_size) == (484, 323)
         assert solve("dsc", PAPER, options={"router": "product_key"}).options["num_atoms"] == 1521
+
+    def test_one_bank_has_the_atoms_of_all(self):
+        plans = [
+            solve("dsc", SMALL, options={"router": "low_rank", "router_rank": 8} | o)
+            for o in ({}, {"share_bank": True})
+        ]
+        own, shared = (plan.options["num_atoms"] for plan in plans)
+        # Stored less active is 2 D (M - K) for each of four layers, or 2 D (M - 4 K).
+        assert shared == pytest.approx(4 * own, abs=4)
+
+    def test_one_bank_with_a_linear_router_of_no_room_is_refused(self):
+        with pytest.raises(
+            ValueError, match=r"must be at least .* for a router = 'linear' beside num_atoms = 2,0\d\d, got"
+        ):
+            solve("dsc", SMALL, options={"share_bank": True})
 
     def test_a_router_without_room_is_refused(self):
         budget = Budget(SMALL.fixed + 4 * 128 * 400, SMALL.fixed + 4 * 128 * 9, 128, 4, 4096, 128)

@@ -3,12 +3,14 @@ import torch
 
 from torchdsc.models import DSCGPTConfig, DSCGPTForCausalLM
 
+# The feed-forward layer, and after a comma what is special about it.
 KINDS = {
     "dense": (20, {}),
     "moe": (9, {"num_experts": 4, "top_k": 2}),
     "mixture_of_loras": (8, {"num_experts": 4, "rank": 2}),
     "peer": (8, {"num_experts": 16, "top_k": 4, "heads": 2}),
     "dsc": (8, {"num_atoms": 20, "top_k": 3}),
+    "dsc, one bank": (8, {"num_atoms": 20, "top_k": 3, "share_bank": True}),
 }
 
 
@@ -43,7 +45,7 @@ def make_config():
             "pad_token_id": 0,
         }
         return DSCGPTConfig(
-            feed_forward=kind,
+            feed_forward=kind.partition(",")[0],
             feed_forward_options={**options, **(feed_forward_options or {})},
             **{**settings, **changes},
         )

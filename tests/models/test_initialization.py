@@ -16,7 +16,7 @@ def make(make_config):
 
     def build(kind, **changes):
         options = changes.pop("feed_forward_options", {})
-        if kind == "dsc":
+        if kind.startswith("dsc"):
             options = {"num_atoms": 100, **options}
         settings = {"hidden_size": 64, "intermediate_size": 96, "vocab_size": 200, "initializer_range": STD}
         config = make_config(kind, feed_forward_options=options, **{**settings, **changes})

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from torchdsc.baselines import MixtureOfLoRAs
 from torchdsc.nn import DSC, RoutedLayer
-from torchdsc.nn.host import TokenMasked, feature_sizes
+from torchdsc.nn.host import TokenMasked, feature_sizes, refer
 
 from .config import AdapterConfig, DSCAdapterConfig, MixtureOfLoRAsConfig
 
@@ -195,9 +195,9 @@ class DSCAdapterLayer(AdapterLayer):
             self.in_features, self.out_features, bank=owner.bank if config.share_bank else None, **vars(options)
         )
         if config.share_bank:
-            _refer(layer, "bank", owner.bank)
+            refer(layer, "bank", owner.bank)
         if config.share_router:
-            _refer(layer, "router", owner.router)
+            refer(layer, "router", owner.router)
         return layer
 
 
@@ -211,16 +211,6 @@ class MixtureOfLoRAsLayer(AdapterLayer):
         """See :class:`AdapterLayer`."""
         assert isinstance(config, MixtureOfLoRAsConfig)
         return MixtureOfLoRAs(self.in_features, self.out_features, **config.arguments())
-
-
-def _refer(layer: nn.Module, name: str, part: nn.Module) -> None:
-    """Give ``layer`` a part that another layer owns: it is neither trained, moved nor saved twice.
-
-    The reference is to the module, so that it sees parameters that are loaded or cast; copies of a model refer to
-    their own.
-    """
-    del layer._modules[name]
-    layer.__dict__[name] = part
 
 
 def _parameters(layer: nn.Module) -> Iterator[nn.Parameter]:

@@ -23,7 +23,8 @@ class DSCGPTConfig(PretrainedConfig):
         feed_forward: "dense", "moe", "mixture_of_loras", "peer" or "dsc".
         intermediate_size: Width of the dense layer, of one MoE expert, or of the static layer beside the update of
             DSC, PEER and Mixture-of-LoRAs (0 leaves it out).
-        feed_forward_options: Further arguments of :class:`torchdsc.DSC` ("num_atoms" and "top_k" are required), of
+        feed_forward_options: Further arguments of :class:`torchdsc.DSC` ("num_atoms" and "top_k" are required;
+            "share_bank": true for one bank in all blocks), of
             :class:`torchdsc.baselines.StandardMoE` and :class:`torchdsc.baselines.PEER` ("num_experts"), or
             :class:`torchdsc.baselines.MixtureOfLoRAs` ("num_experts" and "rank").
         dropout: Of embeddings, attention weights and residual branches.

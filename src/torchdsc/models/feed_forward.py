@@ -10,6 +10,9 @@ from torchdsc.nn import DSC, DSCResidual
 
 FeedForwardKind = Literal["dense", "moe", "mixture_of_loras", "peer", "dsc"]
 
+# An option of the model rather than of its layers: all of them compose from the first one's bank.
+SHARE_BANK = "share_bank"
+
 
 def build_feed_forward(
     kind: FeedForwardKind, hidden_size: int, intermediate_size: int, options: dict[str, Any]
@@ -28,6 +31,10 @@ def build_feed_forward(
     Raises:
         ValueError: On an unknown kind, or options that the layer refuses.
     """
+    if kind == "dsc":
+        if not isinstance(options.get(SHARE_BANK, False), bool):
+            raise ValueError(f"{SHARE_BANK} must be a bool, got {options[SHARE_BANK]!r}")
+        options = {name: value for name, value in options.items() if name != SHARE_BANK}
     try:
         if kind == "dense":
             return DenseFFN(hidden_size, intermediate_size, **options)

@@ -1,4 +1,4 @@
-"""What a layer inside somebody else's model needs of it: the sizes of the module beside it, and the padding."""
+"""What a layer inside a model needs of it: sizes of the module beside it, the padding, parts of other layers."""
 
 import inspect
 from functools import partial
@@ -6,6 +6,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+
+def refer(layer: nn.Module, name: str, part: nn.Module) -> None:
+    """Give ``layer`` a part that another layer owns: it is neither trained, moved nor saved twice.
+
+    The reference is to the module, so that it sees parameters that are loaded or cast; copies of a model refer to
+    their own.
+    """
+    layer._modules.pop(name, None)
+    layer.__dict__[name] = part
 
 
 def feature_sizes(module: nn.Module) -> tuple[int | None, int | None]:

@@ -71,15 +71,18 @@ class Plan:
 
 
 def feed_forward_parameters(
-    method: FeedForwardKind, d_model: int, intermediate_size: int, options: dict[str, Any]
+    method: FeedForwardKind, d_model: int, intermediate_size: int, options: dict[str, Any], n_layer: int = 1
 ) -> tuple[int, int]:
-    """Stored and active parameters of one feed-forward layer, counted on the built module.
+    """Stored and active parameters of feed-forward layers, counted on the built module.
+
+    Active ones are those of every layer, also where layers share a bank, which is stored once.
 
     Args:
         method: Which.
         d_model: D.
         intermediate_size: Width.
         options: Feed-forward options.
+        n_layer: How many layers.
 
     Returns:
         The two counts.
@@ -92,8 +95,9 @@ def feed_forward_parameters(
     with torch.device("meta"):
         module = build_feed_forward(method, d_model, intermediate_size, options)
     total = sum(parameter.numel() for parameter in module.parameters())
-    idle = 0
+    shared = idle = 0
     if method == "dsc":
+        shared = 2 * d_model * options["num_atoms"] if options.get("share_bank") else 0
         idle = 2 * d_model * (options["num_atoms"] - options["top_k"])
     elif method == "mixture_of_loras":
         idle = 2 * d_model * options["rank"] * (options["num_experts"] - options.get("top_k", 2))
@@ -101,4 +105,4 @@ def feed_forward_parameters(
         idle = 2 * d_model * (options["num_experts"] - options.get("top_k", 4))
     elif method == "moe":
         idle = 2 * d_model * intermediate_size * (options["num_experts"] - options.get("top_k", 2))
-    return total, total - idle
+    return n_layer * total - (n_layer - 1) * shared, n_layer * (total - idle)

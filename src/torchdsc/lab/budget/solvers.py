@@ -71,19 +71,23 @@ def solve_atoms(targets: Targets, method: FeedForwardKind, top_k: int, rank: int
 
 
 def solve_router(targets: Targets, method: FeedForwardKind, top_k: int) -> Plan:
-    """PEER, or DSC with another router than the linear one: M follows as with it, for the router is active as a whole.
+    """PEER, or DSC with another router than the linear one or a shared bank: a router is active as a whole.
 
-    Stored less active is 2 D (M - K) whatever the router. Its own parameters are counted on the built layer.
+    So stored less active is 2 D (M - K) a layer whatever the router, 2 D (M - L K) for one bank in L layers, which
+    gives M. Routers' parameters are counted on the built layer.
     """
-    unit = targets.unit
-    name, router = ("num_experts", "product_key") if method == "peer" else ("num_atoms", targets.options["router"])
-    count = (targets.stored - targets.used + 2 * top_k * unit) // (2 * unit)
+    unit, options, is_peer = targets.unit, targets.options, method == "peer"
+    name = "num_experts" if is_peer else "num_atoms"
+    router = "product_key" if is_peer else options.get("router", "linear")
+    stored_atom = 2 * (targets.budget.d_model if options.get("share_bank") else unit)
+    count = (targets.stored - targets.used + 2 * top_k * unit) // stored_atom
     counts = [count]
     if router == "product_key":
         counts = [side * side for side in (isqrt(max(0, count)), isqrt(max(0, count)) + 1)]
     counts = [count for count in counts if count >= top_k]
     if not counts:
-        nearest = targets.active + 2 * unit * (ceil(sqrt(top_k)) ** 2 - top_k if router == "product_key" else 0)
+        least_count = ceil(sqrt(top_k)) ** 2 if router == "product_key" else top_k
+        nearest = targets.active + stored_atom * least_count - 2 * unit * top_k
         raise ValueError(f"total must be at least {nearest:,} for {name} = top_k, got {targets.total:,}")
 
     def plan(count: int, width: int) -> Plan:

@@ -40,16 +40,16 @@ class Targets:
     def plan(self, method: FeedForwardKind, width: int, widths: dict[str, Any]) -> Plan:
         """The plan of these widths, and by how much it misses."""
         options = {**self.options, **widths}
-        stored, used = feed_forward_parameters(method, self.budget.d_model, width, options)
-        layers, fixed = self.budget.n_layer, self.budget.fixed
+        d_model, layers, fixed = self.budget.d_model, self.budget.n_layer, self.budget.fixed
+        stored, used = feed_forward_parameters(method, d_model, width, options, layers)
         return Plan(
             method=method,
             intermediate_size=width,
             options=options,
-            params_total=fixed + layers * stored,
-            params_active=fixed + layers * used,
-            miss_total=layers * stored / self.stored - 1,
-            miss_active=None if method == "dense" else layers * used / self.used - 1,
+            params_total=fixed + stored,
+            params_active=fixed + used,
+            miss_total=stored / self.stored - 1,
+            miss_active=None if method == "dense" else used / self.used - 1,
             description=_describe(method, width, options),
         )
 
@@ -82,8 +82,8 @@ def _describe(method: FeedForwardKind, width: int, widths: dict[str, Any]) -> st
         ),
         "peer": lambda: f"{widths['num_experts']} experts of one neuron, top-{widths['top_k']}, static width {width}",
         "dsc": lambda: (
-            f"M {widths['num_atoms']}, K {widths['top_k']}, static width {width}"
-            + ("" if router == "linear" else f", {router} router")
+            f"M {widths['num_atoms']}{' shared' if widths.get('share_bank') else ''}, K {widths['top_k']}, "
+            f"static width {width}" + ("" if router == "linear" else f", {router} router")
         ),
     }
     return describe[method]()
