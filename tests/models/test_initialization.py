@@ -76,6 +76,13 @@ def test_dsc_keeps_its_own_way_to_start(make):
     assert torch.equal(dsc.router.norm.weight, torch.ones(64))
 
 
+def test_a_router_with_a_deviation_of_its_own(make):
+    dsc = make("dsc", feed_forward_options={"router_init_std": 0.3}).model.blocks[1].routed_layer
+    assert dsc.router.weight.std().item() == pytest.approx(0.3, rel=0.05)
+    dsc.reset_parameters()
+    assert dsc.router.weight.std().item() == pytest.approx(0.3, rel=0.05)
+
+
 def test_loras_start_as_the_zero_update(make):
     lora = make("mixture_of_loras").model.blocks[0].routed_layer
     assert not lora.up.any()

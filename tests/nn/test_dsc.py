@@ -293,6 +293,7 @@ def test_export():
         ({"logit_clamp": -1.0}, ValueError, "logit_clamp must be finite and > 0, got -1.0"),
         ({"eps": 0.0}, ValueError, "eps must be"),
         ({"atom_init_norm": 0.0}, ValueError, "atom_init_norm must be"),
+        ({"router_init_std": 0.0}, ValueError, "router_init_std must be finite and > 0, got 0.0"),
         ({"z_weight": -0.1}, ValueError, "z_weight must be finite and >= 0"),
         ({"frame_weight": float("nan")}, ValueError, "frame_weight must be"),
         ({"router": "hash"}, ValueError, "router must be one of"),

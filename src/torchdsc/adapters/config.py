@@ -106,6 +106,7 @@ class DSCAdapterConfig(AdapterConfig):
     router_heads: int = 1
     router_bias: bool = False
     router_norm: RouterNorm = "layer"
+    router_init_std: float | None = None
     channelwise_gamma: bool = True
     gamma_init: float = field(default=0.0, metadata={"help": "0 for an adapter that starts as the identity."})
     scale: float = field(default=32.0, metadata={"help": "Factor of gamma, as LoRA's alpha / r."})

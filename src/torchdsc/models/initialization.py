@@ -33,7 +33,7 @@ def initialize(module: nn.Module, config: DSCGPTConfig) -> None:
         init.ones_(module.weight)
         init.zeros_(module.bias)
     elif isinstance(module, Router):
-        for parameter, deviation in module.deviations(std):
+        for parameter, deviation in module.deviations(std if module.init_std is None else module.init_std):
             init.normal_(parameter, std=deviation)
         if module.bias is not None:
             init.zeros_(module.bias)

@@ -28,6 +28,8 @@ class DSCOptions:
         router_bias: Whether the router's logits have a bias (the published run's have, the paper's have not).
         router_norm: What the router sees of x: "layer" its parameter-free LayerNorm (Algorithm 2), "layer_affine" one
             with parameters (the published run), "none" x itself (Algorithm 1).
+        router_init_std: Standard deviation of a linear router's initial weight, > 0; others start with logits of its
+            spread. That of the model around it, or 0.02, by default.
         channelwise_gamma: One output scale per channel (Algorithm 2) or a single one (Algorithm 1).
         gamma_init: Initial value of gamma. At 0 the layer changes nothing until gamma has moved, and the regularisers
             of its bank and router have no weight until then.
@@ -60,6 +62,7 @@ class DSCOptions:
     router_heads: int = 1
     router_bias: bool = False
     router_norm: RouterNorm = "layer"
+    router_init_std: float | None = None
     channelwise_gamma: bool = True
     gamma_init: float = 0.1
     scale: float = 1.0
@@ -112,6 +115,8 @@ class DSCOptions:
         _check_int("router_heads", self.router_heads, 1)
         if self.router_rank is not None:
             _check_int("router_rank", self.router_rank, 1)
+        if self.router_init_std is not None and not 0 < self.router_init_std < float("inf"):
+            raise ValueError(f"router_init_std must be finite and > 0, got {self.router_init_std}")
         if self.router == "linear" and self.router_rank is not None:
             raise ValueError(f"router_rank must be None for router = 'linear', got {self.router_rank}")
         if self.router != "product_key":

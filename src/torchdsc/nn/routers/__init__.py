@@ -30,7 +30,8 @@ def build_router(
     Returns:
         A new router.
     """
-    placed: dict[str, Any] = {"norm": options.router_norm, "device": device, "dtype": dtype}
+    placed: dict[str, Any] = {"norm": options.router_norm, "init_std": options.router_init_std}
+    placed |= {"device": device, "dtype": dtype}
     if options.router == "product_key":
         rank = options.router_rank or 2 * max(1, in_features // 4)
         return ProductKeyRouter(in_features, options.num_atoms, rank=rank, heads=options.router_heads, **placed)

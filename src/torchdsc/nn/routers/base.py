@@ -21,7 +21,8 @@ class Router(nn.Module):
         in_features: d_in.
         num_atoms: M.
         norm: "layer" (parameter-free LayerNorm), "layer_affine" or "none".
-        init_std: Standard deviation of a linear router's initial weight; others start with logits of its spread.
+        init_std: Standard deviation of a linear router's initial weight; others start with logits of its spread. By
+            default that of the model around it, or 0.02.
         device: Where the parameters live.
         dtype: Their dtype.
 
@@ -36,7 +37,7 @@ class Router(nn.Module):
         in_features: int,
         num_atoms: int,
         norm: RouterNorm = "layer",
-        init_std: float = 0.02,
+        init_std: float | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -58,7 +59,7 @@ class Router(nn.Module):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Normal weights of :meth:`deviations`; zero bias; LayerNorm to the identity."""
-        for parameter, deviation in self.deviations(self.init_std):
+        for parameter, deviation in self.deviations(0.02 if self.init_std is None else self.init_std):
             nn.init.normal_(parameter, std=deviation)
         if self.bias is not None:
             nn.init.zeros_(self.bias)

@@ -20,7 +20,7 @@ class LinearRouter(Router):
         num_atoms: M.
         bias: Whether the logits have a bias, zero at the start.
         norm: "layer" (parameter-free LayerNorm), "layer_affine" or "none".
-        init_std: Standard deviation of the initial weight.
+        init_std: Standard deviation of the initial weight; by default the model's, or 0.02.
         device: Where the parameters live.
         dtype: Their dtype.
 
@@ -38,7 +38,7 @@ class LinearRouter(Router):
         *,
         bias: bool = False,
         norm: RouterNorm = "layer",
-        init_std: float = 0.02,
+        init_std: float | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -112,7 +112,7 @@ class LowRankRouter(LinearRouter):
         rank: int,
         bias: bool = False,
         norm: RouterNorm = "layer",
-        init_std: float = 0.02,
+        init_std: float | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:

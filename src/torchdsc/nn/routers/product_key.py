@@ -44,7 +44,7 @@ class ProductKeyRouter(Router):
         rank: int,
         heads: int = 1,
         norm: RouterNorm = "layer",
-        init_std: float = 0.02,
+        init_std: float | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
