@@ -1,4 +1,5 @@
 import json
+import shutil
 import subprocess
 import sys
 from statistics import median
@@ -54,6 +55,19 @@ def test_finished_runs_are_kept(finished, monkeypatch):
     monkeypatch.setattr(run_module, "build_model", None)
     again = adapt(config, folder)
     assert again["runs"] == results["runs"]
+
+
+def test_times_are_kept_for_the_same_methods_alone(finished, tmp_path):
+    config, original, results = finished
+    folder = shutil.copytree(original, tmp_path / "copy")
+    assert adapt(config, folder)["timing"] == results["timing"]
+    of_another = json.loads((folder / "timing.json").read_text())
+    of_another["DSC"]["options"]["top_k"] += 1
+    (folder / "timing.json").write_text(json.dumps(of_another))
+    anew = adapt(config, folder)["timing"]
+    assert anew["DSC"]["options"] == results["timing"]["DSC"]["options"]
+    # All are measured in the same rounds.
+    assert all(anew[name]["samples"] != results["timing"][name]["samples"] for name in anew)
 
 
 def test_saved_adapter_scores_what_was_recorded(finished, encoder):

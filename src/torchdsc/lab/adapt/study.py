@@ -124,10 +124,14 @@ def _timing(
     tokenizer: PreTrainedTokenizerBase,
     folder: Path,
 ) -> dict[str, dict[str, Any]]:
-    """Milliseconds of a training step of each method, on one batch of the first task, in turn; measured once."""
+    """Milliseconds of a training step of each method, on one batch of the first task, in turn.
+
+    Measured once; all of them again where a method is new, or another than the one that was measured under its name.
+    """
     file = folder / TIMING
     kept = read_json(file) if file.is_file() else {}
-    if all(method.name in kept for method in methods):
+    wanted = {method.name: {"kind": method.kind, "options": method.options} for method in methods}
+    if all(name in kept and wanted[name].items() <= kept[name].items() for name in wanted):
         return kept
     task = data[config.tasks[0].name]
     batch = task.collate([task.train[index % len(task.train)] for index in range(config.batch_size)])  # type: ignore[arg-type]
@@ -154,6 +158,7 @@ def _timing(
     shape = list(batch["input_ids"].shape)
     measured = {
         name: {
+            **wanted[name],
             "median": timing.median,
             "q1": timing.q1,
             "q3": timing.q3,
