@@ -1,4 +1,5 @@
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trai
 
 import torchdsc.adapters
 from torchdsc.lab.adapt import run as run_module
+from torchdsc.lab.adapt.report import render_report
 from torchdsc.lab.adapt.study import _best_rate, adapt
 from torchdsc.lab.adapt.summary import difference, summarize, to_markdown
 
@@ -48,6 +50,17 @@ def test_report_stands_by_itself(finished):
     assert "http" not in page.replace("http://www.w3.org/", "")
     assert "DSC" in page
     assert (folder / "table.md").read_text().count("\n") == 4
+
+
+def test_report_says_how_many_seeds_and_steps_there_are(finished):
+    _, _, results = finished
+    methods = [results["config"]["methods"][0] | {"seeds": [0, 1, 2]}, *results["config"]["methods"][1:]]
+    runs = [run | {"steps": 1000 * (1 + run["seed"])} for run in results["runs"]]
+    page = render_report(results | {"config": results["config"] | {"methods": methods}, "runs": runs})
+    facts = re.sub(r"<[^>]+>", " ", page[page.index("Seeds of a method") :])
+    assert re.match(
+        r"Seeds of a method\s+2 to 3\s+Training\s+1,000 to 2,000 steps of \d+\s+Learning.*tried\s+2\s", facts
+    )
 
 
 def test_finished_runs_are_kept(finished, monkeypatch):

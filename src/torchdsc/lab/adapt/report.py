@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from matplotlib.figure import Figure
@@ -54,14 +54,20 @@ def _headline(rows: Sequence[MethodRow]) -> str:
 
 
 def _facts(results: Mapping[str, Any], tasks: Sequence[str]) -> Html:
-    config = results["config"]
+    config, methods = results["config"], results["config"]["methods"]
     entries = {
         "Tasks": ", ".join(tasks),
-        "Seeds": ", ".join(map(str, config["seeds"])),
-        "Training": f"{config['steps']:,} steps of {config['batch_size']}",
-        "Learning rates tried": str(len(config["learning_rates"])),
+        "Seeds of a method": _span(len(method["seeds"] or config["seeds"]) for method in methods),
+        "Training": f"{_span(run['steps'] for run in results['runs'])} steps of {config['batch_size']}",
+        "Learning rates tried": _span(len(method["learning_rates"] or config["learning_rates"]) for method in methods),
     }
     return terms(entries)
+
+
+def _span(values: Iterable[int]) -> str:
+    """ "3 to 10", or the only value."""
+    found = sorted(set(values))
+    return f"{found[0]:,}" if len(found) == 1 else f"{found[0]:,} to {found[-1]:,}"
 
 
 def _results(results: Mapping[str, Any], rows: Sequence[MethodRow]) -> Html:
