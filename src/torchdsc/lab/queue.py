@@ -86,7 +86,7 @@ def take_folder(values: Mapping[str, Any], folder: Path) -> None:
     wanted = yaml.safe_load(yaml.safe_dump(dict(values)))
     if file.is_file():
         kept = yaml.safe_load(file.read_text(encoding="utf-8"))
-        # More seeds, methods and tasks may be added to a study; what is there must stay what it is.
+        # More seeds, methods, tasks and trials may be added to a study; what is there must stay what it is.
         changed = [name for name in wanted if not _extends(kept.get(name), wanted[name])]
         if changed:
             raise ValueError(
@@ -109,5 +109,8 @@ def write_results(results: Mapping[str, Any], table: str, page: str, folder: Pat
 
 
 def _extends(kept: Any, wanted: Any) -> bool:
-    is_list = isinstance(kept, list) and isinstance(wanted, list)
-    return kept == wanted or (is_list and all(item in wanted for item in kept))
+    if isinstance(kept, dict) and isinstance(wanted, dict):
+        return kept.keys() == wanted.keys() and all(_extends(kept[name], wanted[name]) for name in kept)
+    if isinstance(kept, list) and isinstance(wanted, list):
+        return all(any(_extends(item, other) for other in wanted) for item in kept)
+    return bool(kept == wanted)

@@ -132,6 +132,19 @@ def test_finished_runs_are_kept_and_seeds_may_be_added(finished, study, monkeypa
     assert len(more["runs"]) == 9
 
 
+def test_trials_may_be_added(finished, study, tmp_path):
+    config, original, results = finished
+    folder = shutil.copytree(original, tmp_path / "copy")
+    variants = asdict(config)["variants"]
+    variants[0]["trials"].insert(1, {"learning_rate": 2e-2})
+    more = run_study(study(variants=variants), folder)
+    assert [trial["trial"] for trial in more["trials"]] == [0, 1, 2, 0, 1]
+    assert [more["trials"][0], *more["trials"][3:]] == [results["trials"][0], *results["trials"][2:]]
+    variants[0]["trials"].pop()
+    with pytest.raises(ValueError, match="holds a study with variants"):
+        run_study(study(variants=variants), folder)
+
+
 def test_a_trial_that_diverged_is_not_chosen(study):
     variant = study().variants[0]
     trials = [{"variant": "Dense", "trial": i, "val_loss_final": loss} for i, loss in enumerate((float("nan"), 9.0))]
