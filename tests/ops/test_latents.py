@@ -1,5 +1,6 @@
 import pytest
 import torch
+from torch import library
 
 from torchdsc.ops import latents
 
@@ -24,7 +25,7 @@ def test_autocast_and_gradients_stay_out():
 
 
 def test_operator():
-    torch.library.opcheck(
+    library.opcheck(
         torch.ops.torchdsc.latents.default,
         (torch.randn(4, 6), torch.randn(5, 6), torch.randint(5, (4, 2))),
         test_utils=("test_schema", "test_faketensor"),

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from torch import library
 
 from torchdsc.ops import select
 
@@ -76,7 +77,7 @@ def test_not_finite_logits_are_selected_first():
 def test_opcheck():
     logits = torch.randn(6, 11, requires_grad=True)
     weights = torch.rand(6)
-    torch.library.opcheck(torch.ops.torchdsc.select.default, (logits, weights, 3, 20.0))
+    library.opcheck(torch.ops.torchdsc.select.default, (logits, weights, 3, 20.0))
 
 
 @pytest.mark.parametrize("top_k", [0, 12])

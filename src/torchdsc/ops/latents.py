@@ -1,7 +1,7 @@
 """The latent values of selected atoms alone, as a mask needs them before the composition."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from .compose.gather import sampled_product
 
@@ -21,7 +21,7 @@ def latents(x: Tensor, u: Tensor, indices: Tensor) -> Tensor:
     return found
 
 
-@torch.library.custom_op("torchdsc::latents", mutates_args=())
+@library.custom_op("torchdsc::latents", mutates_args=())
 def _latents_op(x: Tensor, u: Tensor, indices: Tensor) -> Tensor:
     dtype = x.dtype if x.dtype == torch.float64 else torch.float32
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):

@@ -3,7 +3,7 @@
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from .native import MOST_SORTED, address, module_for, rows_of
 
@@ -61,7 +61,7 @@ def select(
     return Selection(*_select_op(logits, weights, top_k, logit_clamp))
 
 
-@torch.library.custom_op("torchdsc::select", mutates_args=())
+@library.custom_op("torchdsc::select", mutates_args=())
 def _select_op(
     logits: Tensor, weights: Tensor | None, top_k: int, logit_clamp: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -107,7 +107,7 @@ def _(logits: Tensor, weights: Tensor | None, top_k: int, *_: Any) -> tuple[Tens
     )
 
 
-@torch.library.custom_op("torchdsc::select_backward", mutates_args=())
+@library.custom_op("torchdsc::select_backward", mutates_args=())
 def _select_backward_op(
     logits: Tensor,
     weights: Tensor | None,

@@ -7,6 +7,7 @@ import torch
 import torch._dynamo.testing
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import library
 
 from torchdsc.ops import compose
 from torchdsc.ops.compose import IMPLEMENTATIONS
@@ -122,7 +123,7 @@ def test_atoms_without_a_token_get_a_zero_gradient(impl):
 @pytest.mark.parametrize("impl", LADDER)
 def test_opcheck(impl, tokens):
     inputs = make_inputs(few(impl, tokens, min(tokens, 4)), few(impl, 9, 5), 3, 5, 4, impl=impl)
-    torch.library.opcheck(torch.ops.torchdsc.compose.default, (*inputs, 1e-6, impl))
+    library.opcheck(torch.ops.torchdsc.compose.default, (*inputs, 1e-6, impl))
 
 
 @pytest.mark.slow

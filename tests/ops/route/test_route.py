@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import library
 from torch.nn import functional
 
 from torchdsc.ops import native, route, select
@@ -107,7 +108,7 @@ def test_opcheck():
     x, weight, bias = inputs(6, 5, 11, dtype=torch.float32)
     for statistics in (True, False):
         arguments = (x, weight, bias, torch.rand(6), 3, 20.0, statistics, statistics, "chunks")
-        torch.library.opcheck(torch.ops.torchdsc.route.default, arguments)
+        library.opcheck(torch.ops.torchdsc.route.default, arguments)
 
 
 def exact(x, weight, bias, top_k):

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from . import dense, gather, reference, triton
 from .crossover import choose_implementation
@@ -47,7 +47,7 @@ def _forward(
         return forward(x, u, v, indices, coefficients, eps)
 
 
-@torch.library.custom_op("torchdsc::compose", mutates_args=())
+@library.custom_op("torchdsc::compose", mutates_args=())
 def compose_op(
     x: Tensor, u: Tensor, v: Tensor, indices: Tensor, coefficients: Tensor, eps: float | None, impl: str
 ) -> tuple[Tensor, Tensor]:
@@ -60,7 +60,7 @@ def _(x: Tensor, u: Tensor, v: Tensor, indices: Tensor, coefficients: Tensor, *_
     return x.new_empty(x.shape[0], v.shape[1]), torch.empty_like(coefficients)
 
 
-@torch.library.custom_op("torchdsc::compose_backward", mutates_args=())
+@library.custom_op("torchdsc::compose_backward", mutates_args=())
 def compose_backward_op(
     grad: Tensor,
     x: Tensor,

@@ -6,7 +6,7 @@ Between them the logits are kept, or computed again so that no T x M tensor exis
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from torchdsc.ops.select import largest, select_backward, select_forward
 
@@ -52,7 +52,7 @@ def route_forward(
     return values, indices, log_normalizer, probability_sum, kept
 
 
-@torch.library.custom_op("torchdsc::route", mutates_args=())
+@library.custom_op("torchdsc::route", mutates_args=())
 def route_op(
     x: Tensor,
     weight: Tensor,
@@ -82,7 +82,7 @@ def _(x: Tensor, weight: Tensor, *others: Any) -> tuple[Tensor, ...]:
     )
 
 
-@torch.library.custom_op("torchdsc::route_backward", mutates_args=())
+@library.custom_op("torchdsc::route_backward", mutates_args=())
 def route_backward_op(
     x: Tensor,
     weight: Tensor,
