@@ -10,9 +10,6 @@ from torchdsc.nn import DSC, DSCResidual
 
 FeedForwardKind = Literal["dense", "moe", "mixture_of_loras", "peer", "dsc"]
 
-# An option of the model rather than of its layers: all of them compose from the first one's bank.
-SHARE_BANK = "share_bank"
-
 
 def build_feed_forward(
     kind: FeedForwardKind, hidden_size: int, intermediate_size: int, options: dict[str, Any]
@@ -32,9 +29,11 @@ def build_feed_forward(
         ValueError: On an unknown kind, or options that the layer refuses.
     """
     if kind == "dsc":
-        if not isinstance(options.get(SHARE_BANK, False), bool):
-            raise ValueError(f"{SHARE_BANK} must be a bool, got {options[SHARE_BANK]!r}")
-        options = {name: value for name, value in options.items() if name != SHARE_BANK}
+        # An option of the model rather than of its layers: all of them compose from the first one's bank.
+        options = dict(options)
+        share_bank = options.pop("share_bank", False)
+        if not isinstance(share_bank, bool):
+            raise ValueError(f"share_bank must be a bool, got {share_bank!r}")
     try:
         if kind == "dense":
             return DenseFFN(hidden_size, intermediate_size, **options)

@@ -19,7 +19,7 @@ from torchdsc.nn.host import refer
 
 from .attention import DSCGPTAttention
 from .configuration import DSCGPTConfig
-from .feed_forward import SHARE_BANK, build_feed_forward
+from .feed_forward import build_feed_forward
 from .initialization import initialize, mark_residual_writers
 
 Statistics = tuple[RoutingStatistics | None, ...]
@@ -109,7 +109,7 @@ class DSCGPTModel(DSCGPTPreTrainedModel):
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(DSCGPTBlock(config, i) for i in range(config.num_hidden_layers))
         self.final_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        if config.feed_forward == "dsc" and config.feed_forward_options.get(SHARE_BANK):
+        if config.feed_forward == "dsc" and config.feed_forward_options.get("share_bank"):
             first, *others = (cast(DSC, cast(DSCGPTBlock, block).routed_layer) for block in self.blocks)
             for layer in others:
                 refer(layer, "bank", first.bank)

@@ -14,7 +14,7 @@ def refer(layer: nn.Module, name: str, part: nn.Module) -> None:
     The reference is to the module, so that it sees parameters that are loaded or cast; copies of a model refer to
     their own.
     """
-    layer._modules.pop(name, None)
+    del layer._modules[name]
     layer.__dict__[name] = part
 
 
