@@ -3,13 +3,14 @@
 from .bounds import certified_spectral_bound, spectral_norm
 from .convert import convert
 from .losses import Regularization, frame_regularization, regularization
-from .nn import DSC, BasisBank, DSCOptions, DSCResidual
+from .nn import DSC, BasisBank, CausalContext, DSCOptions, DSCResidual
 
 __version__ = "0.1.0.dev0"
 
 __all__ = [
     "DSC",
     "BasisBank",
+    "CausalContext",
     "DSCOptions",
     "DSCResidual",
     "Regularization",

@@ -26,7 +26,7 @@ def certified_spectral_bound(layer: DSC) -> float:
 
 
 @torch.no_grad()
-def spectral_norm(layer: DSC, x: Tensor) -> Tensor:
+def spectral_norm(layer: DSC, x: Tensor, router_input: Tensor | None = None) -> Tensor:
     """True ``|dW(z(x))|_2`` of each token, from its rank-K factors.
 
     With ``dW = A^T B``, A and B of K rows, it is the norm of the K x K matrix ``R_A R_B^T`` of their QR factors: no
@@ -35,11 +35,12 @@ def spectral_norm(layer: DSC, x: Tensor) -> Tensor:
     Args:
         layer: The layer.
         x: Tokens of shape (..., d_in).
+        router_input: What the router sees in place of ``x``, of its shape.
 
     Returns:
         Tensor of shape (...), in the dtype of the coefficients.
     """
-    left, right = layer.factors(x)
+    left, right = layer.factors(x, router_input)
     r_left = torch.linalg.qr(left.mT, mode="r").R
     r_right = torch.linalg.qr(right.mT, mode="r").R
     norm: Tensor = torch.linalg.matrix_norm(r_left @ r_right.mT, ord=2)

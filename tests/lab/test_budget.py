@@ -79,6 +79,8 @@ class TestCounts:
             ("dsc", {"channelwise_gamma": False}),
             ("moe", {"router_norm": "layer_affine"}),
             ("mixture_of_loras", {"router_norm": "layer_affine"}),
+            *((method, {"router_context": 4}) for method in METHODS),
+            ("dsc", {"router_context": 4, "router": "low_rank", "share_bank": True}),
         ],
     )
     def test_options_with_parameters_are_counted(self, method, options):
@@ -87,6 +89,9 @@ class TestCounts:
         model = build(plan, SMALL)
         assert plan.params_total == sum(p.numel() for p in model.parameters())
         assert plan.params_active == count_active(model, plan.options)
+        if method in ("dense", "dsc"):
+            assert plan.params_total <= SMALL.total * 1.001
+        assert ("context of 4 tokens" in plan.description) == ("router_context" in options)
 
     @pytest.mark.parametrize(
         "options",

@@ -95,7 +95,7 @@ def assert_same_run(folder, record, other):
 class TestParameterGroups:
     @pytest.mark.parametrize("method", METHODS)
     def test_every_parameter_is_in_its_group(self, tiny, method):
-        options = {} if method == "dense" else {"router_norm": "layer_affine"}
+        options = {"router_context": 2} | ({} if method == "dense" else {"router_norm": "layer_affine"})
         config = dataclasses.replace(tiny, methods=[method], overrides={method: {"feed_forward": options}})
         model = build_model(config, make_plans(config, 320)[method], 320)
         groups = parameter_groups(
@@ -107,7 +107,7 @@ class TestParameterGroups:
         for name, parameter in model.named_parameters():
             if "router" in name:
                 expected = (5e-3, 0.0)
-            elif "embed" in name or "norm" in name or "gamma" in name:
+            elif any(part in name for part in ("embed", "norm", "gamma", "context")):
                 expected = (1e-3, 0.0)
             elif "bank" in name:
                 expected = (5e-4, 0.02)

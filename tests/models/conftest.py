@@ -11,6 +11,9 @@ KINDS = {
     "peer": (8, {"num_experts": 16, "top_k": 4, "heads": 2}),
     "dsc": (8, {"num_atoms": 20, "top_k": 3}),
     "dsc, one bank": (8, {"num_atoms": 20, "top_k": 3, "share_bank": True}),
+    "dsc, context": (8, {"num_atoms": 20, "top_k": 3, "router_context": 3}),
+    "dense, context": (20, {"router_context": 3}),
+    "moe, context": (9, {"num_experts": 4, "top_k": 2, "router_context": 3}),
 }
 
 
@@ -20,7 +23,7 @@ def kind(request):
     return request.param
 
 
-@pytest.fixture(params=[kind for kind in KINDS if kind != "dense"])
+@pytest.fixture(params=[kind for kind in KINDS if not kind.startswith("dense")])
 def routed_kind(request):
     """The kinds that route."""
     return request.param

@@ -89,12 +89,13 @@ class MixtureOfLoRAs(RoutedLayer):
         nn.init.zeros_(self.up)
 
     def forward_with_statistics(
-        self, x: Tensor, token_mask: Tensor | None = None
+        self, x: Tensor, token_mask: Tensor | None = None, router_input: Tensor | None = None
     ) -> tuple[Tensor, RoutingStatistics | None]:
         """See :class:`torchdsc.nn.RoutedLayer`."""
         flat = self._flatten(x, self.in_features, self.down.dtype)
         collect = self.training and self.regularizers.need_tokens
-        choice = self.router(flat, check_token_mask(token_mask, x), collect)
+        routed = self._flatten_router_input(router_input, x, flat)
+        choice = self.router(routed, check_token_mask(token_mask, x), collect)
         # Expert e is the atoms e r ... e r + r - 1.
         offsets = torch.arange(self.rank, device=flat.device)
         indices = (choice.indices.unsqueeze(-1) * self.rank + offsets).flatten(1)

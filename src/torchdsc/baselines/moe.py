@@ -90,12 +90,13 @@ class StandardMoE(RoutedLayer):
         self.shared = DenseFFN(in_features, shared, device=device, dtype=dtype) if shared else None
 
     def forward_with_statistics(
-        self, x: Tensor, token_mask: Tensor | None = None
+        self, x: Tensor, token_mask: Tensor | None = None, router_input: Tensor | None = None
     ) -> tuple[Tensor, RoutingStatistics | None]:
         """See :class:`torchdsc.nn.RoutedLayer`."""
         flat = self._flatten(x, self.in_features, self.experts.up_proj.dtype)
         collect = self.training and self.regularizers.need_tokens
-        choice = self.router(flat, check_token_mask(token_mask, x), collect)
+        routed = self._flatten_router_input(router_input, x, flat)
+        choice = self.router(routed, check_token_mask(token_mask, x), collect)
         y = self.experts(flat, choice.indices, choice.weights.to(flat.dtype), self._kernel(flat, choice.indices))
         if self.shared is not None:
             y = y + self.shared(flat)

@@ -86,13 +86,16 @@ class PEER(RoutedLayer):
         nn.init.normal_(self.up, std=self.out_features**-0.5)
 
     def forward_with_statistics(
-        self, x: Tensor, token_mask: Tensor | None = None
+        self, x: Tensor, token_mask: Tensor | None = None, router_input: Tensor | None = None
     ) -> tuple[Tensor, RoutingStatistics | None]:
         """See :class:`torchdsc.nn.RoutedLayer`."""
         flat = self._flatten(x, self.in_features, self.down.dtype)
         mask = check_token_mask(token_mask, x)
         collect = self.training and self.regularizers.need_tokens
-        found = self.router.select(flat, self.top_k, logit_clamp=self.logit_clamp, token_mask=mask, statistics=collect)
+        routed = self._flatten_router_input(router_input, x, flat)
+        found = self.router.select(
+            routed, self.top_k, logit_clamp=self.logit_clamp, token_mask=mask, statistics=collect
+        )
         indices = found.indices
         weights = found.logits.view(flat.shape[0], self.router.heads, -1).softmax(dim=-1).view_as(found.logits)
         latent = (flat @ self.down.t()).gather(1, indices).to(weights.dtype)

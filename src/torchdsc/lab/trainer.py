@@ -12,7 +12,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ProgressCallback, TrainerState
 
 from torchdsc.diagnostics import LayerRouting, RoutingMonitor
-from torchdsc.nn import BasisBank, Router
+from torchdsc.nn import BasisBank, CausalContext, Router
 
 from .environment import peak_memory_bytes
 from .sparse import DenseAndSparseAdam, clip_grad_norm, sparse_parameters
@@ -30,7 +30,8 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """The paper's groups: routers at their own rate without decay, other matrices with decay, the rest without.
 
-    Embeddings, gamma and banks with row-sparse gradients are not decayed; the latter are a group of their own.
+    Embeddings, gamma, contexts and banks with row-sparse gradients are not decayed; those banks are a group of their
+    own.
 
     Args:
         model: The model.
@@ -51,6 +52,7 @@ def parameter_groups(
     routers = {id(p) for module in model.modules() if isinstance(module, Router) for p in module.parameters()}
     embeddings = {id(p) for module in model.modules() if isinstance(module, nn.Embedding) for p in module.parameters()}
     atoms = {id(p) for module in model.modules() if isinstance(module, BasisBank) for p in module.parameters()}
+    contexts = {id(p) for module in model.modules() if isinstance(module, CausalContext) for p in module.parameters()}
     sparse = sparse_parameters(model)
     groups: dict[str, list[nn.Parameter]] = {"router": [], "atoms": [], "decay": [], "no_decay": [], "sparse": []}
     for parameter in model.parameters():
@@ -62,7 +64,7 @@ def parameter_groups(
             groups["sparse"].append(parameter)
         elif id(parameter) in atoms:
             groups["atoms"].append(parameter)
-        elif parameter.dim() >= 2 and id(parameter) not in embeddings:
+        elif parameter.dim() >= 2 and id(parameter) not in embeddings | contexts:
             groups["decay"].append(parameter)
         else:
             groups["no_decay"].append(parameter)

@@ -3,7 +3,7 @@
 try:
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 except ImportError as error:
-    raise ImportError("torchdsc.models needs transformers >= 5: pip install 'torchdsc[models]'") from error
+    raise ImportError("torchdsc.models needs transformers >= 5.17: pip install 'torchdsc[models]'") from error
 
 from .configuration import DSCGPTConfig
 from .modeling import DSCGPTForCausalLM, DSCGPTModel, DSCGPTPreTrainedModel

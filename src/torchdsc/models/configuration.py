@@ -4,7 +4,7 @@ from typing import Any, Literal, get_args
 
 from transformers import PretrainedConfig
 
-from .feed_forward import FeedForwardKind, check_feed_forward
+from .feed_forward import FeedForwardKind, check_feed_forward, split_options
 
 ResidualInit = Literal["gpt2", "published", "none"]
 
@@ -26,7 +26,8 @@ class DSCGPTConfig(PretrainedConfig):
         feed_forward_options: Further arguments of :class:`torchdsc.DSC` ("num_atoms" and "top_k" are required;
             "share_bank": true for one bank in all blocks), of
             :class:`torchdsc.baselines.StandardMoE` and :class:`torchdsc.baselines.PEER` ("num_experts"), or
-            :class:`torchdsc.baselines.MixtureOfLoRAs` ("num_experts" and "rank").
+            :class:`torchdsc.baselines.MixtureOfLoRAs` ("num_experts" and "rank"). Any of them takes "router_context",
+            tokens whose mix its router sees (:class:`torchdsc.CausalContext`); a dense layer sees the mix itself.
         dropout: Of embeddings, attention weights and residual branches.
         layer_norm_eps: Of every LayerNorm.
         initializer_range: Standard deviation of initial weights.
@@ -96,4 +97,7 @@ class DSCGPTConfig(PretrainedConfig):
         self.initializer_range = initializer_range
         self.residual_init = residual_init
         self.use_cache = use_cache
+        # A cache then keeps the last tokens that a router saw, beside keys and values.
+        if split_options(feed_forward, feed_forward_options)[0].router_context > 1:
+            kwargs["layer_types"] = ["hybrid"] * num_hidden_layers
         super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)

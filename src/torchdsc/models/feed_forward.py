@@ -1,5 +1,6 @@
 """The feed-forward layers that a DSCGPT chooses from."""
 
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
@@ -9,6 +10,38 @@ from torchdsc.baselines import PEER, DenseFFN, MixtureOfLoRAs, StandardMoE
 from torchdsc.nn import DSC, DSCResidual
 
 FeedForwardKind = Literal["dense", "moe", "mixture_of_loras", "peer", "dsc"]
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """Feed-forward options that concern the model around the layers.
+
+    Attributes:
+        share_bank: One bank for the DSC layers of all blocks.
+        router_context: Tokens whose mix a router sees, a token's own and those before it; 1 for its own alone. A dense
+            layer, which has no router, sees the mix itself.
+    """
+
+    share_bank: bool = False
+    router_context: int = 1
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.share_bank, bool):
+            raise ValueError(f"share_bank must be a bool, got {self.share_bank!r}")
+        if type(self.router_context) is not int or self.router_context < 1:
+            raise ValueError(f"router_context must be an int >= 1, got {self.router_context!r}")
+
+    @property
+    def context_rows(self) -> int:
+        """Rows of d parameters that the context adds to a block."""
+        return self.router_context if self.router_context > 1 else 0
+
+
+def split_options(kind: FeedForwardKind, options: dict[str, Any]) -> tuple[ModelOptions, dict[str, Any]]:
+    """Options of the model, and those that are left for its layers."""
+    names = {"router_context", "share_bank"} if kind == "dsc" else {"router_context"}
+    own = {name: value for name, value in options.items() if name in names}
+    return ModelOptions(**own), {name: value for name, value in options.items() if name not in names}
 
 
 def build_feed_forward(
@@ -28,12 +61,7 @@ def build_feed_forward(
     Raises:
         ValueError: On an unknown kind, or options that the layer refuses.
     """
-    if kind == "dsc":
-        # An option of the model rather than of its layers: all of them compose from the first one's bank.
-        options = dict(options)
-        share_bank = options.pop("share_bank", False)
-        if not isinstance(share_bank, bool):
-            raise ValueError(f"share_bank must be a bool, got {share_bank!r}")
+    _, options = split_options(kind, options)
     try:
         if kind == "dense":
             return DenseFFN(hidden_size, intermediate_size, **options)

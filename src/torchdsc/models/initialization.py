@@ -5,7 +5,7 @@ from transformers import initialization as init
 
 from torchdsc.baselines import PEER, MixtureOfLoRAs
 from torchdsc.baselines.moe import Experts
-from torchdsc.nn import DSC, BasisBank, Router
+from torchdsc.nn import DSC, BasisBank, CausalContext, Router
 
 from .configuration import DSCGPTConfig
 
@@ -14,7 +14,7 @@ def initialize(module: nn.Module, config: DSCGPTConfig) -> None:
     """Initialise the parameters that ``module`` itself owns and that no checkpoint has filled.
 
     Normal of standard deviation ``initializer_range``, less into the residual stream (``residual_init``); LayerNorms
-    to the identity; atoms, routers, gamma and LoRA factors as their own modules do.
+    to the identity; atoms, routers, their context, gamma and LoRA factors as their own modules do.
 
     Args:
         module: Any module of the model.
@@ -41,6 +41,8 @@ def initialize(module: nn.Module, config: DSCGPTConfig) -> None:
         fresh = BasisBank(module.num_atoms, module.in_features, module.out_features, init_norm=module.init_norm)
         init.copy_(module.u, fresh.u)
         init.copy_(module.v, fresh.v)
+    elif isinstance(module, CausalContext):
+        init.copy_(module.weight, CausalContext(module.weight.shape[1], module.num_tokens).weight)
     elif isinstance(module, DSC):
         init.constant_(module.gamma, module.options.gamma_init)
     elif isinstance(module, MixtureOfLoRAs):

@@ -14,12 +14,12 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.utils import can_return_tuple
 
 from torchdsc.losses import Regularization, regularization_of
-from torchdsc.nn import DSC, RoutedLayer, RoutingStatistics
+from torchdsc.nn import DSC, CausalContext, RoutedLayer, RoutingStatistics
 from torchdsc.nn.host import refer
 
 from .attention import DSCGPTAttention
 from .configuration import DSCGPTConfig
-from .feed_forward import build_feed_forward
+from .feed_forward import build_feed_forward, split_options
 from .initialization import initialize, mark_residual_writers
 
 Statistics = tuple[RoutingStatistics | None, ...]
@@ -54,6 +54,9 @@ class DSCGPTBlock(GradientCheckpointingLayer):
         self.feed_forward = build_feed_forward(
             config.feed_forward, config.hidden_size, config.intermediate_size, config.feed_forward_options
         )
+        context = split_options(config.feed_forward, config.feed_forward_options)[0].router_context
+        self.context = CausalContext(config.hidden_size, context) if context > 1 else None
+        self.layer_idx = layer_idx
         self.dropout = nn.Dropout(config.dropout)
         mark_residual_writers(self)
 
@@ -69,17 +72,40 @@ class DSCGPTBlock(GradientCheckpointingLayer):
         attention_mask: Tensor | None = None,
         token_mask: Tensor | None = None,
         past_key_values: Cache | None = None,
+        positions: Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, RoutingStatistics | None]:
         """Hidden states (B, T, d) to (B, T, d), and the statistics."""
         attended, _ = self.attention(self.attention_norm(hidden_states), attention_mask, past_key_values, **kwargs)
         hidden_states = hidden_states + self.dropout(attended)
         normed, statistics = self.feed_forward_norm(hidden_states), None
+        mixed = self._mixed(normed, token_mask, past_key_values, positions)
         if self.routed_layer is None:
-            update = self.feed_forward(normed)
+            update = self.feed_forward(normed if mixed is None else mixed)
         else:
-            update, statistics = self.feed_forward.forward_with_statistics(normed, token_mask)  # type: ignore[operator]
+            update, statistics = self.feed_forward.forward_with_statistics(normed, token_mask, mixed)  # type: ignore[operator]
         return hidden_states + self.dropout(update), statistics
+
+    def _mixed(
+        self, x: Tensor, token_mask: Tensor | None, cache: Cache | None, positions: Tensor | None
+    ) -> Tensor | None:
+        """Tokens with those before them, some of which the cache may hold; None without a context."""
+        if self.context is None:
+            return None
+        length = x.shape[1]
+        if token_mask is not None:
+            x = x * token_mask.unsqueeze(-1)
+        if cache is not None:
+            if not hasattr(cache.layers[self.layer_idx], "update_conv_state"):
+                raise ValueError(
+                    "past_key_values must be made with the model's config for router_context > 1, as "
+                    f"DynamicCache(config=model.config), got layers of {type(cache.layers[self.layer_idx]).__name__}"
+                )
+            # Features come before places there.
+            kept = self.context.num_tokens - 1
+            x = cache.update_conv_state(x.mT, self.layer_idx, conv_kernel_size=kept).mT
+        mixed: Tensor = self.context(x, length=length, positions=positions)
+        return mixed
 
 
 class DSCGPTPreTrainedModel(PreTrainedModel):
@@ -109,7 +135,7 @@ class DSCGPTModel(DSCGPTPreTrainedModel):
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(DSCGPTBlock(config, i) for i in range(config.num_hidden_layers))
         self.final_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        if config.feed_forward == "dsc" and config.feed_forward_options.get("share_bank"):
+        if split_options(config.feed_forward, config.feed_forward_options)[0].share_bank:
             first, *others = (cast(DSC, cast(DSCGPTBlock, block).routed_layer) for block in self.blocks)
             for layer in others:
                 refer(layer, "bank", first.bank)
@@ -128,7 +154,7 @@ class DSCGPTModel(DSCGPTPreTrainedModel):
     def forward(
         self,
         input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
+        attention_mask: Tensor | dict[str, Tensor | None] | None = None,
         position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
@@ -140,7 +166,8 @@ class DSCGPTModel(DSCGPTPreTrainedModel):
 
         Args:
             input_ids: Tokens of shape (B, T).
-            attention_mask: Shape (B, past + T); 0 is padding, which does not count in the regularisers either.
+            attention_mask: Shape (B, past + T); 0 is padding, which does not count in the regularisers either, nor as
+                context of a router. Or masks of transformers by name, as generation makes them.
             position_ids: Shape (B, T) or (1, T); counted from the cache by default.
             past_key_values: Key-value cache.
             inputs_embeds: Embeddings of shape (B, T, d) in place of ``input_ids``.
@@ -159,16 +186,22 @@ class DSCGPTModel(DSCGPTPreTrainedModel):
         use_cache = not self.training and (self.config.use_cache if use_cache is None else use_cache)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
+        # Those that are given may tell sequences packed in one apart.
+        given_positions = position_ids
         position_ids = self._positions(inputs_embeds, position_ids, past_key_values)
-        causal_mask = create_causal_mask(
-            config=self.config,
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            position_ids=position_ids,
+        # Generation with a static cache makes the masks beforehand, by name where there are several.
+        causal_mask = (
+            attention_mask["full_attention"]
+            if isinstance(attention_mask, dict)
+            else create_causal_mask(
+                config=self.config,
+                inputs_embeds=inputs_embeds,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                position_ids=position_ids,
+            )
         )
-        is_token_mask = attention_mask is not None and attention_mask.shape == inputs_embeds.shape[:2]
-        token_mask = attention_mask.bool() if is_token_mask and attention_mask is not None else None
+        token_mask = _token_mask(attention_mask, inputs_embeds.shape[1])
         hidden_states = self.dropout(inputs_embeds + self.embed_positions(position_ids))
         collected: list[RoutingStatistics | None] = []
         all_hidden = [hidden_states]
@@ -178,6 +211,7 @@ class DSCGPTModel(DSCGPTPreTrainedModel):
                 attention_mask=causal_mask,
                 token_mask=token_mask,
                 past_key_values=past_key_values,
+                positions=given_positions,
                 **kwargs,
             )
             collected.append(statistics)
@@ -201,6 +235,15 @@ class DSCGPTModel(DSCGPTPreTrainedModel):
         if position_ids is not None:
             return position_ids
         return (torch.arange(length, device=inputs_embeds.device) + seen).unsqueeze(0)
+
+
+def _token_mask(attention_mask: Tensor | dict[str, Tensor | None] | None, length: int) -> Tensor | None:
+    """Which of the last ``length`` tokens are no padding; None where the mask does not say it token by token."""
+    if isinstance(attention_mask, dict):
+        attention_mask = attention_mask.get("linear_attention")
+    if attention_mask is None or attention_mask.dim() != 2 or attention_mask.shape[1] < length:
+        return None
+    return attention_mask[:, attention_mask.shape[1] - length :].bool()
 
 
 class DSCGPTForCausalLM(DSCGPTPreTrainedModel, GenerationMixin):
@@ -235,7 +278,7 @@ class DSCGPTForCausalLM(DSCGPTPreTrainedModel, GenerationMixin):
     def forward(
         self,
         input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
+        attention_mask: Tensor | dict[str, Tensor | None] | None = None,
         position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,

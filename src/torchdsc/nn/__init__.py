@@ -1,6 +1,7 @@
-"""Modules: the bank of atoms, routers, the DSC layer and its residual form."""
+"""Modules: the bank of atoms, routers and their context, the DSC layer and its residual form."""
 
 from .bank import BasisBank
+from .context import CausalContext
 from .dsc import DSC, Routing
 from .options import DSCOptions
 from .residual import DSCResidual
@@ -10,6 +11,7 @@ from .statistics import RegularizerWeights, RoutedLayer, RoutingStatistics, forg
 __all__ = [
     "DSC",
     "BasisBank",
+    "CausalContext",
     "DSCOptions",
     "DSCResidual",
     "LinearRouter",

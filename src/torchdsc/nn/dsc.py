@@ -123,14 +123,14 @@ class DSC(RoutedLayer):
         nn.init.constant_(self.gamma, self.options.gamma_init)
 
     def forward_with_statistics(
-        self, x: Tensor, token_mask: Tensor | None = None
+        self, x: Tensor, token_mask: Tensor | None = None, router_input: Tensor | None = None
     ) -> tuple[Tensor, RoutingStatistics | None]:
         """See :class:`RoutedLayer`."""
         options = self.options
         flat, mask = self._tokens(x), check_token_mask(token_mask, x)
         collect = self.training and self.regularizers.need_tokens
         selection = self.router.select(
-            flat,
+            self._flatten_router_input(router_input, x, flat),
             options.top_k,
             logit_clamp=options.logit_clamp,
             token_mask=mask,
@@ -153,10 +153,11 @@ class DSC(RoutedLayer):
             return y, None
         return y, sum_statistics(strength, selection.log_normalizer, selection.probability_sum, mask)
 
-    def route(self, x: Tensor) -> Routing:
-        """What is selected for tokens x of shape (..., d_in), and with which coefficients."""
+    def route(self, x: Tensor, router_input: Tensor | None = None) -> Routing:
+        """What is selected for tokens x of shape (..., d_in), and with which coefficients; see :meth:`forward`."""
         flat, options = self._tokens(x), self.options
-        top_logits, indices = self.router.select(flat, options.top_k, logit_clamp=options.logit_clamp)[:2]
+        routed = self._flatten_router_input(router_input, x, flat)
+        top_logits, indices = self.router.select(routed, options.top_k, logit_clamp=options.logit_clamp)[:2]
         coefficients, strength = self._gate(top_logits)
         coefficients = self._rectified(coefficients, flat, indices)
         shape = (*x.shape[:-1], options.top_k)
@@ -167,21 +168,22 @@ class DSC(RoutedLayer):
             strength.reshape(x.shape[:-1]),
         )
 
-    def delta_weight(self, x: Tensor) -> Tensor:
+    def delta_weight(self, x: Tensor, router_input: Tensor | None = None) -> Tensor:
         """The composed weights dW of equation (4), gamma included, one matrix a token: for inspection.
 
         Args:
             x: Tokens of shape (..., d_in).
+            router_input: What the router sees in place of ``x``, of its shape.
 
         Returns:
             Tensor of shape (..., d_in, d_out) with ``y = x dW``, in the dtype of ``x``.
         """
-        left, right = self.factors(x)
+        left, right = self.factors(x, router_input)
         return torch.einsum("...ki,...ko->...io", left, right).to(x.dtype)
 
-    def factors(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def factors(self, x: Tensor, router_input: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The rank-K factors of dW: rows u_k, (..., K, d_in), and ``z_k v_k scale gamma``, (..., K, d_out)."""
-        routing = self.route(x)
+        routing = self.route(x, router_input)
         u, v = self.bank.unit(self.options.eps)
         dtype = routing.coefficients.dtype
         right = routing.coefficients.unsqueeze(-1) * v[routing.indices].to(dtype) * self.output_scale.to(dtype)

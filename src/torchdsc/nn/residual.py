@@ -20,15 +20,22 @@ class DSCResidual(nn.Module):
         self.base = base
         self.dsc = dsc
 
-    def forward(self, x: Tensor, *args: Any, token_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        *args: Any,
+        token_mask: Tensor | None = None,
+        router_input: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
         """Tokens of shape (..., d_in) to (..., d_out); other arguments go to the base."""
         y: Tensor = self.base(x, *args, **kwargs)
-        update: Tensor = self.dsc(x, token_mask)
+        update: Tensor = self.dsc(x, token_mask, router_input)
         return y + update
 
     def forward_with_statistics(
-        self, x: Tensor, token_mask: Tensor | None = None
+        self, x: Tensor, token_mask: Tensor | None = None, router_input: Tensor | None = None
     ) -> tuple[Tensor, RoutingStatistics | None]:
         """``forward`` without side effects, see :meth:`DSC.forward_with_statistics`."""
-        update, statistics = self.dsc.forward_with_statistics(x, token_mask)
+        update, statistics = self.dsc.forward_with_statistics(x, token_mask, router_input)
         return self.base(x) + update, statistics

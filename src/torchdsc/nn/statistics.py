@@ -135,27 +135,29 @@ class RoutedLayer(nn.Module):
         super().__init__()
         self.statistics_log = StatisticsLog()
 
-    def forward(self, x: Tensor, token_mask: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, token_mask: Tensor | None = None, router_input: Tensor | None = None) -> Tensor:
         """Map tokens, and in training keep what :func:`torchdsc.regularization` collects.
 
         Args:
             x: Tokens of shape (..., d_in), in the dtype of the parameters (any under autocast). Zero tokens are valid.
             token_mask: Optional, of shape (...): tokens that are False (padding) do not count in the regularisers.
+            router_input: What the router sees in place of ``x``, of its shape: tokens mixed with those before them
+                (:class:`CausalContext`), say. The update is still composed of ``x``.
 
         Returns:
             Tensor of shape (..., d_out) and the dtype of ``x``. A token whose top logits are not finite comes out NaN.
 
         Raises:
-            ValueError: If ``x`` or ``token_mask`` has another shape.
-            TypeError: If the dtype of ``x`` is not that of the parameters.
+            ValueError: If ``x``, ``token_mask`` or ``router_input`` has another shape.
+            TypeError: If the dtype of ``x`` or ``router_input`` is not that of the parameters.
         """
-        y, statistics = self.forward_with_statistics(x, token_mask)
+        y, statistics = self.forward_with_statistics(x, token_mask, router_input)
         if statistics is not None:
             self.statistics_log.add(statistics)
         return y
 
     def forward_with_statistics(
-        self, x: Tensor, token_mask: Tensor | None = None
+        self, x: Tensor, token_mask: Tensor | None = None, router_input: Tensor | None = None
     ) -> tuple[Tensor, RoutingStatistics | None]:
         """``forward`` without side effects: returns the statistics too, None outside training or without weights.
 
@@ -177,6 +179,16 @@ class RoutedLayer(nn.Module):
                 raise TypeError(f"x must have the dtype of the parameters, {dtype}, got {x.dtype}")
             x = x.to(dtype)
         return x if x.dim() == 2 else x.reshape(-1, in_features)
+
+    def _flatten_router_input(self, router_input: Tensor | None, x: Tensor, flat: Tensor) -> Tensor:
+        """What the router sees of tokens ``x``, which are ``flat`` already, or the error that says what is wrong."""
+        if router_input is None:
+            return flat
+        if router_input.shape != x.shape:
+            raise ValueError(
+                f"router_input must have the shape of x, {tuple(x.shape)}, got {tuple(router_input.shape)}"
+            )
+        return self._flatten(router_input, flat.shape[-1], flat.dtype)
 
 
 def sum_statistics(

@@ -20,7 +20,7 @@ def solve_dense(targets: Targets) -> Plan:
     """Stored 2 D H: the largest width H that the total holds."""
     width = targets.stored // (2 * targets.unit)
     if width < 1:
-        least = targets.budget.fixed + 2 * targets.unit
+        least = targets.fixed + 2 * targets.unit
         raise ValueError(f"total must be at least {least:,} for width 1, got {targets.total:,}{targets.source}")
     return targets.plan("dense", width, {})
 

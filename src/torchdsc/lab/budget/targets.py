@@ -23,14 +23,22 @@ class Targets:
     options: dict[str, Any]
 
     @property
+    def fixed(self) -> int:
+        """Parameters outside the feed-forward layers: those of the budget, and what routers see tokens through."""
+        # Imported late: the command line shows its help before this loads.
+        from torchdsc.models.feed_forward import split_options
+
+        return self.budget.fixed + split_options("dsc", self.options)[0].context_rows * self.unit
+
+    @property
     def stored(self) -> int:
         """Parameters that the total leaves to all feed-forward layers together."""
-        return self.total - self.budget.fixed
+        return self.total - self.fixed
 
     @property
     def used(self) -> int:
         """Parameters that the active target leaves to them."""
-        return self.active - self.budget.fixed
+        return self.active - self.fixed
 
     @property
     def unit(self) -> int:
@@ -40,7 +48,7 @@ class Targets:
     def plan(self, method: FeedForwardKind, width: int, widths: dict[str, Any]) -> Plan:
         """The plan of these widths, and by how much it misses."""
         options = {**self.options, **widths}
-        d_model, layers, fixed = self.budget.d_model, self.budget.n_layer, self.budget.fixed
+        d_model, layers, fixed = self.budget.d_model, self.budget.n_layer, self.fixed
         stored, used = feed_forward_parameters(method, d_model, width, options, layers)
         return Plan(
             method=method,
@@ -55,7 +63,7 @@ class Targets:
 
     def check_total(self, least: int, why: str) -> None:
         """Raise unless the total is at least ``least`` units, what a method's smallest layer takes, and the active."""
-        nearest = self.budget.fixed + least * self.unit
+        nearest = self.fixed + least * self.unit
         if self.total < nearest:
             names, nearest = ("total and active", nearest) if self.active < nearest else ("total", self.active)
             raise ValueError(
@@ -68,7 +76,7 @@ class Targets:
     def check_active(self, least: int, why: str) -> None:
         """Raise unless the active target leaves ``least`` parameters to the feed-forward layers."""
         if self.used < least:
-            nearest = self.budget.fixed + least
+            nearest = self.fixed + least
             raise ValueError(f"active must be at least {nearest:,} for {why}, got {self.active:,}{self.source}")
 
 
@@ -86,4 +94,5 @@ def _describe(method: FeedForwardKind, width: int, widths: dict[str, Any]) -> st
             f"static width {width}" + ("" if router == "linear" else f", {router} router")
         ),
     }
-    return describe[method]()
+    context = widths.get("router_context", 1)
+    return describe[method]() + (f", context of {context} tokens" if context > 1 else "")

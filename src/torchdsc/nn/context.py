@@ -1,0 +1,88 @@
+"""What a router sees of a sequence: each token mixed with those before it."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+# Weight at the start of each earlier token, beside 1 for a token's own.
+_EARLIER = 0.5
+
+
+class CausalContext(nn.Module):
+    """``c_t = sum_{i < w} a_i * x_{t-i}``, a weight for every feature and distance: a causal depthwise convolution.
+
+    Given to a routed layer as its ``router_input``, it makes weights composed for a token depend on the tokens before
+    it, at w d parameters. The bound on ``|dW|_2`` does not depend on what the router sees.
+
+    Args:
+        features: d.
+        num_tokens: w >= 2: a token's own and the w - 1 before it.
+        device: Where the parameters live.
+        dtype: Their dtype.
+
+    Attributes:
+        weight: a, of shape (w, d); row i is of the token i places before.
+
+    Raises:
+        ValueError: If ``features`` is below 1 or ``num_tokens`` below 2.
+    """
+
+    def __init__(
+        self,
+        features: int,
+        num_tokens: int,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if features < 1:
+            raise ValueError(f"features must be >= 1, got {features}")
+        if num_tokens < 2:
+            raise ValueError(f"num_tokens must be >= 2, got {num_tokens}")
+        self.num_tokens = num_tokens
+        self.weight = nn.Parameter(torch.empty(num_tokens, features, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """1 for a token itself, a half for each before it."""
+        nn.init.constant_(self.weight, _EARLIER)
+        nn.init.ones_(self.weight[0])
+
+    def forward(self, x: Tensor, *, length: int | None = None, positions: Tensor | None = None) -> Tensor:
+        """Mix each token with those before it; there are zeros before the first.
+
+        Args:
+            x: Sequences of shape (..., T, d). Padding must be zeros.
+            length: How many tokens at the end to return, where ``x`` begins with the past of those; all by default.
+            positions: Their places in their sequences, counted from 0, integers of a shape that broadcasts to
+                (..., length): where several sequences are packed in one, a token sees none of another.
+
+        Returns:
+            Tensor of shape (..., length, d).
+
+        Raises:
+            ValueError: If ``x`` or ``positions`` has another shape, or ``length`` is more than T.
+        """
+        if x.dim() < 2 or x.shape[-1] != self.weight.shape[1]:
+            raise ValueError(f"x must have shape (..., T, {self.weight.shape[1]}), got {tuple(x.shape)}")
+        tokens = x.shape[-2]
+        length = tokens if length is None else length
+        if not 0 <= length <= tokens:
+            raise ValueError(f"length must be in [0, {tokens}], got {length}")
+        if positions is not None and (positions.dim() == 0 or positions.shape[-1] != length):
+            raise ValueError(f"positions must have shape (..., length = {length}), got {tuple(positions.shape)}")
+        padded = functional.pad(x, (0, 0, self.num_tokens - 1, 0))
+        start = padded.shape[-2] - length
+        mixed = padded.narrow(-2, start, length) * self.weight[0]
+        for distance in range(1, self.num_tokens):
+            earlier = padded.narrow(-2, start - distance, length)
+            if positions is not None:
+                earlier = earlier * (positions >= distance).unsqueeze(-1)
+            mixed = torch.addcmul(mixed, earlier, self.weight[distance])
+        return mixed
+
+    def extra_repr(self) -> str:
+        """Sizes, for ``print(model)``."""
+        return f"features={self.weight.shape[1]}, num_tokens={self.num_tokens}"
