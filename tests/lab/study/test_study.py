@@ -4,6 +4,7 @@ from dataclasses import asdict
 from statistics import fmean
 
 import pytest
+import yaml
 
 from torchdsc.lab import training
 from torchdsc.lab.study.config import StudyConfig
@@ -81,6 +82,21 @@ def test_a_study_to_choose_by_leaves_the_test_part_alone(study, tmp_path, module
     assert [run["test_loss"] for run in results["runs"]] == [None]
     assert summarize(results)[0].test == []
     assert not list((tmp_path / "out").glob("run-*/model"))
+
+
+def test_trials_alone(finished, study, tmp_path):
+    _, original, results = finished
+    config = study(seeds=[])
+    folder = shutil.copytree(original, tmp_path / "copy", ignore=shutil.ignore_patterns("config.yaml", "run-*"))
+    (folder / "config.yaml").write_text(yaml.safe_dump(config.as_dict()))
+    alone = run_study(config, folder)
+    assert (alone["runs"], alone["trials"], alone["chosen"]) == ([], results["trials"], results["chosen"])
+    table = (folder / "table.md").read_text()
+    assert table.count("\n") == 6
+    assert f"| Dense | learning_rate 0.01 | {results['trials'][1]['val_loss_final']:.3f} |" in table
+    page = (folder / "report.html").read_text()
+    assert page.count("<svg") == 1
+    assert "in a trial" in page
 
 
 def test_rows(finished):
@@ -166,7 +182,8 @@ class TestErrors:
             ({"variants": [{"name": "a", "method": "dsc", "trials": []}]}, "trials of variant 'a' must be one or more"),
             ({"variants": [{"name": "a", "method": "dsc", "against": "b"}]}, "against of 'a' must be the name"),
             ({"reference": "b"}, "reference must be the name of a variant"),
-            ({"seeds": [1, 1]}, "seeds must be one or more different integers"),
+            ({"seeds": [1, 1]}, "seeds must be different integers"),
+            ({"seeds": [], "variants": [{"name": "a", "method": "dsc"}]}, "seeds must be one or more where no variant"),
             ({"settings": {"learning_rate": -1.0}}, "learning_rate must be > 0, got -1.0"),
             ({"trial_settings": {"feed_forward": 3}}, "feed_forward in trial_settings must be options, got 3"),
         ],

@@ -50,7 +50,7 @@ class StudyConfig:
         variants: What is compared.
         settings: Of all runs, fields of :class:`torchdsc.lab.config.ExperimentConfig`.
         trial_settings: Over these, what differs in trials: fewer steps, say.
-        seeds: Every variant is trained once with each, as its best trial was.
+        seeds: Every variant is trained once with each, as its best trial was; none for a study of trials alone.
         tuning_seed: Seed of the trials.
         reference: Name of the variant that others are compared to; the first by default.
         test: Whether runs end with a look at the test part: not in a study that others are chosen by.
@@ -74,15 +74,18 @@ class StudyConfig:
         ]:
             if chosen is not None and chosen not in names:
                 raise ValueError(f"{what} must be the name of a variant, {names}, got {chosen!r}")
-        if not self.seeds or len(set(self.seeds)) != len(self.seeds):
-            raise ValueError(f"seeds must be one or more different integers, got {self.seeds}")
+        if len(set(self.seeds)) != len(self.seeds):
+            raise ValueError(f"seeds must be different integers, got {self.seeds}")
+        if not self.seeds and all(len(variant.trials) == 1 for variant in self.variants):
+            raise ValueError("seeds must be one or more where no variant has trials to choose from, got []")
         _check_settings("settings", self.settings, _FIELDS)
         _check_settings("trial_settings", self.trial_settings, _FIELDS - set(_SHARED))
         # What an experiment refuses is refused before the first run.
         for variant in self.variants:
             for trial in variant.trials:
-                self.experiment(variant, trial, self.seeds[0], is_trial=True)
-                self.experiment(variant, trial, self.seeds[0], is_trial=False)
+                for seed in self.seeds or [self.tuning_seed]:
+                    self.experiment(variant, trial, seed, is_trial=False)
+                self.experiment(variant, trial, self.tuning_seed, is_trial=True)
 
     def experiment(self, variant: Variant, trial: Mapping[str, Any], seed: int, *, is_trial: bool) -> ExperimentConfig:
         """The configuration of one run."""

@@ -13,36 +13,45 @@ from torchdsc.lab.figures.style import COLORS, MARKERS, add_axes, new_figure, pa
 from torchdsc.lab.report.html import Html, details, figure, grid, paragraph, section, table, terms, text
 from torchdsc.lab.report.template import PAGE, style_sheet
 
-from .summary import VariantRow, format_settings, reference_of, summarize, table_cells, table_head
+from .summary import TRIAL_HEAD, VariantRow, reference_of, summarize, table_cells, table_head, trial_cells
 
 __all__ = ["render_report"]
 
 
 def render_report(results: Mapping[str, Any]) -> str:
     """The page as text; the same results give the same page."""
-    rows = summarize(results)
+    rows, every = summarize(results), [*results["runs"], *results["trials"]]
     settings = results["config"]["settings"]
     facts = {
         "Corpus": Path(settings.get("corpus", "embedded")).name,
-        "Steps": f"{results['runs'][0]['steps']:,}",
-        "Seeds": ", ".join(map(str, results["config"]["seeds"])),
+        "Steps": f"{every[0]['steps']:,}",
+        "Seeds": ", ".join(map(str, results["config"]["seeds"])) or "trials alone",
         "Trials": str(len(results["trials"])),
     }
-    parts = [_losses(results, rows), _pictures(results, rows), _trials(results), _provenance(results)]
+    parts = [
+        _losses(results, rows) if rows else Html(""),
+        _pictures(results, rows),
+        _trials(results),
+        _provenance(results),
+    ]
     return PAGE.substitute(
         title="A study of layers",
         style=style_sheet(),
-        headline=text(_headline(rows)),
+        headline=text(_headline(results, rows)),
         facts=terms(facts),
         main="\n".join(part for part in parts if part),
     )
 
 
-def _headline(rows: Sequence[VariantRow]) -> str:
-    best = min(rows, key=lambda row: fmean(row.valid))
-    return (
-        f"{best.name} has the lowest validation loss of {len(rows)} variants, {fmean(best.valid):.3f} nats per token."
-    )
+def _headline(results: Mapping[str, Any], rows: Sequence[VariantRow]) -> str:
+    found = {row.name: fmean(row.valid) for row in rows}
+    if not rows:
+        for trial in results["trials"]:
+            name, loss = trial["variant"], trial["val_loss_final"]
+            found[name] = min(found.get(name, loss), loss)
+    best = min(found, key=lambda name: found[name])
+    where = "" if rows else " in a trial"
+    return f"{best} has the lowest validation loss of {len(found)} variants{where}, {found[best]:.3f} nats per token."
 
 
 def _losses(results: Mapping[str, Any], rows: Sequence[VariantRow]) -> Html:
@@ -61,9 +70,10 @@ def _losses(results: Mapping[str, Any], rows: Sequence[VariantRow]) -> Html:
 
 def _pictures(results: Mapping[str, Any], rows: Sequence[VariantRow]) -> Html:
     reading = "; ".join(f"{row.name} {fmean(row.valid):.3f}" for row in rows)
-    drawings = [
-        figure("losses", _dots(results, rows), "Final validation loss, one mark a seed.", "Lower is better.", reading)
-    ]
+    drawings = []
+    if rows:
+        caption = "Final validation loss, one mark a seed."
+        drawings.append(figure("losses", _dots(results, rows), caption, "Lower is better.", reading))
     if results["trials"]:
         drawings.append(figure("rates", _rates(results), "Trials by learning rate.", "Lower is better.", reading))
     return section("pictures", "Pictures", grid(*drawings))
@@ -112,21 +122,9 @@ def _rates(results: Mapping[str, Any]) -> Figure:
 
 
 def _trials(results: Mapping[str, Any]) -> Html:
-    rows = [
-        [trial["variant"], format_settings(_trial_settings(results, trial)), f"{trial['val_loss_final']:.3f}"]
-        for trial in results["trials"]
-    ]
-    if not rows:
+    if not results["trials"]:
         return Html("")
-    return section(
-        "trials", "Trials", table("Final validation loss of every trial", ["Variant", "settings", "loss"], rows)
-    )
-
-
-def _trial_settings(results: Mapping[str, Any], trial: Mapping[str, Any]) -> dict[str, Any]:
-    variant = next(v for v in results["config"]["variants"] if v["name"] == trial["variant"])
-    settings: dict[str, Any] = variant["trials"][trial["trial"]]
-    return settings
+    return section("trials", "Trials", table("Final validation loss of every trial", TRIAL_HEAD, trial_cells(results)))
 
 
 def _provenance(results: Mapping[str, Any]) -> Html:

@@ -60,9 +60,11 @@ def run_study(config: StudyConfig, folder: Path, *, console: Console | None = No
     """
     console = console or Console()
     first = config.variants[0]
-    data = load_data(config.experiment(first, first.trials[0], config.seeds[0], is_trial=False))
+    data = load_data(config.experiment(first, first.trials[0], config.tuning_seed, is_trial=False))
     for variant in config.variants:
-        experiments = [config.experiment(variant, trial, config.seeds[0], is_trial=False) for trial in variant.trials]
+        experiments = [
+            config.experiment(variant, trial, config.tuning_seed, is_trial=False) for trial in variant.trials
+        ]
         # Budgets that a trial cannot meet are refused before the first run.
         plan, *_ = (make_plans(experiment, data.vocab_size)[variant.method] for experiment in experiments)
         console.print(

@@ -8,7 +8,17 @@ from typing import Any
 from torchdsc.lab.intervals import Difference, format_difference, format_mean, paired_difference
 from torchdsc.lab.tables import DASH, markdown_table
 
-__all__ = ["VariantRow", "format_settings", "reference_of", "summarize", "table_cells", "table_head", "to_markdown"]
+__all__ = [
+    "TRIAL_HEAD",
+    "VariantRow",
+    "format_settings",
+    "reference_of",
+    "summarize",
+    "table_cells",
+    "table_head",
+    "to_markdown",
+    "trial_cells",
+]
 
 Run = Mapping[str, Any]
 
@@ -96,9 +106,23 @@ def _share_of_steps(own: Sequence[Run], others: Sequence[Run]) -> float | None:
 
 
 def to_markdown(results: Mapping[str, Any]) -> str:
-    """The table as GitHub markdown."""
+    """The table as GitHub markdown: of the runs, or of the trials where there are no others."""
+    if not results["runs"]:
+        return markdown_table(TRIAL_HEAD, trial_cells(results), left=(0, 1))
     head, rows = table_head(results), [table_cells(row, results) for row in summarize(results)]
     return markdown_table(head, rows, left=(0, 1))
+
+
+TRIAL_HEAD = ["Variant", "settings", "validation loss"]
+
+
+def trial_cells(results: Mapping[str, Any]) -> list[list[str]]:
+    """Rows of text, one a trial."""
+    settings = {variant["name"]: variant["trials"] for variant in results["config"]["variants"]}
+    return [
+        [t["variant"], format_settings(settings[t["variant"]][t["trial"]]), f"{t['val_loss_final']:.3f}"]
+        for t in results["trials"]
+    ]
 
 
 def table_head(results: Mapping[str, Any]) -> list[str]:
