@@ -201,6 +201,8 @@ def _trainer(
         logging_nan_inf_filter=False,
         seed=seed,
         data_seed=seed,
+        # Trainer takes half precision for a GPU's unless it is told.
+        use_cpu=not torch.accelerator.is_available(),
         bf16=config.precision == "bf16",
         fp16=config.precision == "fp16",
         torch_compile=config.compile,
