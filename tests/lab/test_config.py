@@ -71,6 +71,13 @@ class TestExperimentConfig:
         with pytest.raises(ValueError, match="options of dsc must leave num_atoms, top_k to the solver"):
             make_plans(config, 4096)
 
+    def test_top_k_may_differ(self):
+        config = ExperimentConfig(top_k=4, overrides={"dsc": {"top_k": 16}})
+        plans = make_plans(config, 4096)
+        assert {method: plans[method].options["top_k"] for method in ("dsc", "mixture_of_loras", "moe")} == {
+            "dsc": 16, "mixture_of_loras": 4, "moe": 2
+        }  # fmt: skip
+
     def test_budget(self):
         budget = ExperimentConfig(total=3e6, active=2e6, window=64).budget(1024)
         assert (budget.total, budget.active, budget.vocab_size, budget.n_positions) == (3e6, 2e6, 1024, 64)

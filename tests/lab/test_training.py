@@ -200,6 +200,12 @@ class TestRecord:
             assert values[0] == pytest.approx(values[1], rel=2e-3)
         assert twice["tokens"] == once["tokens"]
 
+    def test_bfloat16_changes_the_losses_by_its_precision_only(self, train, whole, tmp_path):
+        low, precise = train(tmp_path, precision="bf16"), whole("dsc")[1]
+        assert low["val_loss_final"] != precise["val_loss_final"]
+        assert low["val_loss_final"] == pytest.approx(precise["val_loss_final"], abs=0.02)
+        assert {p.dtype for p in DSCGPTForCausalLM.from_pretrained(tmp_path / "model").parameters()} == {torch.float32}
+
     def test_a_run_that_diverges_says_so(self, train, tmp_path):
         record = train(tmp_path, method="dense", learning_rate=1e30)
         assert not math.isfinite(record["val_loss_final"])

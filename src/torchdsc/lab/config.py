@@ -10,8 +10,8 @@ from .presets import preset_names, read_preset
 
 __all__ = ["METHODS", "ExperimentConfig", "load_preset", "preset_names"]
 
-# What may differ from method to method: the optimizer's settings, and options of the feed-forward layer.
-_OVERRIDABLE = ("learning_rate", "router_lr_multiplier", "atom_lr_multiplier", "weight_decay", "feed_forward")
+# What may differ from method to method: the optimizer's settings, K, and options of the feed-forward layer.
+_OVERRIDABLE = ("learning_rate", "router_lr_multiplier", "atom_lr_multiplier", "weight_decay", "top_k", "feed_forward")
 
 # What holds of a number; written so that NaN does not pass.
 _Range = tuple[Callable[[Any], bool], str]
@@ -75,8 +75,8 @@ class ExperimentConfig:
         latency_rounds: Rounds of the latency measurement.
         precision: Of autocast in training; fp32 for none.
         compile: Whether to train through torch.compile.
-        overrides: By method: learning_rate, router_lr_multiplier, atom_lr_multiplier, weight_decay, and feed_forward,
-            further options of its layer. ``--overrides.moe.learning_rate 0.002`` sets one,
+        overrides: By method: learning_rate, router_lr_multiplier, atom_lr_multiplier, weight_decay, top_k, and
+            feed_forward, further options of its layer. ``--overrides.moe.learning_rate 0.002`` sets one,
             ``--overrides '{moe: {...}}'`` all of them.
     """
 

@@ -54,7 +54,7 @@ def make_plans(config: ExperimentConfig, vocab_size: int) -> dict[str, Plan]:
     budget = config.budget(vocab_size)
 
     def plan(method: Any, match: Plan | None) -> Plan:
-        top_k = config.experts_per_token if method == "moe" else config.top_k
+        top_k = config.experts_per_token if method == "moe" else config.of_method(method, "top_k")
         options = config.of_method(method, "feed_forward")
         return solve(method, budget, top_k=top_k, rank=config.rank, match=match, options=options)
 

@@ -26,7 +26,7 @@ def study(tiny):
                 {"name": "Dense", "method": "dense", "trials": [{"learning_rate": 1e-9}, {"learning_rate": 1e-2}]},
                 {"name": "DSC K 2", "method": "dsc", "settings": {"top_k": 2, "feed_forward": {"gate": "mean"}}}
                 | {"trials": [{"feed_forward": {"gamma_init": 0.2}}, {"feed_forward": {"gamma_init": 0.4}}]},
-                {"name": "DSC", "method": "dsc", "against": "DSC K 2"},
+                {"name": "DSC", "method": "dsc", "against": ["DSC K 2", "Dense"]},
             ],
             "seeds": [1, 2],
         }
@@ -104,13 +104,11 @@ def test_rows(finished):
     dense, two, four = summarize(results)
     losses = {name: {r["seed"]: r["val_loss_final"] for r in results["runs"] if r["variant"] == name} for name in
               ("Dense", "DSC K 2", "DSC")}  # fmt: skip
-    assert dense.against is None
-    assert two.other == "Dense"
-    assert four.other == "DSC K 2"
+    assert [[c.other for c in row.comparisons] for row in (dense, two, four)] == [[], ["Dense"], ["DSC K 2", "Dense"]]
     pairs = [losses["DSC"][seed] - losses["DSC K 2"][seed] for seed in (1, 2)]
-    assert four.against.mean == pytest.approx(fmean(pairs))
+    assert four.comparisons[0].difference.mean == pytest.approx(fmean(pairs))
     # Student's t for one degree of freedom, over the deviation of a mean of two.
-    assert four.against.half_width == pytest.approx(12.71 * abs(pairs[0] - pairs[1]) / 2, rel=1e-3)
+    assert four.comparisons[0].difference.half_width == pytest.approx(12.71 * abs(pairs[0] - pairs[1]) / 2, rel=1e-3)
     assert (folder / "table.md").read_text().count("\n") == 5
     assert "vs Dense" in to_markdown(results)
 
@@ -124,9 +122,9 @@ def test_share_of_steps(finished):
         if run["variant"] == "Dense":
             run["val_loss_final"] = 5.65 if run["seed"] == 1 else 5.55
     rows = summarize({**results, "runs": runs})
-    assert rows[0].share_of_steps is None
+    assert rows[0].comparisons == []
     # 5.6 is reached at step 4 of 6.
-    assert rows[1].share_of_steps == pytest.approx(4 / 6)
+    assert rows[1].comparisons[0].share_of_steps == pytest.approx(4 / 6)
 
 
 def test_report_stands_by_itself(finished):
@@ -180,7 +178,8 @@ class TestErrors:
             ),
             ({"variants": [{"name": "a", "method": "dsc", "settings": {"corpus": "x"}}]}, "settings of variant 'a'"),
             ({"variants": [{"name": "a", "method": "dsc", "trials": []}]}, "trials of variant 'a' must be one or more"),
-            ({"variants": [{"name": "a", "method": "dsc", "against": "b"}]}, "against of 'a' must be the name"),
+            ({"variants": [{"name": "a", "method": "dsc", "against": ["b"]}]}, "against of 'a' must be names of other"),
+            ({"variants": [{"name": "a", "method": "dsc", "against": "a"}]}, "against of 'a' must be names of other"),
             ({"reference": "b"}, "reference must be the name of a variant"),
             ({"seeds": [1, 1]}, "seeds must be different integers"),
             ({"seeds": [], "variants": [{"name": "a", "method": "dsc"}]}, "seeds must be one or more where no variant"),

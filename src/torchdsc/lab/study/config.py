@@ -26,14 +26,14 @@ class Variant:
         settings: Over those of the study: fields of :class:`torchdsc.lab.config.ExperimentConfig`, and
             "feed_forward", further options of the layer.
         trials: Settings over these, one of which is chosen by validation loss; a single one is taken as it is.
-        against: Name of the variant it is compared to; the study's reference by default.
+        against: Names of the variants it is compared to; the study's reference by default.
     """
 
     name: str
     method: str
     settings: dict[str, Any] = field(default_factory=dict)
     trials: list[dict[str, Any]] = field(default_factory=lambda: [{}])
-    against: str | None = None
+    against: list[str] | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.trials, list) or not self.trials:
@@ -68,12 +68,14 @@ class StudyConfig:
         names = [variant.name for variant in self.variants]
         if not names or len(set(names)) != len(names):
             raise ValueError(f"variants must be one or more of different names, got {names}")
-        for what, chosen in [
-            ("reference", self.reference),
-            *((f"against of {v.name!r}", v.against) for v in self.variants),
-        ]:
-            if chosen is not None and chosen not in names:
-                raise ValueError(f"{what} must be the name of a variant, {names}, got {chosen!r}")
+        if self.reference is not None and self.reference not in names:
+            raise ValueError(f"reference must be the name of a variant, {names}, got {self.reference!r}")
+        for variant in self.variants:
+            others = variant.against
+            if others is not None and not (isinstance(others, list) and set(others) <= set(names) - {variant.name}):
+                raise ValueError(
+                    f"against of {variant.name!r} must be names of other variants, {names}, got {others!r}"
+                )
         if len(set(self.seeds)) != len(self.seeds):
             raise ValueError(f"seeds must be different integers, got {self.seeds}")
         if not self.seeds and all(len(variant.trials) == 1 for variant in self.variants):

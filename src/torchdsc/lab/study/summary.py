@@ -10,6 +10,7 @@ from torchdsc.lab.tables import DASH, markdown_table
 
 __all__ = [
     "TRIAL_HEAD",
+    "Comparison",
     "VariantRow",
     "format_settings",
     "reference_of",
@@ -24,6 +25,22 @@ Run = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
+class Comparison:
+    """One variant beside another.
+
+    Attributes:
+        other: The variant it is compared to.
+        difference: Of final validation losses, paired by seed.
+        share_of_steps: Share of training after which its mean validation loss is below the other's final one; None
+            where it never is.
+    """
+
+    other: str
+    difference: Difference
+    share_of_steps: float | None
+
+
+@dataclass(frozen=True)
 class VariantRow:
     """One variant over its seeds.
 
@@ -35,10 +52,7 @@ class VariantRow:
         chosen: Settings of its best trial.
         valid: Final validation losses, nats per token, one a seed.
         test: Test losses, none where the study leaves the test part alone.
-        other: The variant it is compared to.
-        against: Difference of validation losses to that, paired by seed; None for itself.
-        share_of_steps: Share of training after which its mean validation loss is below the other's final one; None
-            where it never is.
+        comparisons: With the variants that it is compared to and that have runs; none with itself.
     """
 
     name: str
@@ -48,9 +62,7 @@ class VariantRow:
     chosen: dict[str, Any]
     valid: list[float]
     test: list[float]
-    other: str
-    against: Difference | None
-    share_of_steps: float | None
+    comparisons: list[Comparison]
 
 
 def reference_of(results: Mapping[str, Any]) -> str:
@@ -68,11 +80,12 @@ def summarize(results: Mapping[str, Any]) -> list[VariantRow]:
     rows = []
     for variant in results["config"]["variants"]:
         name = variant["name"]
-        other = variant["against"] or reference_of(results)
         own = by_name.get(name, [])
         if not own:
             continue
-        is_other = name != other and other in by_name
+        others = [
+            other for other in variant["against"] or [reference_of(results)] if other in by_name and other != name
+        ]
         rows.append(
             VariantRow(
                 name=name,
@@ -82,9 +95,10 @@ def summarize(results: Mapping[str, Any]) -> list[VariantRow]:
                 chosen=results["chosen"][name],
                 valid=[run["val_loss_final"] for run in own],
                 test=[run["test_loss"] for run in own if run["test_loss"] is not None],
-                other=other,
-                against=_difference(own, by_name[other]) if is_other else None,
-                share_of_steps=_share_of_steps(own, by_name[other]) if is_other else None,
+                comparisons=[
+                    Comparison(other, _difference(own, by_name[other]), _share_of_steps(own, by_name[other]))
+                    for other in others
+                ],
             )
         )
     return rows
@@ -128,11 +142,15 @@ def trial_cells(results: Mapping[str, Any]) -> list[list[str]]:
 def table_head(results: Mapping[str, Any]) -> list[str]:
     """Titles of the columns of :func:`table_cells`."""
     losses = ("validation loss", "test loss", f"vs {reference_of(results)}")
-    return ["Variant", "best trial", "total", "active", *losses, "steps to its loss"]
+    return ["Variant", "best trial", "total", "active", *losses, "steps to that loss"]
 
 
 def table_cells(row: VariantRow, results: Mapping[str, Any]) -> list[str]:
     """One row of the table as text."""
+    reference = reference_of(results)
+    names = ["" if c.other == reference else f" (vs {c.other})" for c in row.comparisons]
+    differences = [format_difference(c.difference, 3) + name for c, name in zip(row.comparisons, names, strict=True)]
+    shares = [DASH if c.share_of_steps is None else f"{c.share_of_steps:.0%}" for c in row.comparisons]
     return [
         row.name,
         format_settings(row.chosen) or DASH,
@@ -140,8 +158,8 @@ def table_cells(row: VariantRow, results: Mapping[str, Any]) -> list[str]:
         f"{row.params_active:,}",
         format_mean(row.valid, 3),
         format_mean(row.test, 3),
-        format_difference(row.against, 3) + ("" if row.other == reference_of(results) else f" (vs {row.other})"),
-        DASH if row.share_of_steps is None else f"{row.share_of_steps:.0%}",
+        ", ".join(differences) or DASH,
+        ", ".join(shares) or DASH,
     ]
 
 
