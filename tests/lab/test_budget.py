@@ -37,7 +37,8 @@ def count_active(model, options):
     for name, parameter in model.named_parameters():
         if name.endswith(("bank.u", "bank.v")):
             layers = model.config.num_hidden_layers if options.get("share_bank") else 1
-            active += layers * options["top_k"] * parameter[0].numel()
+            composed = options["top_k"] * (2 if options.get("attention_rank") else 1)
+            active += layers * composed * parameter[0].numel()
         elif name.endswith(("experts.up_proj", "experts.down_proj", "dsc.down", "dsc.up")):
             active += parameter.numel() // options["num_experts"] * options["top_k"]
         else:
@@ -101,6 +102,8 @@ class TestCounts:
             {"router": "product_key", "router_heads": 4, "router_rank": 20},
             {"router": "low_rank", "router_bias": True, "router_norm": "layer_affine"},
             {"router": "low_rank", "router_rank": 16, "share_bank": True},
+            {"router": "linear", "attention_rank": 16},
+            {"router": "low_rank", "router_rank": 16, "share_bank": True, "attention_rank": 4},
         ],
     )
     @pytest.mark.parametrize("budget", [PAPER, SMALL], ids=["paper", "small"])
@@ -111,7 +114,8 @@ class TestCounts:
         assert plan.params_active == count_active(model, plan.options) <= budget.active
         step = 2 * budget.d_model * budget.n_layer
         assert min(budget.total - plan.params_total, budget.active - plan.params_active) < step
-        assert options["router"] in plan.description
+        assert (options["router"] in plan.description) == (options["router"] != "linear")
+        assert ("attention" in plan.description) == ("attention_rank" in options)
         assert ("shared" in plan.description) == ("share_bank" in options)
 
     @pytest.mark.parametrize("options", [{}, {"heads": 2, "query_features": 20}])

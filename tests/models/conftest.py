@@ -11,6 +11,8 @@ KINDS = {
     "peer": (8, {"num_experts": 16, "top_k": 4, "heads": 2}),
     "dsc": (8, {"num_atoms": 20, "top_k": 3}),
     "dsc, one bank": (8, {"num_atoms": 20, "top_k": 3, "share_bank": True}),
+    "dsc, attention": (8, {"num_atoms": 20, "top_k": 3, "attention_rank": 2}),
+    "dsc, attention and one bank": (8, {"num_atoms": 20, "top_k": 3, "attention_rank": 2, "share_bank": True}),
     "dsc, context": (8, {"num_atoms": 20, "top_k": 3, "router_context": 3}),
     "dense, context": (20, {"router_context": 3}),
     "moe, context": (9, {"num_experts": 4, "top_k": 2, "router_context": 3}),

@@ -41,6 +41,8 @@ def test_without_a_static_layer_only_the_update_is_left():
         ("dsc", {"num_atoms": 12}, "feed_forward_options do not fit feed_forward='dsc': .*top_k"),
         ("dsc", {"num_atoms": 12, "top_k": 3, "atoms": 1}, "feed_forward='dsc': .*atoms"),
         ("dsc", {"num_atoms": 12, "top_k": 3, "share_bank": 2}, "share_bank must be a bool, got 2"),
+        ("dsc", {"num_atoms": 12, "top_k": 3, "attention_rank": -1}, "attention_rank must be an int >= 0, got -1"),
+        ("moe", {"num_experts": 4, "attention_rank": 2}, "feed_forward='moe': .*attention_rank"),
         ("dsc", {"num_atoms": 12, "top_k": 3, "router_context": 0}, "router_context must be an int >= 1, got 0"),
         ("dense", {"router_context": 2.0}, "router_context must be an int >= 1, got 2.0"),
         ("peer", {"num_experts": 16, "share_bank": True}, "feed_forward='peer': .*share_bank"),

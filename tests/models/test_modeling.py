@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
@@ -6,6 +8,35 @@ from torchdsc.models import DSCGPTConfig, DSCGPTForCausalLM, DSCGPTModel
 
 # Float32 logits of order 1 to 10, computed in another order.
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
+
+
+class TestAttentionUpdate:
+    def test_composes_from_the_banks_of_the_blocks(self, make_model, input_ids):
+        model = make_model("dsc, attention")
+        for copied in (model, copy.deepcopy(model)):
+            for block in copied.model.blocks:
+                assert block.attention.update.bank is block.feed_forward.dsc.bank
+        assert not [name for name in model.state_dict() if "update.bank" in name]
+        assert sum("bank.u" in name for name in model.state_dict()) == 2
+        # The banks and routers of attention alone decide here.
+        for block in model.model.blocks:
+            block.feed_forward.dsc.gamma.data.zero_()
+        before = model(input_ids).logits
+        model.model.blocks[0].attention.update.gamma.data.mul_(-20)
+        assert not torch.allclose(model(input_ids).logits, before, atol=1e-2)
+
+    def test_one_bank_serves_all(self, make_model):
+        model = make_model("dsc, attention and one bank")
+        first = model.model.blocks[0].feed_forward.dsc.bank
+        assert all(block.attention.update.bank is block.feed_forward.dsc.bank is first for block in model.model.blocks)
+        assert sum("bank.u" in name for name in model.state_dict()) == 1
+
+    def test_is_the_dsc_layer_of_what_attention_gives_out(self, make_model, input_ids):
+        attention = make_model("dsc, attention").model.blocks[0].attention
+        x, seen = torch.randn(2, 5, 16), []
+        attention.out_proj.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+        y = attention(x, None, None, None)[0]
+        torch.testing.assert_close(y, attention.out_proj(seen[0]) + attention.update(seen[0]))
 
 
 class TestFiles:

@@ -8,11 +8,17 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from torchdsc.nn import DSC, RoutingStatistics
+
 from .configuration import DSCGPTConfig
 
 
 class DSCGPTAttention(nn.Module):
-    """Causal self-attention on transformers' attention functions (SDPA by default), with a key-value cache."""
+    """Causal self-attention on transformers' attention functions (SDPA by default), with a key-value cache.
+
+    Attributes:
+        update: A DSC layer beside the output projection, if there is one.
+    """
 
     def __init__(self, config: DSCGPTConfig, layer_idx: int) -> None:
         super().__init__()
@@ -22,11 +28,17 @@ class DSCGPTAttention(nn.Module):
         self.is_causal = True
         self.qkv_proj = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=False)
         self.out_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.update: DSC | None = None
 
     def forward(
-        self, hidden_states: Tensor, attention_mask: Tensor | None, past_key_values: Cache | None, **kwargs: Any
-    ) -> tuple[Tensor, Tensor | None]:
-        """Hidden states (B, T, d) to (B, T, d), and the attention weights where the implementation gives them."""
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None,
+        token_mask: Tensor | None,
+        past_key_values: Cache | None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, RoutingStatistics | None]:
+        """Hidden states (B, T, d) to (B, T, d), and the statistics of the update."""
         shape = (*hidden_states.shape[:-1], -1, self.head_dim)
         query, key, value = (t.view(shape).transpose(1, 2) for t in self.qkv_proj(hidden_states).chunk(3, dim=-1))
         if past_key_values is not None:
@@ -35,10 +47,12 @@ class DSCGPTAttention(nn.Module):
             self.config._attn_implementation, eager_attention_forward
         )
         dropout = self.config.dropout if self.training else 0.0
-        output, weights = attend(
-            self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
-        )
-        return self.out_proj(output.reshape(hidden_states.shape)), weights
+        output, _ = attend(self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs)
+        output = output.reshape(hidden_states.shape)
+        if self.update is None:
+            return self.out_proj(output), None
+        update, statistics = self.update.forward_with_statistics(output, token_mask)
+        return self.out_proj(output) + update, statistics
 
 
 def eager_attention_forward(

@@ -24,7 +24,8 @@ class DSCGPTConfig(PretrainedConfig):
         intermediate_size: Width of the dense layer, of one MoE expert, or of the static layer beside the update of
             DSC, PEER and Mixture-of-LoRAs (0 leaves it out).
         feed_forward_options: Further arguments of :class:`torchdsc.DSC` ("num_atoms" and "top_k" are required;
-            "share_bank": true for one bank in all blocks), of
+            "share_bank": true for one bank in all blocks; "attention_rank" for an update of the attention's output
+            projection from the same bank, by a router of that rank), of
             :class:`torchdsc.baselines.StandardMoE` and :class:`torchdsc.baselines.PEER` ("num_experts"), or
             :class:`torchdsc.baselines.MixtureOfLoRAs` ("num_experts" and "rank"). Any of them takes "router_context",
             tokens whose mix its router sees (:class:`torchdsc.CausalContext`); a dense layer sees the mix itself.

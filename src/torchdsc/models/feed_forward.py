@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from torchdsc.baselines import PEER, DenseFFN, MixtureOfLoRAs, StandardMoE
-from torchdsc.nn import DSC, DSCResidual
+from torchdsc.nn import DSC, BasisBank, DSCResidual
 
 FeedForwardKind = Literal["dense", "moe", "mixture_of_loras", "peer", "dsc"]
 
@@ -20,16 +20,21 @@ class ModelOptions:
         share_bank: One bank for the DSC layers of all blocks.
         router_context: Tokens whose mix a router sees, a token's own and those before it; 1 for its own alone. A dense
             layer, which has no router, sees the mix itself.
+        attention_rank: Rank of a router of its own, by which the bank of a block's DSC layer updates the output
+            projection of its attention too; 0 leaves that as it is.
     """
 
     share_bank: bool = False
     router_context: int = 1
+    attention_rank: int = 0
 
     def __post_init__(self) -> None:
         if not isinstance(self.share_bank, bool):
             raise ValueError(f"share_bank must be a bool, got {self.share_bank!r}")
         if type(self.router_context) is not int or self.router_context < 1:
             raise ValueError(f"router_context must be an int >= 1, got {self.router_context!r}")
+        if type(self.attention_rank) is not int or self.attention_rank < 0:
+            raise ValueError(f"attention_rank must be an int >= 0, got {self.attention_rank!r}")
 
     @property
     def context_rows(self) -> int:
@@ -39,7 +44,7 @@ class ModelOptions:
 
 def split_options(kind: FeedForwardKind, options: dict[str, Any]) -> tuple[ModelOptions, dict[str, Any]]:
     """Options of the model, and those that are left for its layers."""
-    names = {"router_context", "share_bank"} if kind == "dsc" else {"router_context"}
+    names = {"router_context", "share_bank", "attention_rank"} if kind == "dsc" else {"router_context"}
     own = {name: value for name, value in options.items() if name in names}
     return ModelOptions(**own), {name: value for name, value in options.items() if name not in names}
 
@@ -76,6 +81,15 @@ def build_feed_forward(
     except TypeError as error:
         raise ValueError(f"feed_forward_options do not fit feed_forward={kind!r}: {error}") from error
     raise ValueError(f"feed_forward must be one of {get_args(FeedForwardKind)}, got {kind!r}")
+
+
+def build_attention_update(kind: FeedForwardKind, options: dict[str, Any], bank: BasisBank) -> DSC | None:
+    """The update of a block's attention output from its own ``bank``; None where none is asked for."""
+    model, layer_options = split_options(kind, options)
+    if not model.attention_rank:
+        return None
+    router = {"router": "low_rank", "router_rank": model.attention_rank, "router_heads": 1}
+    return DSC(bank.in_features, bank=bank, **{**layer_options, **router})
 
 
 def check_feed_forward(

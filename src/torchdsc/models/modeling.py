@@ -19,15 +19,16 @@ from torchdsc.nn.host import refer
 
 from .attention import DSCGPTAttention
 from .configuration import DSCGPTConfig
-from .feed_forward import build_feed_forward, split_options
+from .feed_forward import build_attention_update, build_feed_forward, split_options
 from .initialization import initialize, mark_residual_writers
 
+# Of the routed layers of a block, and of all blocks.
 Statistics = tuple[RoutingStatistics | None, ...]
 
 
 @dataclass
 class DSCGPTModelOutput(BaseModelOutputWithPast):
-    """Hidden states, cache, and in training the routing statistics of each block."""
+    """Hidden states, cache, and in training the routing statistics of each routed layer."""
 
     routing_statistics: Statistics | None = None
 
@@ -57,14 +58,22 @@ class DSCGPTBlock(GradientCheckpointingLayer):
         context = split_options(config.feed_forward, config.feed_forward_options)[0].router_context
         self.context = CausalContext(config.hidden_size, context) if context > 1 else None
         self.layer_idx = layer_idx
+        if isinstance(self.routed_layer, DSC):
+            bank = self.routed_layer.bank
+            self.attention.update = build_attention_update(config.feed_forward, config.feed_forward_options, bank)
         self.dropout = nn.Dropout(config.dropout)
         mark_residual_writers(self)
 
     @property
     def routed_layer(self) -> RoutedLayer | None:
-        """The layer that routes, if this block has one."""
+        """The feed-forward layer that routes, if this block has one."""
         layer = getattr(self.feed_forward, "dsc", self.feed_forward)
         return layer if isinstance(layer, RoutedLayer) else None
+
+    @property
+    def routed_layers(self) -> list[RoutedLayer]:
+        """All that route, in the order of :meth:`forward`."""
+        return [layer for layer in (self.attention.update, self.routed_layer) if layer is not None]
 
     def forward(
         self,
@@ -74,9 +83,11 @@ class DSCGPTBlock(GradientCheckpointingLayer):
         past_key_values: Cache | None = None,
         positions: Tensor | None = None,
         **kwargs: Any,
-    ) -> tuple[Tensor, RoutingStatistics | None]:
-        """Hidden states (B, T, d) to (B, T, d), and the statistics."""
-        attended, _ = self.attention(self.attention_norm(hidden_states), attention_mask, past_key_values, **kwargs)
+    ) -> tuple[Tensor, Statistics]:
+        """Hidden states (B, T, d) to (B, T, d), and the statistics of each of ``routed_layers``."""
+        attended, of_attention = self.attention(
+            self.attention_norm(hidden_states), attention_mask, token_mask, past_key_values, **kwargs
+        )
         hidden_states = hidden_states + self.dropout(attended)
         normed, statistics = self.feed_forward_norm(hidden_states), None
         mixed = self._mixed(normed, token_mask, past_key_values, positions)
@@ -84,7 +95,8 @@ class DSCGPTBlock(GradientCheckpointingLayer):
             update = self.feed_forward(normed if mixed is None else mixed)
         else:
             update, statistics = self.feed_forward.forward_with_statistics(normed, token_mask, mixed)  # type: ignore[operator]
-        return hidden_states + self.dropout(update), statistics
+        found = {self.attention.update: of_attention, self.routed_layer: statistics}
+        return hidden_states + self.dropout(update), tuple(found[layer] for layer in self.routed_layers)
 
     def _mixed(
         self, x: Tensor, token_mask: Tensor | None, cache: Cache | None, positions: Tensor | None
@@ -135,12 +147,20 @@ class DSCGPTModel(DSCGPTPreTrainedModel):
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(DSCGPTBlock(config, i) for i in range(config.num_hidden_layers))
         self.final_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        if split_options(config.feed_forward, config.feed_forward_options)[0].share_bank:
-            first, *others = (cast(DSC, cast(DSCGPTBlock, block).routed_layer) for block in self.blocks)
-            for layer in others:
-                refer(layer, "bank", first.bank)
+        self._share_banks()
         self.gradient_checkpointing = False
         self.post_init()
+
+    def _share_banks(self) -> None:
+        """Let updates of attention refer to their block's bank, and where that is shared all to the first one's."""
+        share_bank = split_options(self.config.feed_forward, self.config.feed_forward_options)[0].share_bank
+        blocks = [block for block in cast(Iterable[DSCGPTBlock], self.blocks) if isinstance(block.routed_layer, DSC)]
+        for index, block in enumerate(blocks):
+            layer = cast(DSC, block.routed_layer)
+            if share_bank and index > 0:
+                refer(layer, "bank", cast(DSC, blocks[0].routed_layer).bank)
+            if block.attention.update is not None:
+                refer(block.attention.update, "bank", layer.bank)
 
     def get_input_embeddings(self) -> nn.Module:
         """The token embedding."""
@@ -214,7 +234,7 @@ class DSCGPTModel(DSCGPTPreTrainedModel):
                 positions=given_positions,
                 **kwargs,
             )
-            collected.append(statistics)
+            collected += statistics
             all_hidden.append(hidden_states)
         hidden_states = self.final_norm(hidden_states)
         return DSCGPTModelOutput(
@@ -271,8 +291,8 @@ class DSCGPTForCausalLM(DSCGPTPreTrainedModel, GenerationMixin):
         self.lm_head = new_embeddings  # type: ignore[assignment]
 
     @property
-    def _routed_layers(self) -> list[RoutedLayer | None]:
-        return [block.routed_layer for block in cast(Iterable[DSCGPTBlock], self.model.blocks)]
+    def _routed_layers(self) -> list[RoutedLayer]:
+        return [layer for block in cast(Iterable[DSCGPTBlock], self.model.blocks) for layer in block.routed_layers]
 
     @can_return_tuple
     def forward(
@@ -333,7 +353,7 @@ class DSCGPTForCausalLM(DSCGPTPreTrainedModel, GenerationMixin):
         collected = [
             (layer, statistics)
             for layer, statistics in zip(self._routed_layers, outputs.routing_statistics or (), strict=False)
-            if layer is not None and statistics is not None
+            if statistics is not None
         ]
         losses: dict[str, Any] = {}
         if has_labels:
@@ -376,7 +396,7 @@ class DSCGPTForCausalLM(DSCGPTPreTrainedModel, GenerationMixin):
         targets: Tensor,
         num_items_in_batch: Tensor | int | None,
     ) -> Regularization | None:
-        layers = [layer for layer in self._routed_layers if layer is not None]
+        layers = self._routed_layers
         if not any(layer.regularizers.any for layer in layers):
             return None
         if num_items_in_batch is None:

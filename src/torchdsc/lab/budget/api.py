@@ -72,8 +72,8 @@ def solve(
         return solve_dense(targets)
     if method == "moe":
         return solve_moe(targets, top_k or 2)
-    is_linear = targets.options.get("router", "linear") == "linear" and not targets.options.get("share_bank")
-    if method == "peer" or not is_linear:
+    is_linear = targets.options.get("router", "linear") == "linear"
+    if method == "peer" or not is_linear or any(targets.options.get(name) for name in ("share_bank", "attention_rank")):
         return solve_router(targets, method, top_k or 4)
     return solve_atoms(targets, method, top_k or 4, 1 if method == "dsc" else rank)
 

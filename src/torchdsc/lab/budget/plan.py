@@ -75,7 +75,8 @@ def feed_forward_parameters(
 ) -> tuple[int, int]:
     """Stored and active parameters of feed-forward layers, counted on the built module.
 
-    Active ones are those of every layer, also where layers share a bank, which is stored once.
+    An update of attention from a DSC layer's bank counts with it. Active ones are those of every layer, also where
+    layers share a bank, which is stored once.
 
     Args:
         method: Which.
@@ -90,15 +91,20 @@ def feed_forward_parameters(
     # Imported late: the command line shows its help before these load.
     import torch
 
-    from torchdsc.models.feed_forward import build_feed_forward
+    from torchdsc.models.feed_forward import build_attention_update, build_feed_forward
 
     with torch.device("meta"):
-        module = build_feed_forward(method, d_model, intermediate_size, options)
+        module: Any = build_feed_forward(method, d_model, intermediate_size, options)
+        update = build_attention_update(method, options, module.dsc.bank) if method == "dsc" else None
     total = sum(parameter.numel() for parameter in module.parameters())
     shared = idle = 0
     if method == "dsc":
-        shared = 2 * d_model * options["num_atoms"] if options.get("share_bank") else 0
-        idle = 2 * d_model * (options["num_atoms"] - options["top_k"])
+        bank = 2 * d_model * options["num_atoms"]
+        shared = bank if options.get("share_bank") else 0
+        if update is not None:
+            total += sum(parameter.numel() for parameter in update.parameters()) - bank
+        # Attention composes from the same atoms, K of its own.
+        idle = bank - 2 * d_model * options["top_k"] * (1 if update is None else 2)
     elif method == "mixture_of_loras":
         idle = 2 * d_model * options["rank"] * (options["num_experts"] - options.get("top_k", 2))
     elif method == "peer":

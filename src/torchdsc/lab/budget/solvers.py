@@ -74,20 +74,21 @@ def solve_router(targets: Targets, method: FeedForwardKind, top_k: int) -> Plan:
     """PEER, or DSC with another router than the linear one or a shared bank: a router is active as a whole.
 
     So stored less active is 2 D (M - K) a layer whatever the router, 2 D (M - L K) for one bank in L layers, which
-    gives M. Routers' parameters are counted on the built layer.
+    gives M. Where attention composes from the bank too it is 2 K. Routers' parameters are counted on the built layer.
     """
     unit, options, is_peer = targets.unit, targets.options, method == "peer"
     name = "num_experts" if is_peer else "num_atoms"
     router = "product_key" if is_peer else options.get("router", "linear")
     stored_atom = 2 * (targets.budget.d_model if options.get("share_bank") else unit)
-    count = (targets.stored - targets.used + 2 * top_k * unit) // stored_atom
+    composed = 2 * top_k if options.get("attention_rank") else top_k
+    count = (targets.stored - targets.used + 2 * composed * unit) // stored_atom
     counts = [count]
     if router == "product_key":
         counts = [side * side for side in (isqrt(max(0, count)), isqrt(max(0, count)) + 1)]
     counts = [count for count in counts if count >= top_k]
     if not counts:
         least_count = ceil(sqrt(top_k)) ** 2 if router == "product_key" else top_k
-        nearest = targets.active + stored_atom * least_count - 2 * unit * top_k
+        nearest = targets.active + stored_atom * least_count - 2 * unit * composed
         raise ValueError(f"total must be at least {nearest:,} for {name} = top_k, got {targets.total:,}")
 
     def plan(count: int, width: int) -> Plan:

@@ -91,7 +91,9 @@ def _describe(method: FeedForwardKind, width: int, widths: dict[str, Any]) -> st
         "peer": lambda: f"{widths['num_experts']} experts of one neuron, top-{widths['top_k']}, static width {width}",
         "dsc": lambda: (
             f"M {widths['num_atoms']}{' shared' if widths.get('share_bank') else ''}, K {widths['top_k']}, "
-            f"static width {width}" + ("" if router == "linear" else f", {router} router")
+            f"static width {width}"
+            + ("" if router == "linear" else f", {router} router")
+            + (f", attention by rank {widths['attention_rank']}" if widths.get("attention_rank") else "")
         ),
     }
     context = widths.get("router_context", 1)
