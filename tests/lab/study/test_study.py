@@ -10,6 +10,7 @@ from torchdsc.lab import training
 from torchdsc.lab.study.config import StudyConfig
 from torchdsc.lab.study.study import _best, run_study
 from torchdsc.lab.study.summary import summarize, to_markdown
+from torchdsc.lab.tables import MINUS
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +131,8 @@ def test_share_of_steps(finished):
 def test_report_stands_by_itself(finished):
     _, folder, _ = finished
     page = (folder / "report.html").read_text()
-    assert page.count("<svg") == 2
+    assert page.count("<svg") == 3
+    assert f"DSC {MINUS} DSC K 2" in page
     assert "http" not in page.replace("http://www.w3.org/", "")
     assert "DSC K 2" in page
 

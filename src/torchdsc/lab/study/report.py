@@ -6,13 +6,10 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from matplotlib.figure import Figure
-
-from torchdsc.lab.figures.labels import label_ends
-from torchdsc.lab.figures.style import COLORS, MARKERS, add_axes, new_figure, pad_limits
 from torchdsc.lab.report.html import Html, details, figure, grid, paragraph, section, table, terms, text
 from torchdsc.lab.report.template import PAGE, style_sheet
 
+from .figures import draw_differences, draw_losses, draw_rates
 from .summary import TRIAL_HEAD, VariantRow, reference_of, summarize, table_cells, table_head, trial_cells
 
 __all__ = ["render_report"]
@@ -73,52 +70,13 @@ def _pictures(results: Mapping[str, Any], rows: Sequence[VariantRow]) -> Html:
     drawings = []
     if rows:
         caption = "Final validation loss, one mark a seed."
-        drawings.append(figure("losses", _dots(results, rows), caption, "Lower is better.", reading))
+        drawings.append(figure("losses", draw_losses(results, rows), caption, "Lower is better.", reading))
+    if any(row.comparisons for row in rows):
+        caption = "Differences of validation losses, with 95 % intervals over seeds."
+        drawings.append(figure("differences", draw_differences(results, rows), caption, "Left is better.", reading))
     if results["trials"]:
-        drawings.append(figure("rates", _rates(results), "Trials by learning rate.", "Lower is better.", reading))
+        drawings.append(figure("rates", draw_rates(results), "Trials by learning rate.", "Lower is better.", reading))
     return section("pictures", "Pictures", grid(*drawings))
-
-
-def _method(results: Mapping[str, Any], name: str) -> str:
-    method: str = next(v["method"] for v in results["config"]["variants"] if v["name"] == name)
-    return method
-
-
-def _dots(results: Mapping[str, Any], rows: Sequence[VariantRow]) -> Figure:
-    drawing = new_figure()
-    axes = add_axes(drawing, "", "validation loss")
-    for place, row in enumerate(rows):
-        method = _method(results, row.name)
-        axes.plot([place] * len(row.valid), row.valid, MARKERS[method], color=COLORS[method], markersize=5)
-    axes.set_ylim(*pad_limits([value for row in rows for value in row.valid]))
-    axes.set_xlim(-0.5, len(rows) - 0.5)
-    ends = [(fmean(row.valid), row.name, COLORS[_method(results, row.name)]) for row in rows]
-    label_ends(axes, ends)
-    return drawing
-
-
-def _rates(results: Mapping[str, Any]) -> Figure:
-    drawing = new_figure()
-    axes = add_axes(drawing, "learning rate", "validation loss of trials")
-    axes.set_xscale("log")
-    ends, shown = [], []
-    for variant in results["config"]["variants"]:
-        best: dict[float, float] = {}
-        for trial in results["trials"]:
-            if trial["variant"] == variant["name"]:
-                rate, loss = trial["config"]["learning_rate"], trial["val_loss_final"]
-                best[rate] = min(best.get(rate, loss), loss)
-        if best:
-            points = sorted(best.items())
-            color = COLORS[variant["method"]]
-            axes.plot(*zip(*points, strict=True), marker=MARKERS[variant["method"]], color=color, markersize=5)
-            ends.append((points[-1][1], variant["name"], color))
-            shown += list(best.values())
-    axes.set_ylim(*pad_limits(shown))
-    rates = sorted({trial["config"]["learning_rate"] for trial in results["trials"]})
-    axes.set_xticks(rates, [f"{rate:g}" for rate in rates])
-    label_ends(axes, ends)
-    return drawing
 
 
 def _trials(results: Mapping[str, Any]) -> Html:
