@@ -97,6 +97,20 @@ def _select_figures(result: Result) -> Figures:
     return {"select": (figures.select(result["rows"], "select"), description)}
 
 
+def _recommended_tables(result: Result) -> list[str]:
+    others = ("dense", "moe", "moe, one shared", "dsc")
+    lines = [
+        [
+            f"{row['point']['d']}, {row['point']['tokens']:,}, {figures.pass_name(row['point']['kind'])}",
+            ms(row, row["subject"]),
+            *(ratio(row, name) for name in others),
+        ]
+        for row in result["rows"]
+    ]
+    headings = ["d, tokens, pass", "ms", "over Dense", "over MoE", "over MoE, one shared", "over the paper's DSC"]
+    return [table(headings, lines)]
+
+
 def _router_tables(result: Result) -> list[str]:
     beside = [row for row in result["rows"] if "published" in row["calls"]]
     others = ("dense", "linear", "published")
@@ -207,6 +221,15 @@ SECTIONS = {
         "regularisers, where the frame term, which needs no data, is paid in each step.",
         layers.tables,
         layers.figures,
+    ),
+    "recommended": Section(
+        "The layer as recommended",
+        "DSC of the preset `best` (K 16, rectified, without frame term; its router sees four tokens, and mixing them "
+        "counts) at the sizes of the studies (d 128, M 558) and of the paper (d 384, M 1535), against layers of as "
+        "many parameters: Dense, five experts with two active, nine with three active beside a shared one, and DSC "
+        "as the paper has it.",
+        _recommended_tables,
+        lambda result: {},
     ),
     "routers": Section(
         "Routers",

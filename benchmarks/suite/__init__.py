@@ -11,6 +11,7 @@ from benchmarks.case import Benchmark
 _REGISTERED = {
     "layer": "layer:LAYER",
     "layer_sweep": "layer:LAYER_SWEEP",
+    "recommended": "recommended:RECOMMENDED",
     "routers": "routers:ROUTERS_BENCHMARK",
     "model": "model:MODEL",
     "memory": "memory:MEMORY",

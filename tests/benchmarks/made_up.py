@@ -58,6 +58,14 @@ def layer():
     return result("layer", rows)
 
 
+def recommended():
+    rows = []
+    for d, kind in product((128, 384), ("forward", "forward+backward")):
+        times = {"dense": 2.0, "moe": 1.1, "moe, one shared": 1.2, "dsc": 0.8, "recommended": 1.0}
+        rows.append(row({"tokens": 4096, "kind": kind, "d": d, "M": 4 * d, "K": 16}, "recommended", times))
+    return result("recommended", rows)
+
+
 def routers():
     rows = []
     for kind, factor in (("forward", 1), ("forward+backward", 4)):
@@ -127,4 +135,6 @@ def crossover():
     return result("crossover", [], crossovers=points)
 
 
-ALL = {function.__name__: function for function in (layer, routers, model, memory, compose, crossover, select)}
+ALL = {
+    function.__name__: function for function in (layer, recommended, routers, model, memory, compose, crossover, select)
+}

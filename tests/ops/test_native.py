@@ -92,7 +92,7 @@ def test_gate(tensor_operations, kind, clamp):
     assert run().coefficients[1:4].isnan().all()
 
 
-@pytest.mark.parametrize("top_k", [1, 4, 16, 17, 64])
+@pytest.mark.parametrize("top_k", [1, 4, 7, 8, 16, 17, 64])
 @pytest.mark.parametrize("atoms", [64, 100, 1523])
 def test_largest(tensor_operations, top_k, atoms):
     logits = torch.randn(50, atoms)
@@ -101,6 +101,9 @@ def test_largest(tensor_operations, top_k, atoms):
     logits[8] = logits[8].round()
     # Fewer than K that are more than the least there is.
     logits[9], logits[9, -1], logits[10, ::3] = -torch.inf, 0.0, torch.nan
+    # Differences that overflow, and values that lie close beside one far away.
+    logits[11] *= 1e38
+    logits[12, 1:], logits[12, 0] = torch.rand(atoms - 1) * 1e-6, 1e6
     values, indices = largest(logits, top_k)
     expected = tensor_operations(lambda: largest(logits, top_k))[0]
     assert torch.equal(values.nan_to_num(nan=5e5), expected.nan_to_num(nan=5e5))

@@ -197,7 +197,7 @@ class TestScreened:
             selection = route(x, weight, top_k=4)
             assert taken
             taken.clear()
-            for arguments in ({"x": x[:63]}, {"top_k": 5}, {"statistics": True}):
+            for arguments in ({"x": x[:63]}, {"top_k": 10}, {"statistics": True}):
                 route(**{"x": x, "weight": weight, "top_k": 4} | arguments)
             route(x.double(), weight.double(), top_k=4)
         route(x, weight.requires_grad_(), top_k=4)

@@ -99,9 +99,11 @@ def test_a_bad_token_spoils_only_its_own_row():
     assert values[7].isnan().all()
     assert indices[7].unique().numel() == 4
     assert log_normalizer[7].isnan()
+    # In its place another: a product may round a row otherwise at another place of a block.
     good = torch.arange(40) != 7
-    expected = implementation.forward(x[good], weight, bias, None, 4, 20.0, True)
-    assert all(torch.equal(a[good], e) for a, e in zip((values, indices, log_normalizer), expected, strict=False))
+    x[7, 3] = 0.0
+    expected = implementation.forward(x, weight, bias, None, 4, 20.0, True)
+    assert all(torch.equal(a[good], e[good]) for a, e in zip((values, indices, log_normalizer), expected, strict=False))
     assert probability_sum.isnan().all()
 
 

@@ -111,6 +111,9 @@ INLINE void offer(Largest *l, float value, int64_t index) {
     if (l->held == l->capacity) prune(l);
 }
 
+/* How close halving comes to the k-th largest of group maxima, and from which k on it is quicker than sorting them. */
+enum { HALVINGS = 8, FEWEST_HALVED = 8 };
+
 /* Whether one of count values (a constant, for the compiler's sake) is not at most the bar, as NaN never is. */
 INLINE int any_beyond(const float *values, float bar, const int count) {
     int some = 0;
@@ -124,6 +127,26 @@ INLINE void raise_groups(const float *values, int64_t n, float *groups, const in
         for (int j = 0; j < count; j++) groups[j] = values[i + j] > groups[j] ? values[i + j] : groups[j];
 }
 
+/* A value that at least k of BLOCK groups reach, close to the k-th largest, by halving; NaN where one is not finite. */
+INLINE float halved_to(const float *groups, int64_t k) {
+    float low = groups[0], high = groups[0];
+    for (int j = 1; j < BLOCK; j++) {
+        low = groups[j] < low ? groups[j] : low;
+        high = groups[j] > high ? groups[j] : high;
+    }
+    if (!(high - low < INFINITY)) return NAN;
+    for (int step = 0; step < HALVINGS; step++) {
+        float middle = low + 0.5f * (high - low);
+        int reach = 0;
+        for (int j = 0; j < BLOCK; j++) reach += groups[j] >= middle;
+        if (reach >= k)
+            low = middle;
+        else
+            high = middle;
+    }
+    return low;
+}
+
 /* A value that at least k of values[0..n) reach, close to the k-th largest of them, at a fraction of its cost: the k-th
  * largest of the maxima of 4 k groups or more. NaN, below which is nothing, where there are too few values. */
 INLINE float reached_by(const float *values, int64_t n, int64_t k) {
@@ -135,6 +158,10 @@ INLINE float reached_by(const float *values, int64_t n, int64_t k) {
         raise_groups(values, n, groups, LANES);
     else
         raise_groups(values, n, groups, BLOCK);
+    if (k >= FEWEST_HALVED) {
+        float found = halved_to(groups, k);
+        if (found == found) return found;
+    }
     for (int64_t j = 0; j < k; j++) best[j] = -INFINITY;
     for (int j = 0; j < count; j++) {
         /* Without branches, which would be mispredicted: each place takes the larger, and hands on the smaller. */

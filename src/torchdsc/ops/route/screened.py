@@ -12,7 +12,7 @@ from torchdsc.ops.native import MOST_SORTED, address, has_bfloat16, module_for
 
 # Fewer tokens do not pay for rounding the weight, nor do fewer atoms a selected one for comparing again.
 _FEWEST_TOKENS = 64
-_LEAST_ATOMS_PER_SELECTED = 64
+_LEAST_ATOMS_PER_SELECTED = 32
 # Tokens per product: its logits should still be in cache when they are read.
 _CHUNK = 512
 

@@ -1,0 +1,77 @@
+"""The layer as recommended: K 16, rectified, its router over four tokens; against MoE and the paper's DSC."""
+
+from dataclasses import replace
+from itertools import product
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.case import Benchmark, Case, Cases, Settings
+from torchdsc import DSC, CausalContext, DSCResidual
+from torchdsc.baselines import DenseFFN, StandardMoE
+
+from .layer import KINDS, TESTS, Sizes
+from .steps import forward_call, training_call
+
+# At the paper's size, and at that of the studies on WikiText-2: M and the static width of K 16 at the budget of K 4.
+PAPER = Sizes(), Sizes(384, 1535, 16, 307)
+SMALL = Sizes(128, 546, 4, 87, 907, 181), Sizes(128, 558, 16, 67, 907, 181)
+# Sequences of this length, as a router's context needs them.
+LENGTH = 64
+TOKENS = (LENGTH, 4096)
+
+
+class Recommended(nn.Module):
+    """DSC beside its static layer, routed by a token and the three before it."""
+
+    def __init__(self, sizes: Sizes) -> None:
+        super().__init__()
+        self.context = CausalContext(sizes.width, 4)
+        dsc = DSC(
+            sizes.width,
+            num_atoms=sizes.num_atoms,
+            top_k=sizes.top_k,
+            activation="relu",
+            gamma_init=1.0,
+            frame_weight=0.0,
+        )
+        self.layer = DSCResidual(DenseFFN(sizes.width, sizes.static), dsc)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.layer(x, router_input=self.context(x))
+        return y
+
+
+def _cases(settings: Settings) -> Cases:
+    torch.manual_seed(0)
+    pairs = (SMALL,) if settings.quick else (SMALL, PAPER)
+    for (paper, own), tokens, kind in product(pairs, TOKENS[:1] if settings.quick else TOKENS, KINDS):
+        layers = {name: layer.to(settings.device) for name, layer in _layers(paper, own).items()}
+        x = torch.randn(tokens // LENGTH, LENGTH, own.width, device=settings.device)
+        make = forward_call if kind == KINDS[0] else training_call
+        point: dict[str, int | str] = {
+            "tokens": tokens,
+            "kind": kind,
+            "d": own.width,
+            "M": own.num_atoms,
+            "K": own.top_k,
+        }
+        calls = {name: make(layer, x) for name, layer in layers.items()}
+        yield Case(point, calls, subject="recommended")
+    return None
+
+
+def _layers(paper: Sizes, own: Sizes) -> dict[str, nn.Module]:
+    width = paper.width
+    # Experts of half the width beside a shared one: what the study of opponents found the best of the kind.
+    shared = replace(paper, expert=paper.expert // 2)
+    return {
+        "dense": DenseFFN(width, paper.dense),
+        "moe": StandardMoE(width, paper.expert, 5, 2),
+        "moe, one shared": StandardMoE(width, shared.expert, 9, 3, shared_experts=1),
+        "dsc": DSCResidual(DenseFFN(width, paper.static), DSC(width, num_atoms=paper.num_atoms, top_k=paper.top_k)),
+        "recommended": Recommended(own),
+    }
+
+
+RECOMMENDED = Benchmark("recommended", "the recommended layer against MoE and the paper's DSC", TESTS, _cases)
