@@ -133,5 +133,5 @@ for name in ("models", "cli.main"):
     except ImportError as error:
         print(name, "|", error)
 """)
-    assert "models | torchdsc.models needs transformers >= 5: pip install 'torchdsc[models]'" in out
+    assert "models | torchdsc.models needs transformers >= 5.17: pip install 'torchdsc[models]'" in out
     assert "cli.main" not in out

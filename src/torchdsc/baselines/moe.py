@@ -188,6 +188,6 @@ def _transformers_kernel(name: str) -> Callable[..., Tensor]:
     try:
         from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
     except ImportError as error:
-        raise ImportError(f"impl={name!r} needs transformers >= 5: pip install 'torchdsc[models]'") from error
+        raise ImportError(f"impl={name!r} needs transformers >= 5.17: pip install 'torchdsc[models]'") from error
     kernel: Callable[..., Tensor] = ALL_EXPERTS_FUNCTIONS[name]
     return kernel
