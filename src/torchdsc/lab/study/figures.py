@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from torchdsc.lab.figures.labels import label_ends
@@ -15,13 +16,12 @@ from .summary import VariantRow
 __all__ = ["draw_differences", "draw_losses", "draw_rates"]
 
 # Of one line of differences, and of one letter of their names, in figure units.
-_LINE, _LETTER = 26.0, 6.4
+_LINE, _LETTER = 26.0, 6.8
 
 
 def draw_losses(results: Mapping[str, Any], rows: Sequence[VariantRow]) -> Figure:
     """Final validation losses, a mark for each variant and seed."""
-    drawing = new_figure()
-    axes = add_axes(drawing, "", "validation loss")
+    drawing, axes = _beside_names([row.name for row in rows], "", "validation loss")
     for place, row in enumerate(rows):
         method = _method(results, row.name)
         axes.plot([place] * len(row.valid), row.valid, MARKERS[method], color=COLORS[method], markersize=5)
@@ -34,8 +34,8 @@ def draw_losses(results: Mapping[str, Any], rows: Sequence[VariantRow]) -> Figur
 
 def draw_rates(results: Mapping[str, Any]) -> Figure:
     """Losses of trials by learning rate, a line a variant."""
-    drawing = new_figure()
-    axes = add_axes(drawing, "learning rate", "validation loss of trials")
+    names = [variant["name"] for variant in results["config"]["variants"]]
+    drawing, axes = _beside_names(names, "learning rate", "validation loss of trials")
     axes.set_xscale("log")
     ends, shown = [], []
     for variant in results["config"]["variants"]:
@@ -76,6 +76,13 @@ def draw_differences(results: Mapping[str, Any], rows: Sequence[VariantRow]) -> 
     axes.set_ylim(len(found) - 0.5, -0.5)
     axes.set_yticks(range(len(found)), names, fontsize=FONT_SIZE)
     return drawing
+
+
+def _beside_names(names: Sequence[str], xlabel: str, ylabel: str) -> tuple[Figure, Axes]:
+    """An empty figure with room for names at the right, and its axes."""
+    right = _LETTER * max(map(len, names)) + 20
+    drawing = new_figure(WIDTH * 3 / 4 + right)
+    return drawing, add_axes(drawing, xlabel, ylabel, margins=(46, right, 44, 26))
 
 
 def _method(results: Mapping[str, Any], name: str) -> str:
