@@ -1,4 +1,4 @@
-"""README's code runs, and its commands parse."""
+"""The code of README and of the recommendation runs, and README's commands parse."""
 
 import re
 import shlex
@@ -8,8 +8,11 @@ import pytest
 
 from torchdsc.cli.main import main
 
-TEXT = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+ROOT = Path(__file__).parents[1]
+TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(
+    r"```python\n(.*?)```", TEXT + (ROOT / "docs" / "recommended.md").read_text(encoding="utf-8"), re.DOTALL
+)
 COMMANDS = re.findall(r"^    (torchdsc .*)$", TEXT, re.MULTILINE)
 
 

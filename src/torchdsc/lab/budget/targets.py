@@ -84,7 +84,10 @@ def _describe(method: FeedForwardKind, width: int, widths: dict[str, Any]) -> st
     router = widths.get("router", "linear")
     describe: dict[str, Callable[[], str]] = {
         "dense": lambda: f"width {width}",
-        "moe": lambda: f"{widths['num_experts']} experts of {width}, top-{widths['top_k']}",
+        "moe": lambda: (
+            f"{widths['num_experts']} experts of {width}, top-{widths['top_k']}"
+            + (f", {widths['shared_experts']} shared" if widths.get("shared_experts") else "")
+        ),
         "mixture_of_loras": lambda: (
             f"{widths['num_experts']} experts of rank {widths['rank']}, top-{widths['top_k']}, static width {width}"
         ),
