@@ -186,7 +186,7 @@ class TestCounts:
     @pytest.mark.parametrize(("top_k", "shared"), [(2, 1), (4, 0), (7, 1), (4, 4)])
     def test_moe_with_shared_experts_meets_the_active_target(self, top_k, shared):
         plan = solve("moe", PAPER, top_k=top_k, options={"shared_experts": shared})
-        assert plan.description.endswith(f"top-{top_k}, {shared} shared")
+        assert plan.description.endswith(f"top-{top_k}" + (f", {shared} shared" if shared else ""))
         experts, width = plan.options["num_experts"], plan.intermediate_size
         assert plan.params_total == PAPER.fixed + 6 * 384 * (2 * (experts + shared) * width + experts)
         assert plan.params_active == PAPER.fixed + 6 * 384 * (2 * (top_k + shared) * width + experts)
