@@ -31,8 +31,8 @@ class Comparison:
     Attributes:
         other: The variant it is compared to.
         difference: Of final validation losses, paired by seed.
-        share_of_steps: Share of training after which its mean validation loss is below the other's final one; None
-            where it never is.
+        share_of_steps: Share of training after which its mean validation loss is down at the other's final one, on
+            straight lines between evaluations; None where it never is.
     """
 
     other: str
@@ -112,10 +112,15 @@ def _difference(own: Sequence[Run], others: Sequence[Run]) -> Difference:
 
 def _share_of_steps(own: Sequence[Run], others: Sequence[Run]) -> float | None:
     target = fmean(run["val_loss_final"] for run in others)
+    before: tuple[float, float] | None = None
     for points in zip(*(run["curve"] for run in own), strict=True):
-        if fmean(point["val_loss"] for point in points) <= target:
-            share: float = points[0]["step"] / own[0]["steps"]
+        step, loss = points[0]["step"], fmean(point["val_loss"] for point in points)
+        if loss <= target:
+            if before is not None:
+                step -= (step - before[0]) * (target - loss) / (before[1] - loss)
+            share: float = step / own[0]["steps"]
             return share
+        before = step, loss
     return None
 
 
