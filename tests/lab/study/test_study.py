@@ -1,3 +1,4 @@
+import copy
 import json
 import shutil
 from dataclasses import asdict
@@ -106,6 +107,9 @@ def test_rows(finished):
     losses = {name: {r["seed"]: r["val_loss_final"] for r in results["runs"] if r["variant"] == name} for name in
               ("Dense", "DSC K 2", "DSC")}  # fmt: skip
     assert [[c.other for c in row.comparisons] for row in (dense, two, four)] == [[], ["Dense"], ["DSC K 2", "Dense"]]
+    none = copy.deepcopy(results)
+    none["config"]["variants"][1]["against"] = []
+    assert summarize(none)[1].comparisons == []
     pairs = [losses["DSC"][seed] - losses["DSC K 2"][seed] for seed in (1, 2)]
     assert four.comparisons[0].difference.mean == pytest.approx(fmean(pairs))
     # Student's t for one degree of freedom, over the deviation of a mean of two.

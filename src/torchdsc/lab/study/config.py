@@ -26,7 +26,7 @@ class Variant:
         settings: Over those of the study: fields of :class:`torchdsc.lab.config.ExperimentConfig`, and
             "feed_forward", further options of the layer.
         trials: Settings over these, one of which is chosen by validation loss; a single one is taken as it is.
-        against: Names of the variants it is compared to; the study's reference by default.
+        against: Names of the variants it is compared to, none where it is empty; the study's reference by default.
     """
 
     name: str

@@ -84,7 +84,9 @@ def summarize(results: Mapping[str, Any]) -> list[VariantRow]:
         if not own:
             continue
         others = [
-            other for other in variant["against"] or [reference_of(results)] if other in by_name and other != name
+            other
+            for other in ([reference_of(results)] if variant["against"] is None else variant["against"])
+            if other in by_name and other != name
         ]
         rows.append(
             VariantRow(
