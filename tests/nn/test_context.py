@@ -37,6 +37,8 @@ def test_packed_sequences_see_nothing_of_each_other(context):
     positions = torch.tensor([[0, 1, 2, 0, 1, 2, 3], [0, 1, 2, 3, 4, 0, 0]])
     torch.testing.assert_close(context(x, positions=positions), literal(context, x, positions))
     torch.testing.assert_close(context(x[:1], positions=positions[:1])[:, 3:], context(x[:1, 3:]))
+    x[0, 2] = torch.nan
+    assert context(x, positions=positions)[0, 3:].isfinite().all()
 
 
 @pytest.mark.parametrize("length", [0, 1, 5])

@@ -10,7 +10,7 @@ from torchdsc.nn import DSC, CausalContext, RoutedLayer, RoutingStatistics
 
 from .attention import DSCGPTAttention
 from .configuration import DSCGPTConfig
-from .feed_forward import build_attention_update, build_feed_forward, split_options
+from .feed_forward import build_attention_update, build_feed_forward
 from .initialization import mark_residual_writers
 
 # Of the routed layers of a block, and of all blocks.
@@ -28,7 +28,7 @@ class DSCGPTBlock(GradientCheckpointingLayer):
         self.feed_forward = build_feed_forward(
             config.feed_forward, config.hidden_size, config.intermediate_size, config.feed_forward_options
         )
-        context = split_options(config.feed_forward, config.feed_forward_options)[0].router_context
+        context = config.model_options.router_context
         self.context = CausalContext(config.hidden_size, context) if context > 1 else None
         self.layer_idx = layer_idx
         if isinstance(self.routed_layer, DSC):
@@ -79,7 +79,8 @@ class DSCGPTBlock(GradientCheckpointingLayer):
             return None
         length = x.shape[1]
         if token_mask is not None:
-            x = x * token_mask.unsqueeze(-1)
+            # Not by a product: the state of padding need not be finite.
+            x = x.masked_fill(~token_mask.unsqueeze(-1), 0.0)
         if cache is not None:
             if not hasattr(cache.layers[self.layer_idx], "update_conv_state"):
                 raise ValueError(

@@ -4,7 +4,7 @@ from typing import Any, Literal, get_args
 
 from transformers import PretrainedConfig
 
-from .feed_forward import FeedForwardKind, check_feed_forward, split_options
+from .feed_forward import FeedForwardKind, ModelOptions, check_feed_forward, split_options
 
 ResidualInit = Literal["gpt2", "published", "none"]
 
@@ -99,6 +99,11 @@ class DSCGPTConfig(PretrainedConfig):
         self.residual_init = residual_init
         self.use_cache = use_cache
         # A cache then keeps the last tokens that a router saw, beside keys and values.
-        if split_options(feed_forward, feed_forward_options)[0].router_context > 1:
+        if self.model_options.router_context > 1:
             kwargs["layer_types"] = ["hybrid"] * num_hidden_layers
         super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
+
+    @property
+    def model_options(self) -> ModelOptions:
+        """Those of ``feed_forward_options`` that concern the model around the layers."""
+        return split_options(self.feed_forward, self.feed_forward_options)[0]

@@ -18,7 +18,6 @@ from torchdsc.nn.host import refer
 
 from .block import DSCGPTBlock, Statistics
 from .configuration import DSCGPTConfig
-from .feed_forward import split_options
 from .initialization import initialize
 
 
@@ -73,11 +72,10 @@ class DSCGPTModel(DSCGPTPreTrainedModel):
 
     def _share_banks(self) -> None:
         """Let updates of attention refer to their block's bank, and where that is shared all to the first one's."""
-        share_bank = split_options(self.config.feed_forward, self.config.feed_forward_options)[0].share_bank
         blocks = [block for block in cast(Iterable[DSCGPTBlock], self.blocks) if isinstance(block.routed_layer, DSC)]
         for index, block in enumerate(blocks):
             layer = cast(DSC, block.routed_layer)
-            if share_bank and index > 0:
+            if self.config.model_options.share_bank and index > 0:
                 refer(layer, "bank", cast(DSC, blocks[0].routed_layer).bank)
             if block.attention.update is not None:
                 refer(block.attention.update, "bank", layer.bank)
@@ -129,19 +127,7 @@ class DSCGPTModel(DSCGPTPreTrainedModel):
         # Those that are given may tell sequences packed in one apart.
         given_positions = position_ids
         position_ids = self._positions(inputs_embeds, position_ids, past_key_values)
-        # Generation with a static cache makes the masks beforehand, by name where there are several.
-        causal_mask = (
-            attention_mask["full_attention"]
-            if isinstance(attention_mask, dict)
-            else create_causal_mask(
-                config=self.config,
-                inputs_embeds=inputs_embeds,
-                attention_mask=attention_mask,
-                past_key_values=past_key_values,
-                position_ids=position_ids,
-            )
-        )
-        token_mask = _token_mask(attention_mask, inputs_embeds.shape[1])
+        causal_mask, token_mask = self._masks(inputs_embeds, attention_mask, past_key_values, position_ids)
         hidden_states = self.dropout(inputs_embeds + self.embed_positions(position_ids))
         collected: list[RoutingStatistics | None] = []
         all_hidden = [hidden_states]
@@ -164,6 +150,30 @@ class DSCGPTModel(DSCGPTPreTrainedModel):
             routing_statistics=tuple(collected) if self.training else None,
         )
 
+    def _masks(
+        self,
+        inputs_embeds: Tensor,
+        attention_mask: Tensor | dict[str, Tensor | None] | None,
+        cache: Cache | None,
+        position_ids: Tensor,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """What attention is masked with, and which of the T tokens are no padding, None where nothing says it."""
+        if isinstance(attention_mask, dict):
+            # Generation with a static cache makes them beforehand, by name where there are several.
+            tokens = attention_mask.get("linear_attention")
+            return attention_mask["full_attention"], None if tokens is None else tokens.bool()
+        causal_mask: Tensor | None = create_causal_mask(
+            config=self.config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            past_key_values=cache,
+            position_ids=position_ids,
+        )
+        length = inputs_embeds.shape[1]
+        if attention_mask is None or attention_mask.dim() != 2 or attention_mask.shape[1] < length:
+            return causal_mask, None
+        return causal_mask, attention_mask[:, attention_mask.shape[1] - length :].bool()
+
     def _positions(self, inputs_embeds: Tensor, position_ids: Tensor | None, cache: Cache | None) -> Tensor:
         """Those given, or counted from the cache; refused where the sequence is longer than there are any."""
         length, most = inputs_embeds.shape[1], self.config.max_position_embeddings
@@ -175,15 +185,6 @@ class DSCGPTModel(DSCGPTPreTrainedModel):
         if position_ids is not None:
             return position_ids
         return (torch.arange(length, device=inputs_embeds.device) + seen).unsqueeze(0)
-
-
-def _token_mask(attention_mask: Tensor | dict[str, Tensor | None] | None, length: int) -> Tensor | None:
-    """Which of the last ``length`` tokens are no padding; None where the mask does not say it token by token."""
-    if isinstance(attention_mask, dict):
-        attention_mask = attention_mask.get("linear_attention")
-    if attention_mask is None or attention_mask.dim() != 2 or attention_mask.shape[1] < length:
-        return None
-    return attention_mask[:, attention_mask.shape[1] - length :].bool()
 
 
 class DSCGPTForCausalLM(DSCGPTPreTrainedModel, GenerationMixin):

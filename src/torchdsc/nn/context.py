@@ -79,7 +79,7 @@ class CausalContext(nn.Module):
         for distance in range(1, self.num_tokens):
             earlier = padded.narrow(-2, start - distance, length)
             if positions is not None:
-                earlier = earlier * (positions >= distance).unsqueeze(-1)
+                earlier = earlier.masked_fill((positions < distance).unsqueeze(-1), 0.0)
             mixed = torch.addcmul(mixed, earlier, self.weight[distance])
         return mixed
 
