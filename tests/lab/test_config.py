@@ -131,6 +131,7 @@ class TestExperimentConfig:
             ({"overrides": {"moe": 3}}, "overrides of moe must be among .*, got 3"),
             ({"overrides": {"moe": {"feed_forward": 3}}}, "overrides of moe: feed_forward must be options, got 3"),
             ({"overrides": {"moe": {"learning_rate": 0}}}, "learning_rate of moe in overrides must be > 0, got 0"),
+            ({"overrides": {"dsc": {"top_k": 2.5}}}, "top_k of dsc in overrides must be an int >= 1, got 2.5"),
             ({"overrides": {"moe": {"weight_decay": "4e-3"}}}, "weight_decay of moe in overrides must be >= 0, got '4"),
         ],
     )

@@ -151,8 +151,9 @@ class ExperimentConfig:
                 raise ValueError(f"overrides of {method}: feed_forward must be options, got {values['feed_forward']!r}")
             for name in set(values) - {"feed_forward"}:
                 holds, expected = _RANGES[name]
-                number = isinstance(values[name], int | float)
-                _check(f"{name} of {method} in overrides", values[name], number and holds(values[name]), expected)
+                is_kind = isinstance(values[name], int if name == "top_k" else int | float)
+                expected = f"an int {expected}" if name == "top_k" else expected
+                _check(f"{name} of {method} in overrides", values[name], is_kind and holds(values[name]), expected)
 
     def of_method(self, method: str, name: str) -> Any:
         """A setting with the method's override applied; "feed_forward" gives the options of its layer."""

@@ -137,6 +137,8 @@ def test_report_stands_by_itself(finished):
     page = (folder / "report.html").read_text()
     assert page.count("<svg") == 3
     assert f"DSC {MINUS} DSC K 2" in page
+    # A line for each variant that one is compared to.
+    assert "(vs DSC K 2)<br>" in page
     assert "http" not in page.replace("http://www.w3.org/", "")
     assert "DSC K 2" in page
 

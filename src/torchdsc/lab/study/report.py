@@ -17,11 +17,11 @@ __all__ = ["render_report"]
 
 def render_report(results: Mapping[str, Any]) -> str:
     """The page as text; the same results give the same page."""
-    rows, every = summarize(results), [*results["runs"], *results["trials"]]
+    rows, steps = summarize(results), {run["steps"] for run in results["runs"] or results["trials"]}
     settings = results["config"]["settings"]
     facts = {
         "Corpus": Path(settings.get("corpus", "embedded")).name,
-        "Steps": f"{every[0]['steps']:,}",
+        "Steps": ", ".join(f"{count:,}" for count in sorted(steps)),
         "Seeds": ", ".join(map(str, results["config"]["seeds"])) or "trials alone",
         "Trials": str(len(results["trials"])),
     }
@@ -52,10 +52,10 @@ def _headline(results: Mapping[str, Any], rows: Sequence[VariantRow]) -> str:
 
 
 def _losses(results: Mapping[str, Any], rows: Sequence[VariantRow]) -> Html:
-    body = [
-        [Html(f"{text(row.name)}<small>{text(row.description)}</small>"), *table_cells(row, results)[1:]]
-        for row in rows
-    ]
+    body = []
+    for row in rows:
+        cells = [Html(text(cell).replace("\n", "<br>")) for cell in table_cells(row, results)]
+        body.append([Html(f"{cells[0]}<small>{text(row.description)}</small>"), *cells[1:]])
     notes = (
         "Losses in nats per token; ± is the sample standard deviation over seeds, for differences the half width of "
         "their 95 % interval, paired by seed. Trials saw the validation part alone."

@@ -130,8 +130,8 @@ def to_markdown(results: Mapping[str, Any]) -> str:
     """The table as GitHub markdown: of the runs, or of the trials where there are no others."""
     if not results["runs"]:
         return markdown_table(TRIAL_HEAD, trial_cells(results), left=(0, 1))
-    head, rows = table_head(results), [table_cells(row, results) for row in summarize(results)]
-    return markdown_table(head, rows, left=(0, 1))
+    rows = [[cell.replace("\n", ", ") for cell in table_cells(row, results)] for row in summarize(results)]
+    return markdown_table(table_head(results), rows, left=(0, 1))
 
 
 TRIAL_HEAD = ["Variant", "settings", "validation loss"]
@@ -153,7 +153,7 @@ def table_head(results: Mapping[str, Any]) -> list[str]:
 
 
 def table_cells(row: VariantRow, results: Mapping[str, Any]) -> list[str]:
-    """One row of the table as text."""
+    """One row of the table as text; what stands beside several other variants is in several lines."""
     reference = reference_of(results)
     names = ["" if c.other == reference else f" (vs {c.other})" for c in row.comparisons]
     differences = [format_difference(c.difference, 3) + name for c, name in zip(row.comparisons, names, strict=True)]
@@ -165,8 +165,8 @@ def table_cells(row: VariantRow, results: Mapping[str, Any]) -> list[str]:
         f"{row.params_active:,}",
         format_mean(row.valid, 3),
         format_mean(row.test, 3),
-        ", ".join(differences) or DASH,
-        ", ".join(shares) or DASH,
+        "\n".join(differences) or DASH,
+        "\n".join(shares) or DASH,
     ]
 
 
