@@ -9,6 +9,7 @@ from benchmarks.runner import SCHEMA
 from benchmarks.suite import NAMES
 from torchdsc.lab.files import write_text
 
+from .canvas import own_font
 from .markdown import described_hardware
 from .sections import INTRODUCTION, SECTIONS
 
@@ -52,7 +53,9 @@ def render(results: Path) -> tuple[str, dict[str, str]]:
         for device, result in found:
             parts.append(described_hardware(result))
             parts.extend(section.tables(result))
-            for figure_name, (svg, description) in section.figures(result).items():
+            with own_font():
+                drawn = section.figures(result)
+            for figure_name, (svg, description) in drawn.items():
                 file = f"bench-{figure_name}{'' if device == 'cpu' else '-' + device}.svg"
                 figures[file] = svg
                 parts.append(f"![{description}]({FIGURES}/{file})")

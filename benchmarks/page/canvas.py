@@ -2,12 +2,15 @@
 
 import io
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import NamedTuple
 
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontEntry, fontManager
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from torchdsc.lab.figures.style import COLORS, FONT_SIZE, MARKERS, add_axes
@@ -35,6 +38,17 @@ LOOKS: Mapping[str, Look] = {
     "select": Look(COLORS["dsc"], MARKERS["dsc"], "select"),
     "published": Look(PUBLISHED, "X", "published"),
 }
+
+
+@contextmanager
+def own_font() -> Iterator[None]:
+    """Texts made meanwhile take the font that comes with matplotlib: a system's of that name may be another."""
+    file = Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")
+    font = FontEntry(fname=str(file), name="DejaVu Sans of matplotlib")
+    if font not in fontManager.ttflist:
+        fontManager.ttflist.append(font)
+    with matplotlib.rc_context({"font.family": [font.name]}):
+        yield
 
 
 def method_color(name: str) -> str:
