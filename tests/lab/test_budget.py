@@ -80,7 +80,10 @@ class TestCounts:
             ("dsc", {"channelwise_gamma": False}),
             ("moe", {"router_norm": "layer_affine"}),
             ("mixture_of_loras", {"router_norm": "layer_affine"}),
-            *((method, {"router_context": 4}) for method in METHODS),
+            *((method, {"router_context": 4}) for method in METHODS if method != "dense"),
+            *((method, {"input_context": 3}) for method in METHODS),
+            ("moe", {"router_input": "embeddings"}),
+            ("dsc", {"router_input": "embeddings", "router_context": 4, "input_context": 3}),
             ("dsc", {"router_context": 4, "router": "low_rank", "share_bank": True}),
         ],
     )
@@ -92,7 +95,10 @@ class TestCounts:
         assert plan.params_active == count_active(model, plan.options)
         if method in ("dense", "dsc"):
             assert plan.params_total <= SMALL.total * 1.001
-        assert ("context of 4 tokens" in plan.description) == ("router_context" in options)
+        sees_embeddings = options.get("router_input") == "embeddings"
+        assert ("context of 4 tokens" in plan.description) == ("router_context" in options and not sees_embeddings)
+        assert ("routed by embeddings" in plan.description) == sees_embeddings
+        assert ("sees embeddings of 3 tokens" in plan.description) == ("input_context" in options)
 
     @pytest.mark.parametrize(
         "options",

@@ -95,7 +95,9 @@ def assert_same_run(folder, record, other):
 class TestParameterGroups:
     @pytest.mark.parametrize("method", METHODS)
     def test_every_parameter_is_in_its_group(self, tiny, method):
-        options = {"router_context": 2} | ({} if method == "dense" else {"router_norm": "layer_affine"})
+        options = {"input_context": 2}
+        if method != "dense":
+            options |= {"router_input": "embeddings", "router_context": 2, "router_norm": "layer_affine"}
         config = dataclasses.replace(tiny, methods=[method], overrides={method: {"feed_forward": options}})
         model = build_model(config, make_plans(config, 320)[method], 320)
         groups = parameter_groups(
@@ -105,7 +107,7 @@ class TestParameterGroups:
         assert len(found) == len({i for i, _, _ in found}) == len(list(model.parameters()))
         settings = {i: (lr, decay) for i, lr, decay in found}
         for name, parameter in model.named_parameters():
-            if "router" in name:
+            if "router." in name:
                 expected = (5e-3, 0.0)
             elif any(part in name for part in ("embed", "norm", "gamma", "context")):
                 expected = (1e-3, 0.0)

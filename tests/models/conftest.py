@@ -14,8 +14,14 @@ KINDS = {
     "dsc, attention": (8, {"num_atoms": 20, "top_k": 3, "attention_rank": 2}),
     "dsc, attention and one bank": (8, {"num_atoms": 20, "top_k": 3, "attention_rank": 2, "share_bank": True}),
     "dsc, context": (8, {"num_atoms": 20, "top_k": 3, "router_context": 3}),
-    "dense, context": (20, {"router_context": 3}),
+    "dsc, embeddings": (8, {"num_atoms": 20, "top_k": 3, "router_input": "embeddings", "router_context": 3}),
+    "dense, embeddings": (20, {"input_context": 3}),
     "moe, context": (9, {"num_experts": 4, "top_k": 2, "router_context": 3}),
+    "moe, embeddings": (
+        9,
+        {"num_experts": 4, "top_k": 2, "router_input": "embeddings", "router_context": 2, "input_context": 4},
+    ),
+    "mixture_of_loras, own embedding": (8, {"num_experts": 4, "rank": 2, "router_input": "embeddings"}),
 }
 
 

@@ -55,6 +55,8 @@ def test_gradients(context):
 
 def test_starts_with_the_token_itself_foremost():
     assert CausalContext(2, 3).weight.tolist() == [[1.0, 1.0], [0.5, 0.5], [0.5, 0.5]]
+    other = CausalContext(1, 3, own=0.0, earlier=0.25)
+    assert other.weight.tolist() == [[0.0], [0.25], [0.25]]
 
 
 @pytest.mark.parametrize(

@@ -28,8 +28,10 @@ class DSCGPTBlock(GradientCheckpointingLayer):
         self.feed_forward = build_feed_forward(
             config.feed_forward, config.hidden_size, config.intermediate_size, config.feed_forward_options
         )
-        context = config.model_options.router_context
-        self.context = CausalContext(config.hidden_size, context) if context > 1 else None
+        options = config.model_options
+        self.router_input, self.past_tokens = options.router_input, options.past_tokens
+        self.router_context = _context(config.hidden_size, options.router_context)
+        self.input_context = _context(config.hidden_size, options.input_context, own=0.0, earlier=0.25)
         self.layer_idx = layer_idx
         if isinstance(self.routed_layer, DSC):
             bank = self.routed_layer.bank
@@ -51,44 +53,53 @@ class DSCGPTBlock(GradientCheckpointingLayer):
     def forward(
         self,
         hidden_states: Tensor,
+        embeddings: Tensor | None = None,
         attention_mask: Tensor | None = None,
         token_mask: Tensor | None = None,
         past_key_values: Cache | None = None,
         positions: Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Statistics]:
-        """Hidden states (B, T, d) to (B, T, d), and the statistics of each of ``routed_layers``."""
+        """Hidden states (B, T, d) to (B, T, d), and the statistics of each of ``routed_layers``.
+
+        ``embeddings``, (B, T, d), are those of the tokens where a layer or a router sees them.
+        """
         attended, of_attention = self.attention(
             self.attention_norm(hidden_states), attention_mask, token_mask, past_key_values, **kwargs
         )
         hidden_states = hidden_states + self.dropout(attended)
-        normed, statistics = self.feed_forward_norm(hidden_states), None
-        mixed = self._mixed(normed, token_mask, past_key_values, positions)
+        x, statistics = self.feed_forward_norm(hidden_states), None
+        seen = x if embeddings is None else embeddings
+        with_past = self._with_past(seen, token_mask, past_key_values)
+        routed = seen if self.router_input == "embeddings" else None
+        if self.router_context is not None:
+            routed = self.router_context(with_past, length=x.shape[1], positions=positions)
+        if self.input_context is not None:
+            x = x + self.input_context(with_past, length=x.shape[1], positions=positions)
         if self.routed_layer is None:
-            update = self.feed_forward(normed if mixed is None else mixed)
+            update = self.feed_forward(x)
         else:
-            update, statistics = self.feed_forward.forward_with_statistics(normed, token_mask, mixed)  # type: ignore[operator]
+            update, statistics = self.feed_forward.forward_with_statistics(x, token_mask, routed)  # type: ignore[operator]
         found = {self.attention.update: of_attention, self.routed_layer: statistics}
         return hidden_states + self.dropout(update), tuple(found[layer] for layer in self.routed_layers)
 
-    def _mixed(
-        self, x: Tensor, token_mask: Tensor | None, cache: Cache | None, positions: Tensor | None
-    ) -> Tensor | None:
-        """Tokens with those before them, some of which the cache may hold; None without a context."""
-        if self.context is None:
-            return None
-        length = x.shape[1]
+    def _with_past(self, x: Tensor, token_mask: Tensor | None, cache: Cache | None) -> Tensor:
+        """Tokens after those before them that contexts see, of which the cache may hold some; padding is zeros."""
+        if self.past_tokens == 0:
+            return x
         if token_mask is not None:
             # Not by a product: the state of padding need not be finite.
             x = x.masked_fill(~token_mask.unsqueeze(-1), 0.0)
-        if cache is not None:
-            if not hasattr(cache.layers[self.layer_idx], "update_conv_state"):
-                raise ValueError(
-                    "past_key_values must be made with the model's config for router_context > 1, as "
-                    f"DynamicCache(config=model.config), got layers of {type(cache.layers[self.layer_idx]).__name__}"
-                )
-            # Features come before places there.
-            kept = self.context.num_tokens - 1
-            x = cache.update_conv_state(x.mT, self.layer_idx, conv_kernel_size=kept).mT
-        mixed: Tensor = self.context(x, length=length, positions=positions)
-        return mixed
+        if cache is None:
+            return x
+        if not hasattr(cache.layers[self.layer_idx], "update_conv_state"):
+            raise ValueError(
+                "past_key_values must be made with the model's config where layers or routers have a context, as "
+                f"DynamicCache(config=model.config), got layers of {type(cache.layers[self.layer_idx]).__name__}"
+            )
+        # Features come before places there.
+        return cache.update_conv_state(x.mT, self.layer_idx, conv_kernel_size=self.past_tokens).mT
+
+
+def _context(features: int, num_tokens: int, **weights: float) -> CausalContext | None:
+    return CausalContext(features, num_tokens, **weights) if num_tokens > 1 else None

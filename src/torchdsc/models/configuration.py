@@ -4,7 +4,8 @@ from typing import Any, Literal, get_args
 
 from transformers import PretrainedConfig
 
-from .feed_forward import FeedForwardKind, ModelOptions, check_feed_forward, split_options
+from .feed_forward import check_feed_forward
+from .options import FeedForwardKind, ModelOptions, split_options
 
 ResidualInit = Literal["gpt2", "published", "none"]
 
@@ -27,8 +28,10 @@ class DSCGPTConfig(PretrainedConfig):
             "share_bank": true for one bank in all blocks; "attention_rank" for an update of the attention's output
             projection from the same bank, by a router of that rank), of
             :class:`torchdsc.baselines.StandardMoE` and :class:`torchdsc.baselines.PEER` ("num_experts"), or
-            :class:`torchdsc.baselines.MixtureOfLoRAs` ("num_experts" and "rank"). Any of them takes "router_context",
-            tokens whose mix its router sees (:class:`torchdsc.CausalContext`); a dense layer sees the mix itself.
+            :class:`torchdsc.baselines.MixtureOfLoRAs` ("num_experts" and "rank"). Any of them takes "router_input",
+            "embeddings" for routers that see those of the tokens in place of what the layers do; "router_context", of
+            how many tokens they see the mix (:class:`torchdsc.CausalContext`); and "input_context", of how many tokens
+            embeddings are mixed into what a layer sees, which a dense one takes as well.
         dropout: Of embeddings, attention weights and residual branches.
         layer_norm_eps: Of every LayerNorm.
         initializer_range: Standard deviation of initial weights.
@@ -98,8 +101,8 @@ class DSCGPTConfig(PretrainedConfig):
         self.initializer_range = initializer_range
         self.residual_init = residual_init
         self.use_cache = use_cache
-        # A cache then keeps the last tokens that a router saw, beside keys and values.
-        if self.model_options.router_context > 1:
+        # A cache then keeps the last tokens that contexts saw, beside keys and values.
+        if self.model_options.past_tokens > 0:
             kwargs["layer_types"] = ["hybrid"] * num_hidden_layers
         super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
 

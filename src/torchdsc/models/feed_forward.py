@@ -1,7 +1,6 @@
 """The feed-forward layers that a DSCGPT chooses from."""
 
-from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -9,44 +8,7 @@ from torch import Tensor, nn
 from torchdsc.baselines import PEER, DenseFFN, MixtureOfLoRAs, StandardMoE
 from torchdsc.nn import DSC, BasisBank, DSCResidual
 
-FeedForwardKind = Literal["dense", "moe", "mixture_of_loras", "peer", "dsc"]
-
-
-@dataclass(frozen=True)
-class ModelOptions:
-    """Feed-forward options that concern the model around the layers.
-
-    Attributes:
-        share_bank: One bank for the DSC layers of all blocks.
-        router_context: Tokens whose mix a router sees, a token's own and those before it; 1 for its own alone. A dense
-            layer, which has no router, sees the mix itself.
-        attention_rank: Rank of a router of its own, by which the bank of a block's DSC layer updates the output
-            projection of its attention too; 0 leaves that as it is.
-    """
-
-    share_bank: bool = False
-    router_context: int = 1
-    attention_rank: int = 0
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.share_bank, bool):
-            raise ValueError(f"share_bank must be a bool, got {self.share_bank!r}")
-        if type(self.router_context) is not int or self.router_context < 1:
-            raise ValueError(f"router_context must be an int >= 1, got {self.router_context!r}")
-        if type(self.attention_rank) is not int or self.attention_rank < 0:
-            raise ValueError(f"attention_rank must be an int >= 0, got {self.attention_rank!r}")
-
-    @property
-    def context_rows(self) -> int:
-        """Rows of d parameters that the context adds to a block."""
-        return self.router_context if self.router_context > 1 else 0
-
-
-def split_options(kind: FeedForwardKind, options: dict[str, Any]) -> tuple[ModelOptions, dict[str, Any]]:
-    """Options of the model, and those that are left for its layers."""
-    names = {"router_context", "share_bank", "attention_rank"} if kind == "dsc" else {"router_context"}
-    own = {name: value for name, value in options.items() if name in names}
-    return ModelOptions(**own), {name: value for name, value in options.items() if name not in names}
+from .options import FeedForwardKind, split_options
 
 
 def build_feed_forward(

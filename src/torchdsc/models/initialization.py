@@ -42,7 +42,8 @@ def initialize(module: nn.Module, config: DSCGPTConfig) -> None:
         init.copy_(module.u, fresh.u)
         init.copy_(module.v, fresh.v)
     elif isinstance(module, CausalContext):
-        init.copy_(module.weight, CausalContext(module.weight.shape[1], module.num_tokens).weight)
+        fresh = CausalContext(module.weight.shape[1], module.num_tokens, own=module.own, earlier=module.earlier)
+        init.copy_(module.weight, fresh.weight)
     elif isinstance(module, DSC):
         init.constant_(module.gamma, module.options.gamma_init)
     elif isinstance(module, MixtureOfLoRAs):

@@ -6,6 +6,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_causal_mask
@@ -129,11 +130,14 @@ class DSCGPTModel(DSCGPTPreTrainedModel):
         position_ids = self._positions(inputs_embeds, position_ids, past_key_values)
         causal_mask, token_mask = self._masks(inputs_embeds, attention_mask, past_key_values, position_ids)
         hidden_states = self.dropout(inputs_embeds + self.embed_positions(position_ids))
+        seen = self.config.model_options.embeddings_are_seen
+        embeddings = functional.layer_norm(inputs_embeds, inputs_embeds.shape[-1:]) if seen else None
         collected: list[RoutingStatistics | None] = []
         all_hidden = [hidden_states]
         for block in self.blocks:
             hidden_states, statistics = block(
                 hidden_states,
+                embeddings,
                 attention_mask=causal_mask,
                 token_mask=token_mask,
                 past_key_values=past_key_values,

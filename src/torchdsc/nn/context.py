@@ -4,9 +4,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-# Weight at the start of each earlier token, beside 1 for a token's own.
-_EARLIER = 0.5
-
 
 class CausalContext(nn.Module):
     """``c_t = sum_{i < w} a_i * x_{t-i}``, a weight for every feature and distance: a causal depthwise convolution.
@@ -17,6 +14,8 @@ class CausalContext(nn.Module):
     Args:
         features: d.
         num_tokens: w >= 2: a token's own and the w - 1 before it.
+        own: Weight of a token itself at the start.
+        earlier: That of each before it.
         device: Where the parameters live.
         dtype: Their dtype.
 
@@ -32,6 +31,8 @@ class CausalContext(nn.Module):
         features: int,
         num_tokens: int,
         *,
+        own: float = 1.0,
+        earlier: float = 0.5,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -40,15 +41,15 @@ class CausalContext(nn.Module):
             raise ValueError(f"features must be >= 1, got {features}")
         if num_tokens < 2:
             raise ValueError(f"num_tokens must be >= 2, got {num_tokens}")
-        self.num_tokens = num_tokens
+        self.num_tokens, self.own, self.earlier = num_tokens, own, earlier
         self.weight = nn.Parameter(torch.empty(num_tokens, features, device=device, dtype=dtype))
         self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """1 for a token itself, a half for each before it."""
-        nn.init.constant_(self.weight, _EARLIER)
-        nn.init.ones_(self.weight[0])
+        """``own`` for a token itself, ``earlier`` for each before it."""
+        nn.init.constant_(self.weight, self.earlier)
+        nn.init.constant_(self.weight[0], self.own)
 
     def forward(self, x: Tensor, *, length: int | None = None, positions: Tensor | None = None) -> Tensor:
         """Mix each token with those before it; there are zeros before the first.

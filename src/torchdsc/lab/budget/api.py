@@ -10,7 +10,7 @@ from .solvers import solve_atoms, solve_dense, solve_moe, solve_router
 from .targets import Targets
 
 if TYPE_CHECKING:
-    from torchdsc.models.feed_forward import FeedForwardKind
+    from torchdsc.models.options import FeedForwardKind
 
 # What the solver sets itself, so that no option of the same name is dropped in silence.
 _WIDTHS: dict[str, set[str]] = {

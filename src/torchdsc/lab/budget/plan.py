@@ -7,7 +7,7 @@ from math import isfinite
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from torchdsc.models.feed_forward import FeedForwardKind
+    from torchdsc.models.options import FeedForwardKind
 
 METHODS: tuple[FeedForwardKind, ...] = ("dense", "moe", "mixture_of_loras", "peer", "dsc")
 

@@ -10,7 +10,7 @@ from .plan import Plan
 from .targets import Targets
 
 if TYPE_CHECKING:
-    from torchdsc.models.feed_forward import FeedForwardKind
+    from torchdsc.models.options import FeedForwardKind
 
 # The share of its feed-forward budget that a plan of free widths may miss before better widths are looked for.
 TOLERANCE = 1e-3

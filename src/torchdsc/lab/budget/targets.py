@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from .plan import Budget, Plan, feed_forward_parameters
 
 if TYPE_CHECKING:
-    from torchdsc.models.feed_forward import FeedForwardKind
+    from torchdsc.models.options import FeedForwardKind
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Targets:
     def fixed(self) -> int:
         """Parameters outside the feed-forward layers: those of the budget, and what routers see tokens through."""
         # Imported late: the command line shows its help before this loads.
-        from torchdsc.models.feed_forward import split_options
+        from torchdsc.models.options import split_options
 
         return self.budget.fixed + split_options("dsc", self.options)[0].context_rows * self.unit
 
@@ -99,5 +99,11 @@ def _describe(method: FeedForwardKind, width: int, widths: dict[str, Any]) -> st
             + (f", attention by rank {widths['attention_rank']}" if widths.get("attention_rank") else "")
         ),
     }
-    context = widths.get("router_context", 1)
-    return describe[method]() + (f", context of {context} tokens" if context > 1 else "")
+    context, around = widths.get("router_context", 1), widths.get("input_context", 1)
+    routed = widths.get("router_input") == "embeddings"
+    seen = {
+        f"context of {context} tokens": context > 1 and not routed,
+        f"routed by embeddings of {context} tokens": routed,
+        f"sees embeddings of {around} tokens": around > 1,
+    }
+    return ", ".join([describe[method](), *(words for words, holds in seen.items() if holds)])

@@ -1,0 +1,71 @@
+"""What of a DSCGPT's feed-forward options concerns the model around the layers."""
+
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+FeedForwardKind = Literal["dense", "moe", "mixture_of_loras", "peer", "dsc"]
+RouterInput = Literal["hidden", "embeddings"]
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """Feed-forward options that concern the model around the layers. A dense layer, which has no router, takes
+    ``input_context`` alone.
+
+    Attributes:
+        router_input: What the routers of all blocks see: "hidden", what their layers do, or "embeddings", those of the
+            tokens, normalised and without positions.
+        router_context: Tokens whose mix a router sees, a token's own and those before it; 1 for its own alone.
+        input_context: Tokens whose embeddings are mixed, a token's own and those before it, and added to what a layer
+            sees; 1 for none.
+        share_bank: One bank for the DSC layers of all blocks.
+        attention_rank: Rank of a router of its own, by which the bank of a block's DSC layer updates the output
+            projection of its attention too; 0 leaves that as it is.
+    """
+
+    router_input: RouterInput = "hidden"
+    router_context: int = 1
+    input_context: int = 1
+    share_bank: bool = False
+    attention_rank: int = 0
+
+    def __post_init__(self) -> None:
+        if self.router_input not in get_args(RouterInput):
+            raise ValueError(f"router_input must be one of {get_args(RouterInput)}, got {self.router_input!r}")
+        for name, least in (("router_context", 1), ("input_context", 1), ("attention_rank", 0)):
+            value = getattr(self, name)
+            if type(value) is not int or value < least:
+                raise ValueError(f"{name} must be an int >= {least}, got {value!r}")
+        if self.input_context > 1 and self.router_context > 1 and self.router_input == "hidden":
+            raise ValueError("router_input must be 'embeddings' for contexts of layer and router, got 'hidden'")
+        if not isinstance(self.share_bank, bool):
+            raise ValueError(f"share_bank must be a bool, got {self.share_bank!r}")
+
+    @property
+    def embeddings_are_seen(self) -> bool:
+        """Whether a layer or a router sees those of the tokens."""
+        return self.router_input == "embeddings" or self.input_context > 1
+
+    @property
+    def past_tokens(self) -> int:
+        """Tokens before its own that a block sees through its contexts."""
+        return max(self.router_context, self.input_context) - 1
+
+    @property
+    def context_rows(self) -> int:
+        """Rows of d parameters that the contexts add to a block."""
+        return sum(tokens for tokens in (self.router_context, self.input_context) if tokens > 1)
+
+
+_OF_KIND: dict[FeedForwardKind, set[str]] = {
+    "dense": {"input_context"},
+    "dsc": {"input_context", "router_input", "router_context", "share_bank", "attention_rank"},
+}
+_OF_ROUTED = {"input_context", "router_input", "router_context"}
+
+
+def split_options(kind: FeedForwardKind, options: dict[str, Any]) -> tuple[ModelOptions, dict[str, Any]]:
+    """Options of the model, and those that are left for its layers."""
+    names = _OF_KIND.get(kind, _OF_ROUTED)
+    own = {name: value for name, value in options.items() if name in names}
+    return ModelOptions(**own), {name: value for name, value in options.items() if name not in names}
