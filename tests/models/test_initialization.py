@@ -92,7 +92,7 @@ def test_loras_start_as_the_zero_update(make):
 
 @pytest.mark.parametrize("dropped", ["bank.u", "bank.v", "gamma", "router.weight"])
 def test_fills_only_what_a_checkpoint_leaves_out(dropped, make, tmp_path):
-    model = make("dsc", feed_forward_options={"gamma_init": 0.3})
+    model = make("dsc, embeddings", feed_forward_options={"gamma_init": 0.3})
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(1.0)

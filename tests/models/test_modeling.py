@@ -2,6 +2,7 @@ import copy
 
 import pytest
 import torch
+from torch.nn import functional
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from torchdsc.models import DSCGPTConfig, DSCGPTForCausalLM, DSCGPTModel
@@ -37,6 +38,53 @@ class TestAttentionUpdate:
         attention.out_proj.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
         y = attention(x, None, None, None)[0]
         torch.testing.assert_close(y, attention.out_proj(seen[0]) + attention.update(seen[0]))
+
+
+class TestContexts:
+    @pytest.fixture
+    def inputs_of(self):
+        def collect(model, modules, input_ids):
+            seen = []
+            for module in modules:
+                module.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+            model(input_ids)
+            return seen
+
+        return collect
+
+    @pytest.fixture
+    def embeddings(self, input_ids):
+        def of(model):
+            return functional.layer_norm(model.model.embed_tokens(input_ids), (16,))
+
+        return of
+
+    @pytest.mark.parametrize("kind", ["dsc, embeddings", "moe, embeddings"])
+    def test_routers_of_all_blocks_see_embeddings(self, kind, make_model, input_ids, inputs_of, embeddings):
+        model = make_model(kind)
+        blocks = model.model.blocks
+        routers = [block.routed_layer.router for block in blocks]
+        seen = inputs_of(model, routers if kind.startswith("dsc") else [r.linear for r in routers], input_ids)
+        assert len(seen) == 2
+        for block, mixed in zip(blocks, seen, strict=True):
+            torch.testing.assert_close(mixed, block.router_context(embeddings(model)).reshape(-1, 16))
+
+    def test_a_routers_own_embedding_alone(self, make_model, input_ids, inputs_of, embeddings):
+        model = make_model("mixture_of_loras, own embedding")
+        seen = inputs_of(model, [block.routed_layer.router.linear for block in model.model.blocks], input_ids)
+        assert all(torch.equal(x, embeddings(model).reshape(-1, 16)) for x in seen)
+
+    @pytest.mark.parametrize(("kind", "part"), [("dense, embeddings", "up"), ("moe, embeddings", "experts")])
+    def test_layers_see_embeddings_beside_the_hidden_state(
+        self, kind, part, make_model, input_ids, inputs_of, embeddings
+    ):
+        model, normed = make_model(kind), []
+        blocks = model.model.blocks
+        for block in blocks:
+            block.feed_forward_norm.register_forward_hook(lambda module, args, output: normed.append(output))
+        seen = inputs_of(model, [getattr(block.feed_forward, part) for block in blocks], input_ids)
+        for block, before, x in zip(blocks, normed, seen, strict=True):
+            torch.testing.assert_close(x.reshape(before.shape), before + block.input_context(embeddings(model)))
 
 
 class TestFiles:

@@ -98,8 +98,9 @@ class DSCGPTBlock(GradientCheckpointingLayer):
                 f"DynamicCache(config=model.config), got layers of {type(cache.layers[self.layer_idx]).__name__}"
             )
         # Features come before places there.
-        return cache.update_conv_state(x.mT, self.layer_idx, conv_kernel_size=self.past_tokens).mT
+        seen: Tensor = cache.update_conv_state(x.mT, self.layer_idx, conv_kernel_size=self.past_tokens).mT
+        return seen
 
 
-def _context(features: int, num_tokens: int, **weights: float) -> CausalContext | None:
-    return CausalContext(features, num_tokens, **weights) if num_tokens > 1 else None
+def _context(features: int, num_tokens: int, own: float = 1.0, earlier: float = 0.5) -> CausalContext | None:
+    return CausalContext(features, num_tokens, own=own, earlier=earlier) if num_tokens > 1 else None

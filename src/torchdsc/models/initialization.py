@@ -42,8 +42,8 @@ def initialize(module: nn.Module, config: DSCGPTConfig) -> None:
         init.copy_(module.u, fresh.u)
         init.copy_(module.v, fresh.v)
     elif isinstance(module, CausalContext):
-        fresh = CausalContext(module.weight.shape[1], module.num_tokens, own=module.own, earlier=module.earlier)
-        init.copy_(module.weight, fresh.weight)
+        started = CausalContext(module.weight.shape[1], module.num_tokens, own=module.own, earlier=module.earlier)
+        init.copy_(module.weight, started.weight)
     elif isinstance(module, DSC):
         init.constant_(module.gamma, module.options.gamma_init)
     elif isinstance(module, MixtureOfLoRAs):
