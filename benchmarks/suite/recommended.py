@@ -1,4 +1,4 @@
-"""The layer as recommended: K 16, rectified, its router over four tokens; against MoE and the paper's DSC."""
+"""The layer as recommended: K 16, rectified, its router over three embeddings; against MoE and the paper's DSC."""
 
 from itertools import product
 
@@ -14,18 +14,21 @@ from .steps import forward_call, training_call
 
 # At the paper's size, and at that of the studies on WikiText-2: M and the static width of K 16 at the budget of K 4.
 PAPER = Sizes(), Sizes(384, 1535, 16, 307)
-SMALL = Sizes(128, 546, 4, 87, 907, 181), Sizes(128, 558, 16, 67, 907, 181)
+SMALL = Sizes(128, 546, 4, 87, 907, 181), Sizes(128, 559, 16, 67, 907, 181)
 # Sequences of this length, as a router's context needs them.
 LENGTH = 64
 TOKENS = (LENGTH, 4096)
 
 
 class Recommended(nn.Module):
-    """DSC beside its static layer, routed by a token and the three before it."""
+    """DSC beside its static layer, routed by the embeddings of a token and the two before it.
+
+    Those are another tensor than ``x`` in a model; what they hold costs nothing here.
+    """
 
     def __init__(self, sizes: Sizes) -> None:
         super().__init__()
-        self.context = CausalContext(sizes.width, 4)
+        self.context = CausalContext(sizes.width, 3)
         dsc = DSC(
             sizes.width,
             num_atoms=sizes.num_atoms,

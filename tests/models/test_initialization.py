@@ -83,6 +83,12 @@ def test_a_router_with_a_deviation_of_its_own(make):
     assert dsc.router.weight.std().item() == pytest.approx(0.3, rel=0.05)
 
 
+def test_contexts_start_from_the_token_and_an_input_without_embeddings_of_its_own(make):
+    block = make("moe, embeddings").model.blocks[1]
+    assert block.router_context.weight[:, 0].tolist() == [1.0, 0.5]
+    assert block.input_context.weight[:, 0].tolist() == [0.0, 0.25, 0.25, 0.25]
+
+
 def test_loras_start_as_the_zero_update(make):
     lora = make("mixture_of_loras").model.blocks[0].routed_layer
     assert not lora.up.any()
