@@ -224,8 +224,8 @@ SECTIONS = {
     ),
     "recommended": Section(
         "The layer as recommended",
-        "DSC of the preset `best` (K 16, rectified, without frame term; its router sees four tokens, and mixing them "
-        "counts) at the sizes of the studies (d 128, M 558) and of the paper (d 384, M 1535), against layers of as "
+        "DSC of the preset `best` (K 8, without frame term; its router sees three embeddings, and mixing them counts) "
+        "at the sizes of the studies (d 128, M 551) and of the paper (d 384, M 1527), against layers of as "
         "many parameters: Dense, five experts with two active, nine with three active beside a shared one, and DSC "
         "as the paper has it.",
         _recommended_tables,

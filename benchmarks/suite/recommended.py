@@ -1,4 +1,4 @@
-"""The layer as recommended: K 16, rectified, its router over three embeddings; against MoE and the paper's DSC."""
+"""The layer as recommended: K 8, its router over three embeddings; against MoE and the paper's DSC."""
 
 from itertools import product
 
@@ -12,9 +12,9 @@ from torchdsc.baselines import DenseFFN, StandardMoE
 from .layer import KINDS, TESTS, Sizes
 from .steps import forward_call, training_call
 
-# At the paper's size, and at that of the studies on WikiText-2: M and the static width of K 16 at the budget of K 4.
-PAPER = Sizes(), Sizes(384, 1535, 16, 307)
-SMALL = Sizes(128, 546, 4, 87, 907, 181), Sizes(128, 559, 16, 67, 907, 181)
+# At the paper's size, and at that of the studies on WikiText-2: M and the static width of K 8 at the budget of K 4.
+PAPER = Sizes(), Sizes(384, 1527, 8, 319)
+SMALL = Sizes(128, 546, 4, 87, 907, 181), Sizes(128, 551, 8, 79, 907, 181)
 # Sequences of this length, as a router's context needs them.
 LENGTH = 64
 TOKENS = (LENGTH, 4096)
@@ -33,7 +33,6 @@ class Recommended(nn.Module):
             sizes.width,
             num_atoms=sizes.num_atoms,
             top_k=sizes.top_k,
-            activation="relu",
             gamma_init=1.0,
             frame_weight=0.0,
         )

@@ -2,7 +2,6 @@
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 
 class CausalContext(nn.Module):
@@ -74,14 +73,16 @@ class CausalContext(nn.Module):
             raise ValueError(f"length must be in [0, {tokens}], got {length}")
         if positions is not None and (positions.dim() == 0 or positions.shape[-1] != length):
             raise ValueError(f"positions must have shape (..., length = {length}), got {tuple(positions.shape)}")
-        padded = functional.pad(x, (0, 0, self.num_tokens - 1, 0))
-        start = padded.shape[-2] - length
-        mixed = padded.narrow(-2, start, length) * self.weight[0]
-        for distance in range(1, self.num_tokens):
-            earlier = padded.narrow(-2, start - distance, length)
+        start = tokens - length
+        mixed = x.narrow(-2, start, length) * self.weight[0]
+        for distance in range(1, min(self.num_tokens, tokens)):
+            # The first tokens have none at this distance.
+            first = max(0, start - distance)
+            count = tokens - distance - first
+            earlier = x.narrow(-2, first, count)
             if positions is not None:
-                earlier = earlier.masked_fill((positions < distance).unsqueeze(-1), 0.0)
-            mixed = torch.addcmul(mixed, earlier, self.weight[distance])
+                earlier = earlier.masked_fill((positions[..., length - count :] < distance).unsqueeze(-1), 0.0)
+            mixed.narrow(-2, length - count, count).addcmul_(earlier, self.weight[distance])
         return mixed
 
     def extra_repr(self) -> str:
