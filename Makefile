@@ -22,7 +22,7 @@ types: .venv/ready
 bench: .venv/ready
 	$(BIN)/torchdsc bench $(ARGS)
 
-# A study of adapters (PRESET=glue, glue-levers, stories) or of layers (opponents, levers, scaling), over what is there in
+# A study of adapters (PRESET=glue, glue-levers, stories) or of layers (opponents, levers, scaling, length), over what is there in
 # experiments/; started twice, two processes share the work.
 adapt: PRESET ?= stories
 study: PRESET ?= opponents
