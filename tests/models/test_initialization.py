@@ -96,7 +96,7 @@ def test_loras_start_as_the_zero_update(make):
     assert lora.down.std().item() == pytest.approx((64 * 3) ** -0.5, rel=0.1)
 
 
-@pytest.mark.parametrize("dropped", ["bank.u", "bank.v", "gamma", "router.weight"])
+@pytest.mark.parametrize("dropped", ["bank.u", "bank.v", "gamma", "router.weight", "router_context.weight"])
 def test_fills_only_what_a_checkpoint_leaves_out(dropped, make, tmp_path):
     model = make("dsc, embeddings", feed_forward_options={"gamma_init": 0.3})
     with torch.no_grad():
@@ -108,7 +108,7 @@ def test_fills_only_what_a_checkpoint_leaves_out(dropped, make, tmp_path):
     for name, value in loaded.state_dict().items():
         if name.endswith(dropped):
             assert value.isfinite().all()
-            assert value.abs().max() < 0.5
+            assert value.abs().max() < (1.1 if dropped == "router_context.weight" else 0.5)
         else:
             assert torch.equal(value, model.state_dict()[name])
 

@@ -142,8 +142,9 @@ class TestCheckpointing:
         with pytest.raises(RuntimeError, match="reentrant checkpointing"):
             model(**step)
 
-    def test_reentrant_is_fine_for_a_dense_model(self, make_training, step):
-        model = make_training("dense")
+    @pytest.mark.parametrize("kind", ["dense", "dense, embeddings"])
+    def test_reentrant_is_fine_for_a_dense_model(self, kind, make_training, step):
+        model = make_training(kind)
         model(**step).loss.backward()
         expected = gradients(model)
         model.gradient_checkpointing_enable({"use_reentrant": True})
@@ -157,6 +158,7 @@ class TestCheckpointing:
     [
         ("dense", False, "aot_eager"),
         ("moe", False, "aot_eager"),
+        ("moe, embeddings", True, "aot_eager"),
         ("mixture_of_loras", False, "aot_eager"),
         ("dsc", True, "aot_eager"),
         ("dsc", False, "inductor"),

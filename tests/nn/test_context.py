@@ -69,7 +69,15 @@ def test_starts_with_the_token_itself_foremost():
         (lambda: CausalContext(4, 2)(torch.zeros(3, 4), length=4), r"length must be in \[0, 3\], got 4"),
         (
             lambda: CausalContext(4, 2)(torch.zeros(3, 4), positions=torch.zeros(2)),
-            r"positions must have shape \(..., length = 3\), got \(2,\)",
+            r"positions must broadcast to \(3,\), got shape \(2,\)",
+        ),
+        (
+            lambda: CausalContext(4, 2)(torch.zeros(2, 3, 4), positions=torch.zeros(4, 3)),
+            r"positions must broadcast to \(2, 3\), got shape \(4, 3\)",
+        ),
+        (
+            lambda: CausalContext(4, 2)(torch.zeros(1, 3, 4), positions=torch.zeros(2, 3)),
+            r"positions must broadcast to \(1, 3\), got shape \(2, 3\)",
         ),
     ],
 )

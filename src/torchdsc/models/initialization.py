@@ -14,7 +14,7 @@ def initialize(module: nn.Module, config: DSCGPTConfig) -> None:
     """Initialise the parameters that ``module`` itself owns and that no checkpoint has filled.
 
     Normal of standard deviation ``initializer_range``, less into the residual stream (``residual_init``); LayerNorms
-    to the identity; atoms, routers, their context, gamma and LoRA factors as their own modules do.
+    to the identity; atoms, routers, contexts, gamma and LoRA factors as their own modules do.
 
     Args:
         module: Any module of the model.

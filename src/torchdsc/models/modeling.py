@@ -106,7 +106,7 @@ class DSCGPTModel(DSCGPTPreTrainedModel):
         Args:
             input_ids: Tokens of shape (B, T).
             attention_mask: Shape (B, past + T); 0 is padding, which does not count in the regularisers either, nor as
-                context of a router. Or masks of transformers by name, as generation makes them.
+                context of a layer or router. Or masks of transformers by name, as generation makes them.
             position_ids: Shape (B, T) or (1, T); counted from the cache by default.
             past_key_values: Key-value cache.
             inputs_embeds: Embeddings of shape (B, T, d) in place of ``input_ids``.
@@ -130,8 +130,10 @@ class DSCGPTModel(DSCGPTPreTrainedModel):
         position_ids = self._positions(inputs_embeds, position_ids, past_key_values)
         causal_mask, token_mask = self._masks(inputs_embeds, attention_mask, past_key_values, position_ids)
         hidden_states = self.dropout(inputs_embeds + self.embed_positions(position_ids))
-        seen = self.config.model_options.embeddings_are_seen
-        embeddings = functional.layer_norm(inputs_embeds, inputs_embeds.shape[-1:]) if seen else None
+        embeddings = None
+        if self.config.model_options.embeddings_are_seen:
+            size, eps = self.config.hidden_size, self.config.layer_norm_eps
+            embeddings = functional.layer_norm(inputs_embeds, (size,), eps=eps)
         collected: list[RoutingStatistics | None] = []
         all_hidden = [hidden_states]
         for block in self.blocks:

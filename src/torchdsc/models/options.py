@@ -13,8 +13,8 @@ class ModelOptions:
     ``input_context`` alone.
 
     Attributes:
-        router_input: What the routers of all blocks see: "hidden", what their layers do, or "embeddings", those of the
-            tokens, normalised and without positions.
+        router_input: What the routers of all feed-forward layers see: "hidden", what the layers do, or "embeddings",
+            those of the tokens, normalised and without positions.
         router_context: Tokens whose mix a router sees, a token's own and those before it; 1 for its own alone.
         input_context: Tokens whose embeddings are mixed, a token's own and those before it, and added to what a layer
             sees; 1 for none.

@@ -1,4 +1,4 @@
-"""What a router sees of a sequence: each token mixed with those before it."""
+"""What a router or a layer sees of a sequence: each token mixed with those before it."""
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,8 @@ class CausalContext(nn.Module):
 
     Attributes:
         weight: a, of shape (w, d); row i is of the token i places before.
+        own: See above.
+        earlier: See above.
 
     Raises:
         ValueError: If ``features`` is below 1 or ``num_tokens`` below 2.
@@ -71,8 +73,9 @@ class CausalContext(nn.Module):
         length = tokens if length is None else length
         if not 0 <= length <= tokens:
             raise ValueError(f"length must be in [0, {tokens}], got {length}")
-        if positions is not None and (positions.dim() == 0 or positions.shape[-1] != length):
-            raise ValueError(f"positions must have shape (..., length = {length}), got {tuple(positions.shape)}")
+        places = (*x.shape[:-2], length)
+        if positions is not None and not _broadcasts(positions.shape, places):
+            raise ValueError(f"positions must broadcast to {places}, got shape {tuple(positions.shape)}")
         start = tokens - length
         mixed = x.narrow(-2, start, length) * self.weight[0]
         for distance in range(1, min(self.num_tokens, tokens)):
@@ -88,3 +91,10 @@ class CausalContext(nn.Module):
     def extra_repr(self) -> str:
         """Sizes, for ``print(model)``."""
         return f"features={self.weight.shape[1]}, num_tokens={self.num_tokens}"
+
+
+def _broadcasts(shape: torch.Size, places: tuple[int, ...]) -> bool:
+    """Whether ``shape`` is that of every place of some sequence, for all of them or each."""
+    sizes = zip(reversed(shape[:-1]), reversed(places[:-1]), strict=False)
+    fits = 0 < len(shape) <= len(places) and shape[-1] == places[-1]
+    return fits and all(size in (1, place) for size, place in sizes)

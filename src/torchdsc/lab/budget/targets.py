@@ -24,7 +24,7 @@ class Targets:
 
     @property
     def fixed(self) -> int:
-        """Parameters outside the feed-forward layers: those of the budget, and what routers see tokens through."""
+        """Parameters outside the feed-forward layers: those of the budget, and contexts."""
         # Imported late: the command line shows its help before this loads.
         from torchdsc.models.options import split_options
 
@@ -103,7 +103,8 @@ def _describe(method: FeedForwardKind, width: int, widths: dict[str, Any]) -> st
     routed = widths.get("router_input") == "embeddings"
     seen = {
         f"context of {context} tokens": context > 1 and not routed,
-        f"routed by embeddings of {context} tokens": routed,
+        f"routed by embeddings of {context} tokens": routed and context > 1,
+        "routed by embeddings": routed and context == 1,
         f"sees embeddings of {around} tokens": around > 1,
     }
     return ", ".join([describe[method](), *(words for words, holds in seen.items() if holds)])
