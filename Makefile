@@ -22,8 +22,8 @@ types: .venv/ready
 bench: .venv/ready
 	$(BIN)/torchdsc bench $(ARGS)
 
-# A study of adapters (PRESET=glue, glue-levers, stories) or of layers (opponents, levers, scaling, length), over what is there in
-# experiments/; started twice, two processes share the work.
+# A study of adapters (PRESET=glue, glue-levers, stories) or of layers (opponents, levers, scaling, length), over what
+# is there in experiments/; started twice, two processes share the work.
 adapt: PRESET ?= stories
 study: PRESET ?= opponents
 adapt study: .venv/ready
