@@ -25,6 +25,35 @@ INLINE void add_scaled(float *sum, float weight, const float *row, int64_t n) {
     for (; i < n; i++) sum[i] += weight * row[i];
 }
 
+/* Four rows at a time, for one pass over the sum. */
+INLINE void add_four(float *sum, const float *weights, const float *const *rows, int64_t n) {
+    const float a = weights[0], b = weights[1], c = weights[2], d = weights[3];
+    const float *p = rows[0], *q = rows[1], *r = rows[2], *s = rows[3];
+    int64_t i = 0;
+    for (; i + LANES <= n; i += LANES)
+        *(Vector *)(sum + i) += (a * AT(p + i) + b * AT(q + i)) + (c * AT(r + i) + d * AT(s + i));
+    for (; i < n; i++) sum[i] += (a * p[i] + b * q[i]) + (c * r[i] + d * s[i]);
+}
+
+/* Rows that are to be added to a sum, collected until there are four. */
+typedef struct {
+    const float *rows[4];
+    float weights[4];
+    int held;
+} Pending;
+
+INLINE void add_later(Pending *pending, float *sum, float weight, const float *row, int64_t n) {
+    pending->rows[pending->held] = row;
+    pending->weights[pending->held++] = weight;
+    if (pending->held < 4) return;
+    add_four(sum, pending->weights, pending->rows, n);
+    pending->held = 0;
+}
+
+INLINE void add_pending(const Pending *pending, float *sum, int64_t n) {
+    for (int i = 0; i < pending->held; i++) add_scaled(sum, pending->weights[i], pending->rows[i], n);
+}
+
 INLINE float inverse_norm(float square, float eps) {
     float norm = sqrtf(square);
     return 1.0f / (norm < eps ? eps : norm);
@@ -42,6 +71,7 @@ typedef struct {
 VECTORIZED static void compose_token(const Composition *c, int64_t token) {
     const float *x = c->x + token * c->d_in, eps = c->eps;
     float *y = c->y + token * c->d_out;
+    Pending pending = {.held = 0};
     for (int64_t i = 0; i < c->d_out; i++) y[i] = 0.0f;
     for (int64_t pair = token * c->top_k; pair < (token + 1) * c->top_k; pair++) {
         int64_t atom = c->indices[pair];
@@ -59,8 +89,9 @@ VECTORIZED static void compose_token(const Composition *c, int64_t token) {
             }
         }
         c->latent[pair] = latent;
-        add_scaled(y, latent * c->coefficients[pair] * scale_v, row_v, c->d_out);
+        add_later(&pending, y, latent * c->coefficients[pair] * scale_v, row_v, c->d_out);
     }
+    add_pending(&pending, y, c->d_out);
 }
 
 /* 0 with an error set where an index is none of an atom. */
@@ -110,6 +141,7 @@ typedef struct {
 VECTORIZED static void gradients_of_token(const Gradients *g, int64_t token) {
     const float *grad = g->grad + token * g->d_out;
     float *dx = g->dx + token * g->d_in;
+    Pending pending = {.held = 0};
     for (int64_t i = 0; i < g->d_in; i++) dx[i] = 0.0f;
     for (int64_t pair = token * g->top_k; pair < (token + 1) * g->top_k; pair++) {
         int64_t atom = g->indices[pair];
@@ -120,8 +152,9 @@ VECTORIZED static void gradients_of_token(const Gradients *g, int64_t token) {
         g->common[pair] = weight * latent;
         g->weight_u[pair] = weight * scale_u;
         g->weight_v[pair] = g->coefficients[pair] * latent * scale_v;
-        add_scaled(dx, weight * scale_u, g->u + atom * g->d_in, g->d_in);
+        add_later(&pending, dx, weight * scale_u, g->u + atom * g->d_in, g->d_in);
     }
+    add_pending(&pending, dx, g->d_in);
 }
 
 /* The gradient of a row that is divided by its norm has no part along it; one below eps is divided by a constant. */
@@ -131,14 +164,17 @@ INLINE void leave_radial(float *sum, float common, float scale, const float *row
 
 VECTORIZED static void gradients_of_atom(const Gradients *g, int64_t atom) {
     float *du = g->du + atom * g->d_in, *dv = g->dv + atom * g->d_out, common = 0.0f;
+    Pending for_u = {.held = 0}, for_v = {.held = 0};
     for (int64_t i = 0; i < g->d_in; i++) du[i] = 0.0f;
     for (int64_t i = 0; i < g->d_out; i++) dv[i] = 0.0f;
     for (int64_t i = atom ? g->ends[atom - 1] : 0; i < g->ends[atom]; i++) {
         int64_t pair = g->order[i], token = pair / g->top_k;
-        add_scaled(du, g->weight_u[pair], g->x + token * g->d_in, g->d_in);
-        add_scaled(dv, g->weight_v[pair], g->grad + token * g->d_out, g->d_out);
+        add_later(&for_u, du, g->weight_u[pair], g->x + token * g->d_in, g->d_in);
+        add_later(&for_v, dv, g->weight_v[pair], g->grad + token * g->d_out, g->d_out);
         common += g->common[pair];
     }
+    add_pending(&for_u, du, g->d_in);
+    add_pending(&for_v, dv, g->d_out);
     if (g->scale_u) leave_radial(du, common, g->scale_u[atom], g->u + atom * g->d_in, g->d_in, g->eps);
     if (g->scale_v) leave_radial(dv, common, g->scale_v[atom], g->v + atom * g->d_out, g->d_out, g->eps);
 }

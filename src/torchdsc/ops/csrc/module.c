@@ -46,7 +46,6 @@ static void swap(Largest *l, int64_t i, int64_t j) {
 }
 
 void prune(Largest *l) {
-    if (l->k <= SORTED) return;
     /* Quickselect: narrow [first, last] down to place k - 1. */
     int64_t first = 0, last = l->held - 1, place = l->k - 1;
     while (first < last) {
@@ -68,13 +67,6 @@ void prune(Largest *l) {
         l->held = l->k;
         l->least = l->keys[l->k - 1];
     }
-}
-
-void sort_largest(Largest *l) {
-    prune(l);
-    if (l->k <= SORTED) return;
-    for (int64_t i = 1; i < l->held; i++)
-        for (int64_t j = i; j > 0 && l->keys[j] > l->keys[j - 1]; j--) swap(l, j, j - 1);
 }
 
 /* has_bfloat16(): whether the processor multiplies bfloat16 natively; elsewhere products in it are slower. */

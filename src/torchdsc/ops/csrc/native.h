@@ -28,17 +28,20 @@ enum { LANES = 16, BLOCK = 64 };
 
 INLINE float clamped(float value, float clamp) { return value < -clamp ? -clamp : (value > clamp ? clamp : value); }
 
-/* Independent lanes, so that the compiler may use vectors without reordering a sum on its own. */
-INLINE float sum_lanes(const float *lanes) {
-    float sum = 0.0f;
-    for (int lane = 0; lane < LANES; lane++) sum += lanes[lane];
-    return sum;
-}
-
-/* The same as a type, for loops that the compiler would not put into registers by itself; anywhere in memory. */
+/* Independent lanes, so that the compiler may use vectors without reordering a sum on its own: a type for loops that it
+ * would not put into registers by itself; anywhere in memory. */
 typedef float Vector __attribute__((vector_size(LANES * sizeof(float)), aligned(sizeof(float)), may_alias));
 
 #define AT(p) (*(const Vector *)(p))
+
+/* By halves, which takes a quarter of the time of one lane after another. */
+INLINE float sum_lanes(const float *lanes) {
+    float sums[LANES / 2];
+    for (int lane = 0; lane < LANES / 2; lane++) sums[lane] = lanes[lane] + lanes[lane + LANES / 2];
+    for (int half = LANES / 4; half > 0; half /= 2)
+        for (int lane = 0; lane < half; lane++) sums[lane] += sums[lane + half];
+    return sums[0];
+}
 
 INLINE float dot(const float *a, const float *b, int64_t n) {
     Vector even = {0}, odd = {0};
@@ -53,9 +56,10 @@ INLINE float dot(const float *a, const float *b, int64_t n) {
     return rest + sum_lanes((const float *)&even);
 }
 
-/* The k largest of the values offered so far. Up to SORTED of them are kept in falling order, which keeps the bar as
- * high as can be; more are collected beside others and pruned when the room is used up. */
-enum { SORTED = 16 };
+/* The most that callers select. */
+enum { MOST_SELECTED = 64 };
+
+/* The k largest of the values offered so far, beside others that are pruned when the room is used up. */
 typedef struct {
     float *keys;    /* of room for capacity; NaN counts as infinite, the largest, as in torch.topk */
     int64_t *at;
@@ -63,7 +67,7 @@ typedef struct {
     float least;    /* what is not above it is not among the k largest; NaN, above which is all, at the start */
 } Largest;
 
-INLINE int64_t capacity_for(int64_t k) { return k <= SORTED ? k : 2 * k + BLOCK; }
+INLINE int64_t capacity_for(int64_t k) { return (k + 2 * BLOCK + LANES - 1) / LANES * LANES; }
 
 /* Working room of each thread, zero at the start: numbers, and lists of the k largest. */
 typedef struct {
@@ -89,26 +93,37 @@ INLINE Largest list_of(const Room *room, int64_t thread, int64_t place, int64_t 
 
 /* Leave the k largest, in any order. */
 void prune(Largest *largest);
-/* The same, in falling order. */
-void sort_largest(Largest *largest);
 
 INLINE void offer(Largest *l, float value, int64_t index) {
     if (value <= l->least) return;
-    float key = value != value ? INFINITY : value;
-    if (l->k <= SORTED) {
-        int64_t place = l->held < l->k ? l->held++ : l->k - 1;
-        for (; place > 0 && key > l->keys[place - 1]; place--) {
-            l->keys[place] = l->keys[place - 1];
-            l->at[place] = l->at[place - 1];
-        }
-        l->keys[place] = key;
-        l->at[place] = index;
-        if (l->held == l->k) l->least = l->keys[l->k - 1];
-        return;
-    }
-    l->keys[l->held] = key;
+    l->keys[l->held] = value != value ? INFINITY : value;
     l->at[l->held++] = index;
     if (l->held == l->capacity) prune(l);
+}
+
+/* Leave the k largest in falling order, equal ones as they were offered. Each counts those before it: no branch depends
+ * on a value. */
+INLINE void sort_largest(Largest *l) {
+    int32_t rank[2 * BLOCK] = {0};
+    float keys[MOST_SELECTED + 1];
+    int64_t at[MOST_SELECTED + 1];
+    if (l->held > 2 * BLOCK) prune(l);
+    const int32_t held = (int32_t)l->held, padded = (held + LANES - 1) / LANES * LANES;
+    for (int32_t j = held; j < padded; j++) l->keys[j] = -INFINITY;
+    for (int32_t j = 0; j < held; j++) {
+        const float key = l->keys[j];
+        for (int32_t i = 0; i < padded; i++) rank[i] += (key > l->keys[i]) | ((key == l->keys[i]) & (j < i));
+    }
+    for (int32_t i = 0; i < held; i++) {
+        const int64_t place = rank[i] < l->k ? rank[i] : l->k;
+        keys[place] = l->keys[i];
+        at[place] = l->at[i];
+    }
+    if (held > l->k) l->held = l->k;
+    for (int64_t i = 0; i < l->held; i++) {
+        l->keys[i] = keys[i];
+        l->at[i] = at[i];
+    }
 }
 
 /* How close halving comes to the k-th largest of group maxima, and from which k on it is quicker than sorting them. */
@@ -127,10 +142,10 @@ INLINE void raise_groups(const float *values, int64_t n, float *groups, const in
         for (int j = 0; j < count; j++) groups[j] = values[i + j] > groups[j] ? values[i + j] : groups[j];
 }
 
-/* A value that at least k of BLOCK groups reach, close to the k-th largest, by halving; NaN where one is not finite. */
-INLINE float halved_to(const float *groups, int64_t k) {
+/* A value that at least k of count groups reach, close to the k-th largest, by halving; NaN where one is not finite. */
+INLINE float halved_to(const float *groups, int64_t k, const int count) {
     float low = groups[0], high = groups[0];
-    for (int j = 1; j < BLOCK; j++) {
+    for (int j = 1; j < count; j++) {
         low = groups[j] < low ? groups[j] : low;
         high = groups[j] > high ? groups[j] : high;
     }
@@ -138,7 +153,7 @@ INLINE float halved_to(const float *groups, int64_t k) {
     for (int step = 0; step < HALVINGS; step++) {
         float middle = low + 0.5f * (high - low);
         int reach = 0;
-        for (int j = 0; j < BLOCK; j++) reach += groups[j] >= middle;
+        for (int j = 0; j < count; j++) reach += groups[j] >= middle;
         if (reach >= k)
             low = middle;
         else
@@ -147,21 +162,9 @@ INLINE float halved_to(const float *groups, int64_t k) {
     return low;
 }
 
-/* A value that at least k of values[0..n) reach, close to the k-th largest of them, at a fraction of its cost: the k-th
- * largest of the maxima of 4 k groups or more. NaN, below which is nothing, where there are too few values. */
-INLINE float reached_by(const float *values, int64_t n, int64_t k) {
-    float groups[BLOCK], best[SORTED];
-    const int count = k <= LANES / 4 ? LANES : BLOCK;
-    if (k > SORTED || n < count) return NAN;
-    for (int j = 0; j < count; j++) groups[j] = -INFINITY;
-    if (count == LANES)
-        raise_groups(values, n, groups, LANES);
-    else
-        raise_groups(values, n, groups, BLOCK);
-    if (k >= FEWEST_HALVED) {
-        float found = halved_to(groups, k);
-        if (found == found) return found;
-    }
+/* The k-th largest of count groups. */
+INLINE float kth_of(const float *groups, int64_t k, const int count) {
+    float best[FEWEST_HALVED];
     for (int64_t j = 0; j < k; j++) best[j] = -INFINITY;
     for (int j = 0; j < count; j++) {
         /* Without branches, which would be mispredicted: each place takes the larger, and hands on the smaller. */
@@ -175,18 +178,43 @@ INLINE float reached_by(const float *values, int64_t n, int64_t k) {
     return best[k - 1] > -INFINITY ? best[k - 1] : NAN;
 }
 
+/* reached_by of a number of groups that the compiler knows. */
+INLINE float reached_by_groups(const float *values, int64_t n, int64_t k, const int count) {
+    float groups[2 * BLOCK];
+    if (n < count) return NAN;
+    for (int j = 0; j < count; j++) groups[j] = -INFINITY;
+    raise_groups(values, n, groups, count);
+    return k < FEWEST_HALVED ? kth_of(groups, k, count) : halved_to(groups, k, count);
+}
+
+/* A value that at least k of values[0..n) reach, close to the k-th largest of them, at a fraction of its cost: about the
+ * k-th largest of the maxima of 2 k groups or more. NaN, below which is nothing, where there are too few values or one
+ * that halving cannot order. */
+INLINE float reached_by(const float *values, int64_t n, int64_t k) {
+    if (k <= LANES / 4) return reached_by_groups(values, n, k, LANES);
+    if (k <= BLOCK / 4) return reached_by_groups(values, n, k, BLOCK);
+    return reached_by_groups(values, n, k, 2 * BLOCK);
+}
+
 /* Offer values[0..n), numbered from 0, to the empty list. */
-INLINE void offer_all(Largest *largest, const float *values, int64_t n) {
-    largest->least = nextafterf(reached_by(values, n, largest->k), -INFINITY);
+INLINE void offer_all(Largest *l, const float *values, int64_t n) {
+    l->least = nextafterf(reached_by(values, n, l->k), -INFINITY);
     int64_t i = 0;
     for (; i + BLOCK <= n; i += BLOCK) {
-        if (!any_beyond(values + i, largest->least, BLOCK)) continue;
+        if (!any_beyond(values + i, l->least, BLOCK)) continue;
+        if (l->held + BLOCK >= l->capacity) prune(l);
         for (int64_t j = i; j < i + BLOCK; j += LANES) {
-            if (!any_beyond(values + j, largest->least, LANES)) continue;
-            for (int64_t lane = j; lane < j + LANES; lane++) offer(largest, values[lane], lane);
+            if (!any_beyond(values + j, l->least, LANES)) continue;
+            for (int64_t lane = j; lane < j + LANES; lane++) {
+                /* Without branches: what is not beyond is written over by the next. */
+                const float value = values[lane];
+                l->keys[l->held] = value != value ? INFINITY : value;
+                l->at[l->held] = lane;
+                l->held += !(value <= l->least);
+            }
         }
     }
-    for (; i < n; i++) offer(largest, values[i], i);
+    for (; i < n; i++) offer(l, values[i], i);
 }
 
 /* Read count integers (addresses, sizes) from the arguments, and a float; 0 with an error set where that fails. */

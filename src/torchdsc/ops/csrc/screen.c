@@ -109,8 +109,12 @@ VECTORIZED static void screen_row(const Screen *s, int64_t token, const Scratch 
     int64_t i = 0;
     for (; i + BLOCK <= n; i += BLOCK) {
         if (!any_beyond(upper + i, bar, BLOCK)) continue;
-        for (int64_t j = i; j < i + BLOCK; j++)
-            if (upper[j] > bar) offer_exact(s, x, j, &found);
+        int64_t left[BLOCK], count = 0;
+        for (int64_t j = i; j < i + BLOCK; j++) {
+            left[count] = j;
+            count += upper[j] > bar;
+        }
+        for (int64_t j = 0; j < count; j++) offer_exact(s, x, left[j], &found);
     }
     for (; i < n; i++)
         if (upper[i] > bar) offer_exact(s, x, i, &found);
