@@ -92,8 +92,8 @@ def test_gate(tensor_operations, kind, clamp):
     assert run().coefficients[1:4].isnan().all()
 
 
-@pytest.mark.parametrize("top_k", [1, 4, 7, 8, 16, 17, 64])
-@pytest.mark.parametrize("atoms", [64, 100, 1523])
+@pytest.mark.parametrize("top_k", [1, 4, 5, 7, 8, 16, 17, 32, 33, 64])
+@pytest.mark.parametrize("atoms", [64, 100, 128, 191, 575, 1523])
 def test_largest(tensor_operations, top_k, atoms):
     logits = torch.randn(50, atoms)
     logits[3] = 1.0
@@ -101,6 +101,8 @@ def test_largest(tensor_operations, top_k, atoms):
     logits[8] = logits[8].round()
     # Fewer than K that are more than the least there is.
     logits[9], logits[9, -1], logits[10, ::3] = -torch.inf, 0.0, torch.nan
+    # Many at once above any bar, in rising order: the room for candidates runs out.
+    logits[13], logits[14] = torch.arange(atoms), torch.arange(atoms) % 3
     # Differences that overflow, and values that lie close beside one far away.
     logits[11] *= 1e38
     logits[12, 1:], logits[12, 0] = torch.rand(atoms - 1) * 1e-6, 1e6
@@ -146,6 +148,15 @@ def test_select_extremes(tensor_operations):
         torch.testing.assert_close(found[2], expected[2], equal_nan=True)
         assert found[2][2].isnan()
         assert found[2][[0, 1, 4]].isfinite().all()
+
+
+@pytest.mark.parametrize("top_k", [0, native.MOST_SELECTED + 1])
+def test_more_than_can_be_selected_is_an_error(top_k):
+    logits = torch.randn(1, 100)
+    values, indices = torch.empty(1, 100), torch.empty(1, 100, dtype=torch.int64)
+    module = native.module_for(logits)
+    with pytest.raises(ValueError, match=f"top_k must be in .* got {top_k}"):
+        module.largest_of_rows(*map(native.address, (logits, values, indices)), 1, 100, top_k, 100, 1)
 
 
 def test_an_index_out_of_range_is_an_error():

@@ -6,12 +6,12 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-__all__ = ["FEW_PAIRS", "MOST_SORTED", "address", "has_bfloat16", "module_for", "rows_of"]
+__all__ = ["FEW_PAIRS", "MOST_SELECTED", "address", "has_bfloat16", "module_for", "rows_of"]
 
 # Selections up to which calls cost more than their work: decoding, not prefill.
 FEW_PAIRS = 64
-# K up to which keeping a sorted list beats a general top-k.
-MOST_SORTED = 64
+# The most atoms that the compiled functions select; a general top-k does more, and as quickly.
+MOST_SELECTED = 64
 
 _native: ModuleType | None
 try:

@@ -7,7 +7,7 @@ sums is exact from the top-K of each half, logsumexp is the sum of the halves', 
 import torch
 from torch import Tensor
 
-from .native import MOST_SORTED, address, module_for
+from .native import MOST_SELECTED, address, module_for
 from .select import Selection
 
 # Tokens up to which waking other threads costs more than the work.
@@ -82,7 +82,7 @@ def _top_sums_untraced(left: Tensor, right: Tensor, top_k: int, half: float) -> 
     """The same without gradients, head by head in one pass where the compiled function is there."""
     tokens, heads, side = left.shape
     native = module_for(*(scores[:1, 0] for scores in (left, right))) if tokens else None
-    if native is None or left.dtype != torch.float32 or top_k > MOST_SORTED:
+    if native is None or left.dtype != torch.float32 or top_k > MOST_SELECTED:
         return _top_sums(left, right, top_k, half)
     values = left.new_empty(tokens, heads, top_k)
     indices = torch.empty_like(values, dtype=torch.int64)

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, library
 
-from .native import MOST_SORTED, address, module_for, rows_of
+from .native import MOST_SELECTED, address, module_for, rows_of
 
 # Logits per chunk: what a pass reads twice should still be in cache the second time.
 _CHUNK = {"cpu": 1 << 19, "other": 1 << 28}
@@ -75,7 +75,7 @@ def select_forward(
     tokens, num_atoms = logits.shape
     row, stride = rows_of(logits)
     native = module_for(row, weights)
-    if native is not None and logits.dtype == torch.float32 and top_k <= MOST_SORTED:
+    if native is not None and logits.dtype == torch.float32 and top_k <= MOST_SELECTED:
         values, indices = logits.new_empty(tokens, top_k), logits.new_empty(tokens, top_k, dtype=torch.int64)
         log_normalizer, probability_sum = logits.new_empty(tokens), logits.new_empty(num_atoms)
         arrays = (logits, weights, values, indices, log_normalizer, probability_sum)
@@ -126,7 +126,7 @@ def largest(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     """``logits.topk(top_k)`` of rows (T, M), without gradients; ties may fall otherwise."""
     row, stride = rows_of(logits)
     native = module_for(row)
-    if native is None or logits.dtype != torch.float32 or top_k > MOST_SORTED:
+    if native is None or logits.dtype != torch.float32 or top_k > MOST_SELECTED:
         values, indices = logits.topk(top_k)
         return values, indices
     tokens, num_atoms = logits.shape

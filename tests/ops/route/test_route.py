@@ -139,6 +139,7 @@ class TestScreened:
             (100, 17, 640, 10),
             (64, 384, 1024, 16),
             (70, 8, 70, 64),
+            (100, 128, 575, 32),
         ],
     )
     @pytest.mark.parametrize("bias", [False, True])
@@ -153,15 +154,16 @@ class TestScreened:
         spread=st.sampled_from([0.0, 1e-4, 1e-2, 1.0]),
         heavy=st.booleans(),
         bias=st.sampled_from([None, 1e-3, 1e3]),
+        top_k=st.sampled_from([3, 32]),
     )
-    def test_property_near_ties_and_unequal_rows(self, seed, scale, spread, heavy, bias):
+    def test_property_near_ties_and_unequal_rows(self, seed, scale, spread, heavy, bias, top_k):
         """Atoms that bfloat16 cannot tell apart, rows of very different norms, biases that dwarf the product."""
         torch.manual_seed(seed)
         x = torch.randn(64, 24) * scale
         weight = torch.randn(1, 24) + spread * torch.randn(200, 24)
         if heavy:
             weight = weight * torch.logspace(-3, 3, 200).unsqueeze(1)[torch.randperm(200)]
-        assert_selects_exactly(x, weight, None if bias is None else torch.randn(200) * bias, 3)
+        assert_selects_exactly(x, weight, None if bias is None else torch.randn(200) * bias, top_k)
 
     @pytest.mark.parametrize("source", ["token", "weight", "product"])
     def test_where_bfloat16_prefers_another_atom(self, source):

@@ -20,6 +20,12 @@ int read_float(PyObject *args, Py_ssize_t index, float *value) {
     return !PyErr_Occurred();
 }
 
+int can_select(int64_t top_k) {
+    if (top_k >= 1 && top_k <= MOST_SELECTED) return 1;
+    PyErr_Format(PyExc_ValueError, "top_k must be in [1, %d], got %lld", MOST_SELECTED, (long long)top_k);
+    return 0;
+}
+
 int make_room(Room *room, int64_t threads, int64_t num_floats, int64_t capacity) {
     room->floats = calloc((size_t)(threads * (num_floats + capacity)), sizeof(float));
     room->at = calloc((size_t)(threads * capacity), sizeof(int64_t));

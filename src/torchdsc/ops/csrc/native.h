@@ -56,7 +56,7 @@ INLINE float dot(const float *a, const float *b, int64_t n) {
     return rest + sum_lanes((const float *)&even);
 }
 
-/* The most that callers select. */
+/* The most that can be selected, as native.py has it. */
 enum { MOST_SELECTED = 64 };
 
 /* The k largest of the values offered so far, beside others that are pruned when the room is used up. */
@@ -101,8 +101,7 @@ INLINE void offer(Largest *l, float value, int64_t index) {
     if (l->held == l->capacity) prune(l);
 }
 
-/* Leave the k largest in falling order, equal ones as they were offered. Each counts those before it: no branch depends
- * on a value. */
+/* Leave the k largest in falling order, equal ones in any. Each counts those before it: no branch depends on a value. */
 INLINE void sort_largest(Largest *l) {
     int32_t rank[2 * BLOCK] = {0};
     float keys[MOST_SELECTED + 1];
@@ -220,6 +219,8 @@ INLINE void offer_all(Largest *l, const float *values, int64_t n) {
 /* Read count integers (addresses, sizes) from the arguments, and a float; 0 with an error set where that fails. */
 int read_integers(PyObject *args, int64_t *values, Py_ssize_t count);
 int read_float(PyObject *args, Py_ssize_t index, float *value);
+/* 0 with an error set where so many cannot be selected. */
+int can_select(int64_t top_k);
 
 PyObject *gate(PyObject *self, PyObject *args);
 PyObject *compose(PyObject *self, PyObject *args);

@@ -45,6 +45,7 @@ PyObject *select_sums(PyObject *self, PyObject *args) {
     Halves h = {(const float *)(intptr_t)p[0], (const float *)(intptr_t)p[1], (float *)(intptr_t)p[2],
                 (int64_t *)(intptr_t)p[3], p[5], p[6], p[7], p[8], p[9], half};
     int64_t tokens = p[4], threads = p[10], kept = h.top_k < h.side ? h.top_k : h.side;
+    if (!can_select(h.top_k)) return NULL;
     int64_t second = capacity_for(kept), third = 2 * second;
     Room room;
     if (!make_room(&room, threads, 0, third + capacity_for(h.top_k))) return NULL;

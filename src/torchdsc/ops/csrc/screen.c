@@ -135,6 +135,7 @@ PyObject *screen(PyObject *self, PyObject *args) {
                 (const float *)(intptr_t)p[6], (const float *)(intptr_t)p[7], (float *)(intptr_t)p[8],
                 (int64_t *)(intptr_t)p[9], p[11], p[12], p[13]};
     int64_t tokens = p[10], threads = p[14];
+    if (!can_select(s.top_k)) return NULL;
     Room room;
     if (!make_room(&room, threads, 2 * s.num_atoms, capacity_for(s.top_k))) return NULL;
     Py_BEGIN_ALLOW_THREADS

@@ -85,6 +85,7 @@ PyObject *select_rows(PyObject *self, PyObject *args) {
     Forward f = {(const float *)(intptr_t)p[0], (const float *)(intptr_t)p[1], (float *)(intptr_t)p[2],
                  (float *)(intptr_t)p[4], (int64_t *)(intptr_t)p[3], n, p[8], p[9], clamp};
     float *probability_sum = (float *)(intptr_t)p[5];
+    if (!can_select(f.top_k)) return NULL;
     double *sums = calloc((size_t)(threads * n), sizeof(double));
     Room room;
     if (sums == NULL) return PyErr_NoMemory();
@@ -189,6 +190,7 @@ PyObject *largest_of_rows(PyObject *self, PyObject *args) {
     float *values = (float *)(intptr_t)p[1];
     int64_t *indices = (int64_t *)(intptr_t)p[2], tokens = p[3], n = p[4], k = p[5], stride = p[6];
     int64_t threads = p[7];
+    if (!can_select(k)) return NULL;
     Room room;
     if (!make_room(&room, threads, 0, capacity_for(k))) return NULL;
     Py_BEGIN_ALLOW_THREADS

@@ -8,7 +8,7 @@ K-th largest lower bound cannot be among the top-K. What is returned are logits 
 import torch
 from torch import Tensor
 
-from torchdsc.ops.native import MOST_SORTED, address, has_bfloat16, module_for
+from torchdsc.ops.native import MOST_SELECTED, address, has_bfloat16, module_for
 
 # Fewer tokens do not pay for rounding the weight, nor do fewer atoms a selected one for comparing again.
 _FEWEST_TOKENS = 64
@@ -19,14 +19,17 @@ _CHUNK = 512
 
 NEEDS = (
     "inference without statistics, contiguous float32 tensors on a CPU that multiplies bfloat16, "
-    f"top_k <= {MOST_SORTED} and the compiled functions"
+    f"top_k <= {MOST_SELECTED} and the compiled functions"
 )
 
 
 def applies_to(x: Tensor, weight: Tensor, bias: Tensor | None, top_k: int) -> bool:
     """Whether the tensors can be screened."""
     return (
-        x.dtype == torch.float32 and top_k <= MOST_SORTED and has_bfloat16() and module_for(x, weight, bias) is not None
+        x.dtype == torch.float32
+        and top_k <= MOST_SELECTED
+        and has_bfloat16()
+        and module_for(x, weight, bias) is not None
     )
 
 
