@@ -225,9 +225,9 @@ SECTIONS = {
     "recommended": Section(
         "The layer as recommended",
         "DSC of the preset `best` (K 32, without frame term; its router sees three embeddings, its input four, and "
-        "mixing them counts) at the sizes of the studies (d 128, M 575) and of the paper (d 384, M 1551), against layers "
-        "of as many parameters: Dense, five experts with two active, nine with three active beside a shared one, and "
-        "DSC as the paper has it.",
+        "mixing them counts) at the sizes of the studies (d 128, M 575) and of the paper (d 384, M 1551), against "
+        "layers of as many parameters: Dense, five experts with two active, nine with three active beside a shared "
+        "one, and DSC as the paper has it.",
         _recommended_tables,
         lambda result: {},
     ),

@@ -1,4 +1,4 @@
-"""The layer as recommended: K 32, its router over three embeddings, four in its input; against MoE and the paper's DSC."""
+"""The layer as recommended, K 32, which sees embeddings in its router and input; against MoE and the paper's DSC."""
 
 from itertools import product
 
