@@ -34,7 +34,7 @@ typedef float Vector __attribute__((vector_size(LANES * sizeof(float)), aligned(
 
 #define AT(p) (*(const Vector *)(p))
 
-/* By halves, which takes a quarter of the time of one lane after another. */
+/* By halves: what is added next does not wait for what was added last. */
 INLINE float sum_lanes(const float *lanes) {
     float sums[LANES / 2];
     for (int lane = 0; lane < LANES / 2; lane++) sums[lane] = lanes[lane] + lanes[lane + LANES / 2];
