@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+from torchdsc.ops import causal_mix
+
 
 class CausalContext(nn.Module):
     """``c_t = sum_{i < w} a_i * x_{t-i}``, a weight for every feature and distance: a causal depthwise convolution.
@@ -76,17 +78,7 @@ class CausalContext(nn.Module):
         places = (*x.shape[:-2], length)
         if positions is not None and not _broadcasts(positions.shape, places):
             raise ValueError(f"positions must broadcast to {places}, got shape {tuple(positions.shape)}")
-        start = tokens - length
-        mixed = x.narrow(-2, start, length) * self.weight[0]
-        for distance in range(1, min(self.num_tokens, tokens)):
-            # The first tokens have none at this distance.
-            first = max(0, start - distance)
-            count = tokens - distance - first
-            earlier = x.narrow(-2, first, count)
-            if positions is not None:
-                earlier = earlier.masked_fill((positions[..., length - count :] < distance).unsqueeze(-1), 0.0)
-            mixed.narrow(-2, length - count, count).addcmul_(earlier, self.weight[distance])
-        return mixed
+        return causal_mix(x, self.weight, length, positions)
 
     def extra_repr(self) -> str:
         """Sizes, for ``print(model)``."""

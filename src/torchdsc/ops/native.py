@@ -6,12 +6,14 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-__all__ = ["FEW_PAIRS", "MOST_SELECTED", "address", "has_bfloat16", "module_for", "rows_of"]
+__all__ = ["FEW_PAIRS", "MOST_MIXED", "MOST_SELECTED", "address", "has_bfloat16", "module_for", "rows_of"]
 
 # Selections up to which calls cost more than their work: decoding, not prefill.
 FEW_PAIRS = 64
 # The most atoms that the compiled functions select; a general top-k does more, and as quickly.
 MOST_SELECTED = 64
+# The most tokens that they mix into one.
+MOST_MIXED = 16
 
 _native: ModuleType | None
 try:

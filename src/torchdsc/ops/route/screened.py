@@ -10,9 +10,8 @@ from torch import Tensor
 
 from torchdsc.ops.native import MOST_SELECTED, address, has_bfloat16, module_for
 
-# Fewer tokens do not pay for rounding the weight, nor do fewer atoms a selected one for comparing again.
-_FEWEST_TOKENS = 64
-_LEAST_ATOMS_PER_SELECTED = 32
+# Tokens that pay for rounding the weight, with atoms a selected one that pay for comparing again.
+_PAYS_FROM = ((64, 32), (512, 16))
 # Tokens per product: its logits should still be in cache when they are read.
 _CHUNK = 512
 
@@ -35,7 +34,7 @@ def applies_to(x: Tensor, weight: Tensor, bias: Tensor | None, top_k: int) -> bo
 
 def pays(x: Tensor, weight: Tensor, bias: Tensor | None, top_k: int) -> bool:
     """Whether they can, and that is quicker."""
-    enough = x.shape[0] >= _FEWEST_TOKENS and top_k * _LEAST_ATOMS_PER_SELECTED <= weight.shape[0]
+    enough = any(x.shape[0] >= tokens and weight.shape[0] >= atoms * top_k for tokens, atoms in _PAYS_FROM)
     return enough and applies_to(x, weight, bias, top_k)
 
 
