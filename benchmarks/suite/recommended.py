@@ -40,7 +40,7 @@ class Recommended(nn.Module):
         self.layer = DSCResidual(DenseFFN(sizes.width, sizes.static), dsc)
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.layer(x + self.input_context(x), router_input=self.router_context(x))
+        y: Tensor = self.layer(self.input_context(x, onto=x), router_input=self.router_context(x))
         return y
 
 

@@ -41,6 +41,12 @@ def test_packed_sequences_see_nothing_of_each_other(context):
     assert context(x, positions=positions)[0, 3:].isfinite().all()
 
 
+def test_is_added_onto_another(context):
+    x, onto = torch.randn(2, 2, 7, 5, dtype=torch.float64)
+    torch.testing.assert_close(context(x, onto=onto), onto + literal(context, x))
+    assert torch.equal(context(x, length=3, onto=onto[:, 4:]), context(x, onto=onto)[:, 4:])
+
+
 @pytest.mark.parametrize("length", [0, 1, 5])
 def test_the_past_is_seen_and_not_returned(context, length):
     x = torch.randn(2, 8, 5, dtype=torch.float64)
@@ -66,6 +72,10 @@ def test_starts_with_the_token_itself_foremost():
         (lambda: CausalContext(4, 1), "num_tokens must be >= 2, got 1"),
         (lambda: CausalContext(4, 2)(torch.zeros(3, 5)), r"x must have shape \(..., T, 4\), got \(3, 5\)"),
         (lambda: CausalContext(4, 2)(torch.zeros(4)), r"x must have shape \(..., T, 4\), got \(4,\)"),
+        (
+            lambda: CausalContext(4, 2)(torch.zeros(3, 4), length=2, onto=torch.zeros(3, 4)),
+            r"onto must have shape \(2, 4\), got \(3, 4\)",
+        ),
         (lambda: CausalContext(4, 2)(torch.zeros(3, 4), length=4), r"length must be in \[0, 3\], got 4"),
         (
             lambda: CausalContext(4, 2)(torch.zeros(3, 4), positions=torch.zeros(2)),

@@ -16,24 +16,26 @@ def by_tensor_operations(monkeypatch, *arguments):
 
 @pytest.mark.parametrize("shape", [(3, 7, 33), (130, 16), (1, 1, 5), (2, 3, 65, 48), (2, 2, 1), (0, 4, 8), (2, 0, 8)])
 @pytest.mark.parametrize("taps", [1, 2, 4, 16, 17])
-def test_equals_tensor_operations(monkeypatch, shape, taps):
-    x, weight = torch.randn(shape, requires_grad=True), torch.randn(taps, shape[-1], requires_grad=True)
+@pytest.mark.parametrize("added", [False, True])
+def test_equals_tensor_operations(monkeypatch, shape, taps, added):
+    inputs = [torch.randn(s, requires_grad=True) for s in (shape, (taps, shape[-1]), *([shape] * added))]
     grad = torch.randn(shape)
-    found = causal_mix(x, weight, shape[-2])
-    gradients = torch.autograd.grad(found, (x, weight), grad)
-    precise = [t.detach().double().requires_grad_() for t in (x, weight)]
-    expected = by_tensor_operations(monkeypatch, *precise, shape[-2])
+    x, weight, onto = (*inputs, None)[:3]
+    found = causal_mix(x, weight, shape[-2], None, onto)
+    gradients = torch.autograd.grad(found, inputs, grad)
+    precise = [t.detach().double().requires_grad_() for t in inputs]
+    expected = by_tensor_operations(monkeypatch, *precise[:2], shape[-2], None, precise[2] if added else None)
     for actual, exact in zip(
         (found, *gradients), (expected, *torch.autograd.grad(expected, precise, grad.double())), strict=True
     ):
         torch.testing.assert_close(actual.double(), exact, rtol=2e-6, atol=2e-5)
     with torch.no_grad():
-        assert torch.equal(causal_mix(x, weight, shape[-2]), found)
+        assert torch.equal(causal_mix(x, weight, shape[-2], None, onto), found)
 
 
 def test_the_compiled_functions_are_what_is_taken(monkeypatch):
     taken = []
-    monkeypatch.setattr(mix, "_mix", lambda x, weight: taken.append(1) or torch.zeros_like(x))
+    monkeypatch.setattr(mix, "_mix", lambda x, weight, onto: taken.append(1) or torch.zeros_like(x))
     x, weight = torch.randn(2, 6, 8), torch.randn(3, 8)
     with torch.no_grad():
         causal_mix(x, weight, 6)
@@ -69,11 +71,12 @@ def test_rows_that_are_not_finite_reach_no_other_sequence():
 
 def test_opcheck():
     x, weight = torch.randn(2, 6, 8, requires_grad=True), torch.randn(3, 8, requires_grad=True)
-    torch.library.opcheck(mix._mix_op, (x, weight))
+    torch.library.opcheck(mix._mix_op, (x, weight, None))
+    torch.library.opcheck(mix._mix_op, (x, weight, torch.randn(2, 6, 8, requires_grad=True)))
 
 
 def test_more_than_can_be_mixed_is_an_error():
     x, weight = torch.randn(1, 4, 2), torch.randn(native.MOST_MIXED + 1, 2)
     module = native.module_for(x)
     with pytest.raises(ValueError, match=r"taps must be in \[1, 16\], got 17"):
-        module.causal_mix(*map(native.address, (x, weight, torch.empty_like(x))), 1, 4, 2, 17, 1)
+        module.causal_mix(*map(native.address, (x, weight, None, torch.empty_like(x))), 1, 4, 2, 17, 1)

@@ -75,7 +75,7 @@ class DSCGPTBlock(GradientCheckpointingLayer):
         if self.router_context is not None:
             routed = self.router_context(with_past, length=x.shape[1], positions=positions)
         if self.input_context is not None:
-            x = x + self.input_context(with_past, length=x.shape[1], positions=positions)
+            x = self.input_context(with_past, length=x.shape[1], positions=positions, onto=x)
         if self.routed_layer is None:
             update = self.feed_forward(x)
         else:

@@ -54,7 +54,9 @@ class CausalContext(nn.Module):
         nn.init.constant_(self.weight, self.earlier)
         nn.init.constant_(self.weight[0], self.own)
 
-    def forward(self, x: Tensor, *, length: int | None = None, positions: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, *, length: int | None = None, positions: Tensor | None = None, onto: Tensor | None = None
+    ) -> Tensor:
         """Mix each token with those before it; there are zeros before the first.
 
         Args:
@@ -62,12 +64,13 @@ class CausalContext(nn.Module):
             length: How many tokens at the end to return, where ``x`` begins with the past of those; all by default.
             positions: Their places in their sequences, counted from 0, integers of a shape that broadcasts to
                 (..., length): where several sequences are packed in one, a token sees none of another.
+            onto: What the mix is added to, of shape (..., length, d); nothing by default.
 
         Returns:
             Tensor of shape (..., length, d).
 
         Raises:
-            ValueError: If ``x`` or ``positions`` has another shape, or ``length`` is more than T.
+            ValueError: If ``x``, ``positions`` or ``onto`` has another shape, or ``length`` is more than T.
         """
         if x.dim() < 2 or x.shape[-1] != self.weight.shape[1]:
             raise ValueError(f"x must have shape (..., T, {self.weight.shape[1]}), got {tuple(x.shape)}")
@@ -78,7 +81,9 @@ class CausalContext(nn.Module):
         places = (*x.shape[:-2], length)
         if positions is not None and not _broadcasts(positions.shape, places):
             raise ValueError(f"positions must broadcast to {places}, got shape {tuple(positions.shape)}")
-        return causal_mix(x, self.weight, length, positions)
+        if onto is not None and onto.shape != (*places, x.shape[-1]):
+            raise ValueError(f"onto must have shape {(*places, x.shape[-1])}, got {tuple(onto.shape)}")
+        return causal_mix(x, self.weight, length, positions, onto)
 
     def extra_repr(self) -> str:
         """Sizes, for ``print(model)``."""

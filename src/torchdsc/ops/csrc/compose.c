@@ -68,30 +68,48 @@ typedef struct {
     float eps;      /* negative: atoms as they are */
 } Composition;
 
-VECTORIZED static void compose_token(const Composition *c, int64_t token) {
-    const float *x = c->x + token * c->d_in, eps = c->eps;
-    float *y = c->y + token * c->d_out;
-    Pending pending = {.held = 0};
-    for (int64_t i = 0; i < c->d_out; i++) y[i] = 0.0f;
-    for (int64_t pair = token * c->top_k; pair < (token + 1) * c->top_k; pair++) {
-        int64_t atom = c->indices[pair];
-        const float *row_u = c->u + atom * c->d_in, *row_v = c->v + atom * c->d_out;
-        float latent, scale_v = 1.0f;
-        if (c->scale_u) {
-            latent = dot(x, row_u, c->d_in) * c->scale_u[atom];
-            scale_v = c->scale_v[atom];
-        } else {
-            float square;
-            latent = dot_and_square(x, row_u, c->d_in, &square);
-            if (eps >= 0) {
-                latent *= inverse_norm(square, eps);
-                scale_v = inverse_norm(dot(row_v, row_v, c->d_out), eps);
-            }
-        }
-        c->latent[pair] = latent;
-        add_later(&pending, y, latent * c->coefficients[pair] * scale_v, row_v, c->d_out);
+/* Four pairs of a token, of atoms whose norms are known. */
+INLINE void compose_four(const Composition *c, const float *x, int64_t pair, float *y) {
+    const float *rows[4];
+    float products[4];
+    for (int j = 0; j < 4; j++) rows[j] = c->u + c->indices[pair + j] * c->d_in;
+    dot_four(x, rows, products, c->d_in);
+    for (int j = 0; j < 4; j++) {
+        const int64_t atom = c->indices[pair + j];
+        c->latent[pair + j] = products[j] * c->scale_u[atom];
+        products[j] = c->latent[pair + j] * c->coefficients[pair + j] * c->scale_v[atom];
+        rows[j] = c->v + atom * c->d_out;
     }
-    add_pending(&pending, y, c->d_out);
+    add_four(y, products, rows, c->d_out);
+}
+
+INLINE void compose_pair(const Composition *c, const float *x, int64_t pair, float *y) {
+    const int64_t atom = c->indices[pair];
+    const float *row_u = c->u + atom * c->d_in, *row_v = c->v + atom * c->d_out;
+    float latent, scale_v = 1.0f;
+    if (c->scale_u) {
+        latent = dot(x, row_u, c->d_in) * c->scale_u[atom];
+        scale_v = c->scale_v[atom];
+    } else {
+        float square;
+        latent = dot_and_square(x, row_u, c->d_in, &square);
+        if (c->eps >= 0) {
+            latent *= inverse_norm(square, c->eps);
+            scale_v = inverse_norm(dot(row_v, row_v, c->d_out), c->eps);
+        }
+    }
+    c->latent[pair] = latent;
+    add_scaled(y, latent * c->coefficients[pair] * scale_v, row_v, c->d_out);
+}
+
+VECTORIZED static void compose_token(const Composition *c, int64_t token) {
+    const float *x = c->x + token * c->d_in;
+    float *y = c->y + token * c->d_out;
+    int64_t pair = token * c->top_k, end = pair + c->top_k;
+    for (int64_t i = 0; i < c->d_out; i++) y[i] = 0.0f;
+    if (c->scale_u)
+        for (; pair + 4 <= end; pair += 4) compose_four(c, x, pair, y);
+    for (; pair < end; pair++) compose_pair(c, x, pair, y);
 }
 
 /* 0 with an error set where an index is none of an atom. */

@@ -6,26 +6,29 @@ enum { CARRY = 64, MOST_MIXED = 16 };
 
 typedef struct {
     const float *in, *x, *weight;       /* what is mixed: tokens, or gradients with the tokens x beside them */
+    const float *onto;                  /* what the mix is added to, or NULL */
     float *out;
     int64_t sequences, length, width, taps;
 } Mix;
 
-/* out_t = sum_i weight_i * in_(t - i), or in_(t + i) where it goes backward. */
+/* out_t = onto_t + sum_i weight_i * in_(t - i), or in_(t + i) where it goes backward. */
 VECTORIZED static void mix_token(const Mix *m, int64_t sequence, int64_t token, int backward) {
     const int64_t d = m->width, seen = backward ? m->length - 1 - token : token;
     const int64_t taps = seen + 1 < m->taps ? seen + 1 : m->taps, step = backward ? d : -d;
-    const float *row = m->in + (sequence * m->length + token) * d;
-    float *out = m->out + (sequence * m->length + token) * d;
+    const int64_t place = (sequence * m->length + token) * d;
+    const float *row = m->in + place, *onto = m->onto ? m->onto + place : NULL;
+    float *out = m->out + place;
     int64_t j = 0;
     for (; j + LANES <= d; j += LANES) {
         Vector sum = AT(m->weight + j) * AT(row + j);
         for (int64_t i = 1; i < taps; i++) sum += AT(m->weight + i * d + j) * AT(row + i * step + j);
+        if (onto) sum += AT(onto + j);
         *(Vector *)(out + j) = sum;
     }
     for (; j < d; j++) {
         float sum = 0.0f;
         for (int64_t i = 0; i < taps; i++) sum += m->weight[i * d + j] * row[i * step + j];
-        out[j] = sum;
+        out[j] = onto ? sum + onto[j] : sum;
     }
 }
 
@@ -60,13 +63,13 @@ static int can_mix(int64_t taps) {
     return 0;
 }
 
-/* causal_mix(x, weight, y, sequences, length, width, taps, threads). */
+/* causal_mix(x, weight, onto or 0, y, sequences, length, width, taps, threads). */
 PyObject *causal_mix(PyObject *self, PyObject *args) {
-    int64_t p[8];
-    if (!read_integers(args, p, 8)) return NULL;
-    Mix m = {(const float *)(intptr_t)p[0], NULL, (const float *)(intptr_t)p[1], (float *)(intptr_t)p[2], p[3], p[4], p[5],
-             p[6]};
-    int64_t threads = p[7];
+    int64_t p[9];
+    if (!read_integers(args, p, 9)) return NULL;
+    Mix m = {(const float *)(intptr_t)p[0], NULL, (const float *)(intptr_t)p[1], (const float *)(intptr_t)p[2],
+             (float *)(intptr_t)p[3], p[4], p[5], p[6], p[7]};
+    int64_t threads = p[8];
     if (!can_mix(m.taps)) return NULL;
     Py_BEGIN_ALLOW_THREADS
 #pragma omp parallel for collapse(2) schedule(static) num_threads(threads)
@@ -80,7 +83,7 @@ PyObject *causal_mix(PyObject *self, PyObject *args) {
 PyObject *causal_mix_backward(PyObject *self, PyObject *args) {
     int64_t p[10];
     if (!read_integers(args, p, 10)) return NULL;
-    Mix m = {(const float *)(intptr_t)p[0], (const float *)(intptr_t)p[1], (const float *)(intptr_t)p[2],
+    Mix m = {(const float *)(intptr_t)p[0], (const float *)(intptr_t)p[1], (const float *)(intptr_t)p[2], NULL,
              (float *)(intptr_t)p[3], p[5], p[6], p[7], p[8]};
     float *dweight = (float *)(intptr_t)p[4];
     int64_t threads = p[9];

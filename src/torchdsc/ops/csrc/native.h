@@ -56,6 +56,24 @@ INLINE float dot(const float *a, const float *b, int64_t n) {
     return rest + sum_lanes((const float *)&even);
 }
 
+/* Four at a time: one pass over a. */
+INLINE void dot_four(const float *a, const float *const *rows, float *products, int64_t n) {
+    const float *p = rows[0], *q = rows[1], *r = rows[2], *s = rows[3];
+    Vector sums[4] = {{0}, {0}, {0}, {0}};
+    float rest[4] = {0};
+    int64_t i = 0;
+    for (; i + LANES <= n; i += LANES) {
+        const Vector values = AT(a + i);
+        sums[0] += values * AT(p + i);
+        sums[1] += values * AT(q + i);
+        sums[2] += values * AT(r + i);
+        sums[3] += values * AT(s + i);
+    }
+    for (; i < n; i++)
+        for (int j = 0; j < 4; j++) rest[j] += a[i] * rows[j][i];
+    for (int j = 0; j < 4; j++) products[j] = rest[j] + sum_lanes((const float *)&sums[j]);
+}
+
 /* The most that can be selected, as native.py has it. */
 enum { MOST_SELECTED = 64 };
 

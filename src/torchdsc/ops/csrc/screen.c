@@ -68,9 +68,21 @@ typedef struct {
     Largest largest;
 } Scratch;
 
-INLINE void offer_exact(const Screen *s, const float *x, int64_t atom, Largest *found) {
-    float logit = dot(x, s->weight + atom * s->width, s->width);
+INLINE void offer_logit(const Screen *s, float logit, int64_t atom, Largest *found) {
     offer(found, s->bias != NULL ? logit + s->bias[atom] : logit, atom);
+}
+
+/* Offer the logits of count atoms in float32. */
+INLINE void offer_exact(const Screen *s, const float *x, const int64_t *atoms, int64_t count, Largest *found) {
+    int64_t i = 0;
+    for (; i + 4 <= count; i += 4) {
+        const float *rows[4];
+        float logits[4];
+        for (int j = 0; j < 4; j++) rows[j] = s->weight + atoms[i + j] * s->width;
+        dot_four(x, rows, logits, s->width);
+        for (int j = 0; j < 4; j++) offer_logit(s, logits[j], atoms[i + j], found);
+    }
+    for (; i < count; i++) offer_logit(s, dot(x, s->weight + atoms[i] * s->width, s->width), atoms[i], found);
 }
 
 /* |x w - a| <= |x - x'| |w'| + |x| |w - w'| + accumulation + rounding of a, with primes for rounded rows.
@@ -106,18 +118,27 @@ VECTORIZED static void screen_row(const Screen *s, int64_t token, const Scratch 
     }
     /* What is beyond the next smaller number is not below the threshold. */
     const float bar = nextafterf(threshold, -INFINITY);
-    int64_t i = 0;
+    int64_t left[2 * BLOCK], count = 0, i = 0;
     for (; i + BLOCK <= n; i += BLOCK) {
         if (!any_beyond(upper + i, bar, BLOCK)) continue;
-        int64_t left[BLOCK], count = 0;
+        if (count >= BLOCK) {
+            offer_exact(s, x, left, count, &found);
+            count = 0;
+        }
         for (int64_t j = i; j < i + BLOCK; j++) {
             left[count] = j;
             count += upper[j] > bar;
         }
-        for (int64_t j = 0; j < count; j++) offer_exact(s, x, left[j], &found);
     }
-    for (; i < n; i++)
-        if (upper[i] > bar) offer_exact(s, x, i, &found);
+    if (count >= BLOCK) {
+        offer_exact(s, x, left, count, &found);
+        count = 0;
+    }
+    for (; i < n; i++) {
+        left[count] = i;
+        count += upper[i] > bar;
+    }
+    offer_exact(s, x, left, count, &found);
     sort_largest(&found);
     for (int64_t i = 0; i < k; i++) {
         s->values[token * k + i] = found.keys[i];
