@@ -161,11 +161,15 @@ INLINE void raise_groups(const float *values, int64_t n, float *groups, const in
 
 /* A value that at least k of count groups reach, close to the k-th largest, by halving; NaN where one is not finite. */
 INLINE float halved_to(const float *groups, int64_t k, const int count) {
-    float low = groups[0], high = groups[0];
-    for (int j = 1; j < count; j++) {
-        low = groups[j] < low ? groups[j] : low;
-        high = groups[j] > high ? groups[j] : high;
-    }
+    float lows[2 * BLOCK], highs[2 * BLOCK];
+    for (int j = 0; j < count; j++) lows[j] = highs[j] = groups[j];
+    /* By halves, as in sum_lanes. */
+    for (int half = count / 2; half > 0; half /= 2)
+        for (int j = 0; j < half; j++) {
+            lows[j] = lows[j + half] < lows[j] ? lows[j + half] : lows[j];
+            highs[j] = highs[j + half] > highs[j] ? highs[j + half] : highs[j];
+        }
+    float low = lows[0], high = highs[0];
     if (!(high - low < INFINITY)) return NAN;
     for (int step = 0; step < HALVINGS; step++) {
         float middle = low + 0.5f * (high - low);
