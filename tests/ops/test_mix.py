@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import library
 
 from torchdsc.ops import causal_mix, mix, native
 
@@ -71,8 +72,8 @@ def test_rows_that_are_not_finite_reach_no_other_sequence():
 
 def test_opcheck():
     x, weight = torch.randn(2, 6, 8, requires_grad=True), torch.randn(3, 8, requires_grad=True)
-    torch.library.opcheck(mix._mix_op, (x, weight, None))
-    torch.library.opcheck(mix._mix_op, (x, weight, torch.randn(2, 6, 8, requires_grad=True)))
+    library.opcheck(mix._mix_op, (x, weight, None))
+    library.opcheck(mix._mix_op, (x, weight, torch.randn(2, 6, 8, requires_grad=True)))
 
 
 def test_more_than_can_be_mixed_is_an_error():

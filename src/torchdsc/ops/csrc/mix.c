@@ -1,8 +1,8 @@
 /* Tokens mixed with those before them, float32: a causal depthwise convolution, in one pass. */
 #include "native.h"
 
-/* Tokens after which single-precision sums are carried over to double precision, and the most tokens that are mixed. */
-enum { CARRY = 64, MOST_MIXED = 16 };
+/* The most tokens that are mixed into one, as native.py has it. */
+enum { MOST_MIXED = 16 };
 
 typedef struct {
     const float *in, *x, *weight;       /* what is mixed: tokens, or gradients with the tokens x beside them */

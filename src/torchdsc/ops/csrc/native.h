@@ -26,6 +26,9 @@
 
 enum { LANES = 16, BLOCK = 64 };
 
+/* Rows after which single-precision sums over tokens are carried over to double precision. */
+enum { CARRY = 64 };
+
 INLINE float clamped(float value, float clamp) { return value < -clamp ? -clamp : (value > clamp ? clamp : value); }
 
 /* Independent lanes, so that the compiler may use vectors without reordering a sum on its own: a type for loops that it

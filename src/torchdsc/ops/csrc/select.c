@@ -3,9 +3,6 @@
 
 #include <stdlib.h>
 
-/* Rows after which single-precision sums over tokens are carried over to double precision. */
-enum { CARRY = 64 };
-
 /* exp of a value <= 0, to about an ulp; below the smallest normal number it stays there. NaN stays NaN. */
 INLINE float exp_nonpositive(float x) {
     x = x < -87.0f ? -87.0f : x;
