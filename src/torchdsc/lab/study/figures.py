@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from torchdsc.lab.figures.labels import label_ends
-from torchdsc.lab.figures.style import COLORS, FONT_SIZE, MARKERS, WIDTH, add_axes, new_figure, pad_limits
+from torchdsc.lab.figures.style import COLORS, FONT_SIZE, HEIGHT, MARKERS, WIDTH, add_axes, new_figure, pad_limits
 from torchdsc.lab.tables import MINUS
 
 from .summary import VariantRow
@@ -81,7 +81,7 @@ def draw_differences(results: Mapping[str, Any], rows: Sequence[VariantRow]) -> 
 def _beside_names(names: Sequence[str], xlabel: str, ylabel: str) -> tuple[Figure, Axes]:
     """An empty figure with room for names at the right, and its axes."""
     right = _LETTER * max(map(len, names)) + 20
-    drawing = new_figure(WIDTH * 3 / 4 + right)
+    drawing = new_figure(WIDTH * 3 / 4 + right, max(HEIGHT, 1.4 * FONT_SIZE * len(names) + 70))
     return drawing, add_axes(drawing, xlabel, ylabel, margins=(46, right, 44, 26))
 
 
