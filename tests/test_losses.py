@@ -1,7 +1,7 @@
 """Each regulariser against its equation, and their weight however a step is cut up."""
 
 import copy
-import warnings
+import gc
 
 import pytest
 import torch
@@ -12,7 +12,6 @@ from torchdsc import DSC, BasisBank, DSCResidual, frame_regularization, regulari
 from torchdsc.baselines import DenseFFN
 from torchdsc.losses import aux_loss, budget_loss, frame_loss, frame_potential, z_loss
 from torchdsc.nn import forget_statistics
-from torchdsc.nn.statistics import _UNCOLLECTED_LIMIT
 
 ONLY = {"aux_weight": 0.0, "budget_weight": 0.0, "frame_weight": 0.0, "z_weight": 0.0}
 TERMS = ("aux", "budget", "frame", "z")
@@ -77,7 +76,7 @@ def test_equals_the_equations_with_gradients(term):
     expected.backward()
     wanted = gradients(layer)
     layer.zero_grad()
-    layer(x)
+    y = layer(x)
     collected = regularization(layer) if term != "frame" else None
     total = collected.total if collected else frame_regularization(layer)
     torch.testing.assert_close(total, expected.detach(), rtol=1e-12, atol=0)
@@ -86,7 +85,7 @@ def test_equals_the_equations_with_gradients(term):
             if kept[f"{name}_weight"] > 0:
                 torch.testing.assert_close(getattr(collected, name), terms[name].detach(), rtol=1e-12, atol=1e-15)
                 assert not getattr(collected, name).requires_grad
-    total.backward()
+    (total + 0.0 * y.sum()).backward()
     assert_same(gradients(layer), wanted, 1e-10)
 
 
@@ -119,9 +118,9 @@ def make_step(num_tokens=24):
 
 def whole_step(model, x, mask=None, **keywords):
     model.zero_grad()
-    model(x, mask, **keywords)
+    y = model(x, mask, **keywords)
     result = regularization(model)
-    result.total.backward()
+    (result.total + 0.0 * y.sum()).backward()
     return result, gradients(model)
 
 
@@ -134,7 +133,7 @@ def test_accumulation(cuts, terms):
     model.zero_grad()
     totals = []
     for part in x.split(cuts):
-        model(part)
+        _y = model(part)
         result = regularization(model, num_tokens=24)
         result.total.backward()
         totals.append(result.total.detach())
@@ -142,7 +141,7 @@ def test_accumulation(cuts, terms):
     if terms == ("aux", "budget"):
         model.zero_grad()
         for part in x.split(cuts):
-            model(part)
+            _y = model(part)
             (regularization(model).total * len(part) / 24).backward()
         expected = gradients(model)
     else:
@@ -157,7 +156,7 @@ def test_frame_once_a_step():
     _, expected = whole_step(model, x)
     model.zero_grad()
     for part in x.split(8):
-        model(part)
+        _y = model(part)
         regularization(model, num_tokens=24, frame_share=0).total.backward()
     frame_regularization(model).backward()
     assert_same(gradients(model), expected)
@@ -200,7 +199,7 @@ def test_checkpointing_without_reentry_counts_once():
     assert result.total == expected_result.total
     assert_same(gradients(model), expected)
     # The recomputed forward pass has left nothing behind.
-    assert all(not block.dsc.statistics_log.entries for block in model.blocks)
+    assert not any(len(block.dsc.statistics_log) for block in model.blocks)
 
 
 def test_reentrant_checkpointing_raises():
@@ -222,7 +221,7 @@ def test_no_grad_forward_raises_but_frozen_router_does_not():
         regularization(model)
     for block in model.blocks:
         block.dsc.router.requires_grad_(False)
-    model(x)
+    _y = model(x)
     regularization(model)
 
 
@@ -231,7 +230,7 @@ def test_loss_scaling():
     x, _ = make_step()
     _, expected = whole_step(model, x)
     model.zero_grad()
-    model(x)
+    _y = model(x)
     (regularization(model).total * 2.0**12).backward()
     assert_same([g / 2.0**12 for g in gradients(model)], expected)
 
@@ -255,16 +254,16 @@ def test_shared_bank_counts_once():
     bank = BasisBank(14, 6)
     options = ONLY | {"num_atoms": 14, "top_k": 3, "frame_weight": 1.0, "z_weight": 1e-9}
     model = torch.nn.Sequential(DSC(6, bank=bank, **options), DSC(6, bank=bank, **options))
-    model(torch.randn(9, 6))
+    _y = model(torch.randn(9, 6))
     torch.testing.assert_close(regularization(model).frame, frame_loss(bank).detach())
 
 
 def test_a_layer_that_runs_twice_counts_both():
     layer = DSC(6, num_atoms=14, top_k=3, **(ONLY | {"z_weight": 1.0})).double()
     x, y = torch.randn(2, 9, 6, dtype=torch.float64)
-    layer(x), layer(y)
+    _outputs = layer(x), layer(y)
     both = regularization(layer, num_tokens=18).total
-    layer(torch.cat([x, y]))
+    _outputs = layer(torch.cat([x, y]))
     torch.testing.assert_close(both, regularization(layer).total, rtol=1e-12, atol=0)
 
 
@@ -276,31 +275,113 @@ def test_z_loss_on_raw_logits_brings_a_clamped_logit_back():
     for layer in layers:
         with torch.no_grad():
             layer.router.weight.mul_(1e6)
-        layer(torch.randn(9, 6))
+        _y = layer(torch.randn(9, 6))
         regularization(layer).total.backward()
     assert not layers[0].router.weight.grad.any()
     assert layers[1].router.weight.grad.any()
 
 
-def test_uncollected_layers_warn_once_and_keep_no_graph():
-    layer = DSC(4, num_atoms=5, top_k=2)
-    x = torch.randn(3, 4)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        for _ in range(3 * _UNCOLLECTED_LIMIT):
+class TestUncollected:
+    """What a forward pass leaves belongs to the graph of its output."""
+
+    def test_a_dropped_pass_keeps_nothing_and_does_not_count(self):
+        layer, x = DSC(4, num_atoms=5, top_k=2), torch.randn(3, 4)
+        y = layer(x)
+        expected = regularization(layer).total
+        for _ in range(5):
             layer(x)
-    assert len([w for w in caught if "regularization(model)" in str(w.message)]) == 1
-    assert len(layer.statistics_log.entries) <= _UNCOLLECTED_LIMIT
-    forget_statistics(layer)
-    assert not layer.statistics_log.entries
+        assert len(layer.statistics_log) == 0
+        y = layer(x)
+        assert torch.equal(regularization(layer).total, expected)
+        assert y.requires_grad
+
+    def test_memory_does_not_grow(self):
+        layer, x = DSC(4, num_atoms=5, top_k=2), torch.randn(3, 4)
+
+        def tensors():
+            gc.collect()
+            return sum(isinstance(item, torch.Tensor) for item in gc.get_objects())
+
+        layer(x)
+        before = tensors()
+        for _ in range(20):
+            layer(x)
+            with torch.no_grad():
+                layer(x)
+        # The values of the last pass without a graph are kept.
+        assert tensors() <= before + 5
+
+    def test_a_pass_lives_as_long_as_what_was_computed_of_it(self):
+        layer = DSC(4, num_atoms=5, top_k=2)
+        loss = layer(torch.randn(3, 4)).square().mean()
+        assert regularization(layer).total > 0
+        loss.backward()
+
+    @pytest.mark.parametrize(
+        "options", [{}, ONLY | {"frame_weight": 1.0}, ONLY | {"budget_weight": 1.0}], ids=["all", "frame", "budget"]
+    )
+    def test_a_backward_pass_raises(self, options):
+        layer = DSC(4, num_atoms=5, top_k=2, **options)
+        loss = layer(torch.randn(3, 4)).square().mean()
+        with pytest.raises(RuntimeError, match=r"were not collected .* add torchdsc.regularization\(model\).total"):
+            loss.backward()
+        loss = layer(torch.randn(3, 4)).square().mean()
+        (loss + regularization(layer).total).backward()
+
+    def test_without_anything_to_train_it_does_not(self):
+        layer = DSC(4, num_atoms=5, top_k=2)
+        layer.router.requires_grad_(False)
+        layer.bank.requires_grad_(False)
+        layer(torch.randn(3, 4)).square().mean().backward()
+        assert layer.gamma.grad.any()
+
+    def test_frame_alone_is_collected_once_a_step(self):
+        layer = DSC(4, num_atoms=5, top_k=2, **ONLY | {"frame_weight": 1.0})
+        loss = layer(torch.randn(3, 4)).square().mean()
+        (loss + frame_regularization(layer)).backward()
+
+    def test_forgetting_says_that_none_is_wanted(self):
+        layer = DSC(4, num_atoms=5, top_k=2)
+        loss = layer(torch.randn(3, 4)).square().mean()
+        forget_statistics(layer)
+        loss.backward()
+        assert len(layer.statistics_log) == 0
+
+    def test_reentrant_checkpointing_raises_though_nobody_collects(self):
+        model, (x, _) = Model(), make_step()
+        with pytest.raises(RuntimeError, match="use_reentrant=False"):
+            model(x.requires_grad_(), reentrant=True).sum().backward()
+
+    def test_checkpointing_without_reentry_raises_too(self):
+        model, (x, _) = Model(), make_step()
+        with pytest.raises(RuntimeError, match="were not collected"):
+            model(x.requires_grad_(), reentrant=False).sum().backward()
+
+    def test_a_pass_without_gradients_does_not_count_in_the_next_loss(self):
+        model, (x, _) = Model(), make_step()
+        expected, _ = whole_step(model, x)
+        with torch.no_grad():
+            model(x)
+            values = regularization(model)
+            model(x)
+        result, _ = whole_step(model, x)
+        assert torch.equal(result.total, expected.total)
+        torch.testing.assert_close(values.total, expected.total)
+
+    def test_two_backward_passes_through_one_graph(self):
+        layer = DSC(4, num_atoms=5, top_k=2)
+        y = layer(torch.randn(3, 4))
+        regularization(layer)
+        y.sum().backward(retain_graph=True)
+        y.sum().backward()
 
 
 def test_evaluation_and_zero_weights_keep_nothing():
     x = torch.randn(3, 4)
     evaluated, unweighted = DSC(4, num_atoms=5, top_k=2).eval(), DSC(4, num_atoms=5, top_k=2, **ONLY)
-    evaluated(x), unweighted(x)
-    assert not evaluated.statistics_log.entries
-    assert not unweighted.statistics_log.entries
+    outputs = evaluated(x), unweighted(x)
+    assert len(evaluated.statistics_log) == len(unweighted.statistics_log) == 0
+    sum(output.sum() for output in outputs).backward()
 
 
 def test_collection_errors():
@@ -312,7 +393,7 @@ def test_collection_errors():
 
 def test_as_dict():
     layer = DSC(4, num_atoms=5, top_k=2)
-    layer(torch.randn(3, 4))
+    _y = layer(torch.randn(3, 4))
     values = regularization(layer).as_dict()
     assert set(values) == {*TERMS, "total"}
     assert all(isinstance(v, float) for v in values.values())

@@ -1,8 +1,8 @@
 """Dynamic Subspace Composition: weights composed, token by token, from a shared bank of unit-norm rank-1 atoms."""
 
 from .bounds import certified_spectral_bound, spectral_norm
-from .convert import convert
-from .losses import Regularization, frame_regularization, regularization
+from .convert import convert, load_converted
+from .losses import Regularization, RegularizedLoss, frame_regularization, last_regularization, regularization
 from .nn import DSC, BasisBank, CausalContext, DSCOptions, DSCResidual
 
 __version__ = "0.1.0.dev0"
@@ -14,9 +14,12 @@ __all__ = [
     "DSCOptions",
     "DSCResidual",
     "Regularization",
+    "RegularizedLoss",
     "certified_spectral_bound",
     "convert",
     "frame_regularization",
+    "last_regularization",
+    "load_converted",
     "regularization",
     "spectral_norm",
 ]

@@ -197,7 +197,7 @@ class TestCompiling:
             torch.testing.assert_close(again, loss)
         again.backward()
         torch.testing.assert_close(gradients(model), expected, rtol=1e-3, atol=1e-5)
-        assert not any(module.statistics_log.entries for module in model.modules() if hasattr(module, "statistics_log"))
+        assert not any(len(module.statistics_log) for module in model.modules() if hasattr(module, "statistics_log"))
 
     def test_inference_in_one_graph(self, adapt, make_batch, output):
         model, batch = adapt("llama", target_modules=["q_proj", "mlp"], moved=True), make_batch("llama")
@@ -210,6 +210,9 @@ class TestCompiling:
 def test_regularisers_of_a_plain_model(adapt, make_batch):
     """Whose loss is computed outside."""
     model = adapt("mlp", target_modules=["first", "block"], moved=True).train()
+    with pytest.raises(RuntimeError, match="were not collected before its backward pass"):
+        model(**make_batch("mlp")).square().mean().backward()
+    model.zero_grad()
     task = model(**make_batch("mlp")).square().mean()
     total = regularization(model).total
     assert total > 0

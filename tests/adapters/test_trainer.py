@@ -152,8 +152,39 @@ def test_options_that_take_the_labels_out_raise(kind, option, training, make_tra
     trainer = make_trainer(training(kind), make_batch(kind), **({option: 0.1} if "smoothing" in option else {}))
     if option == "compute_loss_func":
         trainer.compute_loss_func = lambda outputs, labels, **_: outputs.logits.square().mean()
-    with pytest.raises((ValueError, RuntimeError), match=r"labels must reach the model|the model had no labels"):
+    with pytest.raises(RuntimeError, match="put torchdsc.RegularizedLoss before the class of a trainer"):
         trainer.train()
+
+
+def smoothed(logits, labels, num_items_in_batch=None, **_):
+    """The loss of Trainer's label smoothing, 0.1, in the dtype of the model."""
+    logits, labels = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+    total = functional.cross_entropy(logits, labels, reduction="sum", label_smoothing=0.1)
+    return total / ((labels != -100).sum() if num_items_in_batch is None else num_items_in_batch)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2, 4])
+@pytest.mark.parametrize("option", ["label_smoothing_factor", "compute_loss_func"])
+def test_with_regularized_loss_they_take_the_step_of_a_loss_inside(
+    option, accumulation, training, make_trainer, make_batch
+):
+    inside, beside = training("llama"), training("llama")
+    inside.base_model.model.loss_function = smoothed
+    make_trainer(inside, make_batch("llama")).train()
+    options = {option: 0.1} if "smoothing" in option else {}
+    trainer = make_trainer(beside, make_batch("llama"), accumulation, cls=RegularizedTrainer, **options)
+    if not options:
+        trainer.compute_loss_func = lambda outputs, labels, **keywords: smoothed(outputs.logits, labels, **keywords)
+    trainer.train()
+    torch.testing.assert_close(trained(beside), trained(inside), rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("option", [{}, {"label_smoothing_factor": 0.1}])
+def test_regularized_loss_passes_through_a_model_without_regularisers(option, make_base, make_trainer, make_batch):
+    plain, beside = make_base("llama"), make_base("llama")
+    make_trainer(plain, make_batch("llama"), **option).train()
+    make_trainer(beside, make_batch("llama"), cls=RegularizedTrainer, **option).train()
+    assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), beside.parameters(), strict=True))
 
 
 def test_evaluates_the_task_loss(training, make_trainer, make_batch):
@@ -221,4 +252,4 @@ def test_a_copy_trains_alone(training, make_batch):
     copied = copy.deepcopy(model)
     expected = model(**batch).loss
     assert torch.equal(copied(**batch).loss, expected)
-    assert not any(m.statistics_log.entries for m in model.modules() if hasattr(m, "statistics_log"))
+    assert not any(len(m.statistics_log) for m in model.modules() if hasattr(m, "statistics_log"))

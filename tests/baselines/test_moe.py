@@ -103,19 +103,19 @@ class TestRegularisers:
     def test_balance_is_top_k_when_uniform(self, top_k):
         layer = make(top_k=top_k)
         torch.nn.init.zeros_(layer.router.linear.weight)
-        layer(torch.randn(20, 8, dtype=torch.float64))
+        _y = layer(torch.randn(20, 8, dtype=torch.float64))
         assert regularization(layer).aux.item() == pytest.approx(top_k)
 
     def test_balance_is_the_number_of_experts_when_collapsed(self):
         layer = make(num_experts=5, top_k=1)
         with torch.no_grad():
             layer.router.linear.weight.zero_()[3] = 1e3
-        layer(torch.rand(20, 8, dtype=torch.float64) + 1)
+        _y = layer(torch.rand(20, 8, dtype=torch.float64) + 1)
         assert regularization(layer).aux.item() == pytest.approx(5)
 
     def test_total_and_its_gradient(self):
         layer, x = make(aux_weight=0.3, z_weight=0.2), torch.randn(20, 8, dtype=torch.float64)
-        layer(x)
+        _y = layer(x)
         collected = regularization(layer)
         weight = layer.router.linear.weight
         logits = x @ weight.T
@@ -129,9 +129,9 @@ class TestRegularisers:
     def test_padding_does_not_count(self):
         layer, x = make(), torch.randn(2, 6, 8, dtype=torch.float64)
         mask = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 0, 0, 0]])
-        layer(x, mask)
+        _y = layer(x, mask)
         masked = regularization(layer)
-        layer(x[mask.bool()])
+        _y = layer(x[mask.bool()])
         torch.testing.assert_close(masked.total, regularization(layer).total, rtol=1e-12, atol=0)
 
     def test_nothing_is_kept_in_evaluation(self):

@@ -4,9 +4,10 @@ import copy
 
 import pytest
 import torch
+import transformers
 from torch.nn import functional
 
-from torchdsc import regularization
+from torchdsc import RegularizedLoss, regularization
 from torchdsc.losses import frame_regularization
 from torchdsc.nn import RoutedLayer
 
@@ -115,8 +116,34 @@ class TestLoss:
     def test_without_labels_the_terms_wait_to_be_collected(self, routed_kind, make_training, input_ids):
         model = make_training(routed_kind)
         output = model(input_ids, labels=input_ids)
-        assert not any(m.statistics_log.entries for m in model.modules() if isinstance(m, RoutedLayer))
-        model(input_ids)
+        assert not any(len(m.statistics_log) for m in model.modules() if isinstance(m, RoutedLayer))
+        _output = model(input_ids)
+        torch.testing.assert_close(regularization(model).total, output.loss - output.task_loss)
+
+    def test_of_the_model_alone_wait_too(self, routed_kind, make_training, input_ids):
+        """As where a trainer applies the head itself."""
+        model = make_training(routed_kind)
+        output = model(input_ids, labels=input_ids)
+        hidden_states = model.model(input_ids).last_hidden_state
+        torch.testing.assert_close(regularization(model).total, output.loss - output.task_loss)
+        hidden_states.sum().backward()
+        with pytest.raises(RuntimeError, match="were not collected before its backward pass"):
+            model.model(input_ids).last_hidden_state.sum().backward()
+        with pytest.raises(RuntimeError, match="were not collected before its backward pass"):
+            model.model(input_ids, output_hidden_states=True).hidden_states[-2].sum().backward()
+
+    def test_raise_where_another_loss_is_used(self, routed_kind, make_training, input_ids):
+        model = make_training(routed_kind)
+        with pytest.raises(RuntimeError, match="the model's loss, which holds the regularisers, is not in the loss"):
+            model(input_ids, labels=input_ids).logits.sum().backward()
+        model(input_ids, labels=input_ids, output_hidden_states=True).loss.backward()
+
+    def test_of_a_dropped_pass_do_not_count(self, routed_kind, make_training, input_ids):
+        model = make_training(routed_kind)
+        output = model(input_ids, labels=input_ids)
+        for _ in range(3):
+            model(input_ids)
+        _logits = model(input_ids).logits
         torch.testing.assert_close(regularization(model).total, output.loss - output.task_loss)
 
     def test_frame_alone(self, make_training, input_ids):
@@ -221,6 +248,10 @@ class TestAccumulation:
             torch.testing.assert_close(sum(w[name] for w in weighted), sum(m[name] for m in means))
 
 
+class RegularizedTrainer(RegularizedLoss, transformers.Trainer):
+    pass
+
+
 class TestTrainer:
     @pytest.fixture
     def make_trainer(self, tmp_path):
@@ -228,7 +259,7 @@ class TestTrainer:
         pytest.importorskip("accelerate")
         from transformers import Trainer, TrainingArguments
 
-        def make(model, step, accumulation=1, compute_loss_func=None, **options):
+        def make(model, step, accumulation=1, compute_loss_func=None, cls=Trainer, **options):
             arguments = TrainingArguments(
                 output_dir=str(tmp_path),
                 per_device_train_batch_size=4 // accumulation,
@@ -245,7 +276,7 @@ class TestTrainer:
                 **options,
             )
             examples = [{name: value[i] for name, value in step.items()} for i in range(4)]
-            return Trainer(
+            return cls(
                 model,
                 arguments,
                 train_dataset=examples,
@@ -281,8 +312,22 @@ class TestTrainer:
         ids=["label smoothing", "loss function"],
     )
     def test_options_that_take_the_labels_out_raise(self, options, routed_kind, make_training, make_trainer, step):
-        with pytest.raises(ValueError, match="labels must reach the model in training"):
+        with pytest.raises(RuntimeError, match="put torchdsc.RegularizedLoss before the class of a trainer"):
             make_trainer(make_training(routed_kind), step, **options).train()
+
+    def test_those_options_work_with_regularized_loss(self, routed_kind, make_training, make_trainer, step):
+        """The step is that of a model that computes this loss itself."""
+        results = []
+        for accumulation, is_inside in ((1, True), (1, False), (2, False)):
+            torch.manual_seed(3)
+            model = make_training(routed_kind, linear=True)
+            own = precise_loss if is_inside else (lambda outputs, labels, **k: precise_loss(outputs.logits, labels, **k))
+            trainer = make_trainer(model, step, accumulation, cls=RegularizedTrainer)
+            trainer.compute_loss_func = None if is_inside else own
+            trainer.train()
+            results.append(copy.deepcopy(model.state_dict()))
+        for result in results[1:]:
+            torch.testing.assert_close(result, results[0], rtol=1e-11, atol=1e-13)
 
     def test_label_smoothing_is_fine_for_a_dense_model(self, make_training, make_trainer, step):
         make_trainer(make_training("dense"), step, label_smoothing_factor=0.1).train()

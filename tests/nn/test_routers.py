@@ -61,7 +61,8 @@ def test_layer_and_regularisers_equal_their_equations(kind, training):
     u, v = layer.bank.unit(options.eps)
     latent = torch.einsum("td,thkd->thk", x, u[indices]) * coefficients
     expected = torch.einsum("thk,thko->to", latent, v[indices]) * layer.gamma
-    torch.testing.assert_close(layer(x), expected, rtol=1e-11, atol=1e-13)
+    y = layer(x)
+    torch.testing.assert_close(y, expected, rtol=1e-11, atol=1e-13)
     with torch.no_grad():
         torch.testing.assert_close(layer.eval()(x), expected, rtol=1e-11, atol=1e-13)
     if training:
@@ -79,9 +80,9 @@ def test_layer_and_regularisers_equal_their_equations(kind, training):
 def test_padding_does_not_count(kind):
     layer, x = make_layer(kind), torch.randn(20, 8, dtype=torch.float64)
     mask = torch.rand(20) > 0.4
-    layer(x, mask)
+    _y = layer(x, mask)
     masked = regularization(layer, frame_share=0).as_dict()
-    layer(x[mask])
+    _y = layer(x[mask])
     assert masked == pytest.approx(regularization(layer, frame_share=0).as_dict(), rel=1e-12)
 
 
@@ -111,7 +112,7 @@ def test_hooks_see_scores_and_change_nothing(kind, statistics):
 def test_z_loss_on_raw_logits(kind):
     layer = make_layer(kind, logit_clamp=0.5, z_loss_on_raw_logits=True, aux_weight=0.0)
     x = torch.randn(20, 8, dtype=torch.float64)
-    layer(x)
+    _y = layer(x)
     unclamped = copy.deepcopy(layer)
     object.__setattr__(unclamped.options, "logit_clamp", 1e6)
     expected = logits_of(unclamped, x).logsumexp(-1).square().mean()

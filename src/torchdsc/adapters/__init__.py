@@ -8,12 +8,12 @@ except ImportError as error:
 if not hasattr(peft.tuners.tuners_utils.BaseTuner, "_remap_adapter_state_dict_for_load"):
     raise ImportError(f"torchdsc.adapters needs peft >= 0.21, found {peft.__version__}: pip install -U peft")
 
+from torchdsc.losses import RegularizedLoss, last_regularization
+
 from .config import DSCAdapterConfig, MixtureOfLoRAsConfig
 from .layer import AdapterLayer, DSCAdapterLayer, MixtureOfLoRAsLayer
-from .loss import last_regularization
 from .model import DSCAdapterModel, MixtureOfLoRAsModel
 from .plugin import register
-from .trainer import RegularizedLoss
 
 register(DSCAdapterConfig.METHOD, DSCAdapterConfig, DSCAdapterModel)
 register(MixtureOfLoRAsConfig.METHOD, MixtureOfLoRAsConfig, MixtureOfLoRAsModel)

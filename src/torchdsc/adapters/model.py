@@ -11,11 +11,11 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from torchdsc.losses import add_regularization, leave_regularization
 from torchdsc.nn.host import leave_attention_mask, leave_fused_encoder, pass_attention_mask
 
 from .config import AdapterConfig
 from .layer import BASE, NO_MERGE, AdapterLayer, DSCAdapterLayer, MixtureOfLoRAsLayer, sizes_of
-from .loss import add_regularization, leave_regularization
 
 
 class AdapterModel(BaseTuner):

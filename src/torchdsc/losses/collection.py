@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from torchdsc.nn import BasisBank, RoutedLayer, RoutingStatistics
+from torchdsc.nn.statistics_log import WITHOUT_GRADIENT
 
 from .terms import aux_loss, budget_loss, frame_loss, z_loss
 
@@ -49,7 +50,8 @@ def regularization(
 ) -> Regularization:
     """Collect the regularisers of every routed layer in ``model`` that has run since the last collection.
 
-    Add ``.total`` to the task loss. With gradient accumulation or several processes pass ``num_tokens``, the tokens of
+    Add ``.total`` to the task loss. Counted are the forward passes in training whose output, or what was computed of
+    it, is still there: nothing can be trained through others. With gradient accumulation or several processes pass ``num_tokens``, the tokens of
     the whole optimizer step, and add up the losses (under DistributedDataParallel, which averages gradients, times
     the number of processes): then nothing depends on how the step was cut up.
 
@@ -65,7 +67,7 @@ def regularization(
         The weighted total and the terms.
 
     Raises:
-        ValueError: If ``model`` has no regularised layer, or none has run in training since the last collection.
+        ValueError: If ``model`` has no regularised layer, or no forward pass in training waits to be collected.
         RuntimeError: If a layer's statistics carry no gradient although its parameters want one, as under reentrant
             checkpointing or ``torch.no_grad``.
     """
@@ -74,7 +76,10 @@ def regularization(
         raise ValueError("model must hold a DSC or other routed layer with a regulariser of positive weight, got none")
     collected = [(layer, entry) for layer in layers for entry in layer.statistics_log.take()]
     if not collected and any(layer.training and layer.regularizers.need_tokens for layer in layers):
-        raise ValueError("model must have run in training mode since the last collection, got no statistics")
+        raise ValueError(
+            "model must have run in training mode since the last collection, and its output must still be there, got "
+            "no statistics. A Hugging Face model with labels adds its regularisers to its loss itself"
+        )
     return regularization_of(
         collected, num_tokens=num_tokens, frame_share=frame_share, synchronize=synchronize, frame_layers=layers
     )
@@ -128,7 +133,12 @@ def frame_regularization(model: nn.Module) -> Tensor:
         Scalar; 0 without a bank of positive ``frame_weight``.
     """
     sums = _Sums(next(iter(model.parameters()), None))
-    _add_frame(sums, _regularized_layers(model), 1.0)
+    layers = list(_regularized_layers(model))
+    _add_frame(sums, layers, 1.0)
+    for layer in layers:
+        if not layer.regularizers.need_tokens:
+            # This was all that they waited for.
+            layer.statistics_log.take()
     return sums.result().total
 
 
@@ -191,10 +201,7 @@ def _check_gradient(layer: RoutedLayer, entry: RoutingStatistics) -> None:
         return
     wanted = any(parameter.requires_grad for parameter in layer.router.parameters())
     if wanted and not (entry.strength_sum.requires_grad or entry.probability_sum.requires_grad):
-        raise RuntimeError(
-            "the regularisers of a routed layer carry no gradient although its router wants one: its forward pass ran "
-            "under reentrant checkpointing (pass use_reentrant=False) or under torch.no_grad"
-        )
+        raise RuntimeError(WITHOUT_GRADIENT)
 
 
 def _synchronized(entry: RoutingStatistics) -> RoutingStatistics:

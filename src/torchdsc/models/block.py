@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from torchdsc.nn import DSC, CausalContext, RoutedLayer, RoutingStatistics
+from torchdsc.nn import DSC, CausalContext, DSCResidual, RoutedLayer, RoutingStatistics
 
 from .attention import DSCGPTAttention
 from .configuration import DSCGPTConfig
@@ -32,7 +32,7 @@ class DSCGPTBlock(GradientCheckpointingLayer):
         self.router_input, self.past_tokens = options.router_input, options.past_tokens
         self.router_context = _context(config.hidden_size, options.router_context)
         self.input_context = _context(config.hidden_size, options.input_context, own=0.0, earlier=0.25)
-        self.layer_idx = layer_idx
+        self.layer_idx, self.is_routed = layer_idx, self.routed_layer is not None
         if isinstance(self.routed_layer, DSC):
             bank = self.routed_layer.bank
             self.attention.update = build_attention_update(config.feed_forward, config.feed_forward_options, bank)
@@ -41,8 +41,8 @@ class DSCGPTBlock(GradientCheckpointingLayer):
 
     @property
     def routed_layer(self) -> RoutedLayer | None:
-        """The feed-forward layer that routes, if this block has one."""
-        layer = getattr(self.feed_forward, "dsc", self.feed_forward)
+        """The feed-forward layer that routes; None without one, or where another module has been put around it."""
+        layer = self.feed_forward.dsc if isinstance(self.feed_forward, DSCResidual) else self.feed_forward
         return layer if isinstance(layer, RoutedLayer) else None
 
     @property
@@ -76,8 +76,11 @@ class DSCGPTBlock(GradientCheckpointingLayer):
             routed = self.router_context(with_past, length=x.shape[1], positions=positions)
         if self.input_context is not None:
             x = self.input_context(with_past, length=x.shape[1], positions=positions, onto=x)
-        if self.routed_layer is None:
+        if not self.is_routed:
             update = self.feed_forward(x)
+        elif self.routed_layer is None:
+            # A converted or adapted one, which leaves its statistics itself.
+            update = self.feed_forward(x, token_mask=token_mask, router_input=routed)
         else:
             update, statistics = self.feed_forward.forward_with_statistics(x, token_mask, routed)  # type: ignore[operator]
         found = {self.attention.update: of_attention, self.routed_layer: statistics}

@@ -14,6 +14,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.utils import can_return_tuple
 
 from torchdsc.losses import Regularization, regularization_of
+from torchdsc.losses.host import demand_use
 from torchdsc.nn import DSC, RoutedLayer, RoutingStatistics
 from torchdsc.nn.host import refer
 
@@ -24,7 +25,7 @@ from .initialization import initialize
 
 @dataclass
 class DSCGPTModelOutput(BaseModelOutputWithPast):
-    """Hidden states, cache, and in training the routing statistics of each routed layer."""
+    """Hidden states, cache, and where they are asked for the statistics of each routed layer."""
 
     routing_statistics: Statistics | None = None
 
@@ -99,6 +100,7 @@ class DSCGPTModel(DSCGPTPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
+        output_routing_statistics: bool = False,
         **kwargs: Any,
     ) -> DSCGPTModelOutput:
         """Tokens (B, T) to hidden states (B, T, d).
@@ -112,6 +114,9 @@ class DSCGPTModel(DSCGPTPreTrainedModel):
             inputs_embeds: Embeddings of shape (B, T, d) in place of ``input_ids``.
             use_cache: Whether to return a cache.
             output_hidden_states: Whether to return the hidden states before each block and after the last.
+            output_routing_statistics: Whether to return the statistics of each routed layer in training, for
+                :func:`torchdsc.losses.regularization_of`, rather than to leave them for
+                :func:`torchdsc.regularization`.
             **kwargs: Passed on to the attention function.
 
         Raises:
@@ -146,14 +151,18 @@ class DSCGPTModel(DSCGPTPreTrainedModel):
                 positions=given_positions,
                 **kwargs,
             )
-            collected += statistics
+            if output_routing_statistics:
+                collected += statistics
+            else:
+                for layer, left in zip(block.routed_layers, statistics, strict=True):
+                    layer.leave_statistics(left, hidden_states)
             all_hidden.append(hidden_states)
         hidden_states = self.final_norm(hidden_states)
         return DSCGPTModelOutput(
             last_hidden_state=hidden_states,
             past_key_values=past_key_values if use_cache else None,
             hidden_states=(*all_hidden[:-1], hidden_states) if output_hidden_states else None,
-            routing_statistics=tuple(collected) if self.training else None,
+            routing_statistics=tuple(collected) if output_routing_statistics else None,
         )
 
     def _masks(
@@ -253,17 +262,12 @@ class DSCGPTForCausalLM(DSCGPTPreTrainedModel, GenerationMixin):
                 before ``labels``. Others are passed on to the attention function.
 
         Raises:
-            ValueError: If ``num_items_in_batch`` comes without labels: something took them out of the model (label
-                smoothing, a loss function of Trainer), and the regularisers would vanish.
+            RuntimeError: In a backward pass in training whose loss does not hold the regularisers.
         """
         # Trainer takes every parameter with "label" in its name for one that evaluation needs.
         shift_labels: Tensor | None = kwargs.pop("shift_labels", None)
         has_labels = labels is not None or shift_labels is not None
-        if self.training and num_items_in_batch is not None and not has_labels and any(self._routed_layers):
-            raise ValueError(
-                "labels must reach the model in training, got num_items_in_batch without them: label smoothing and "
-                "compute_loss_func of Trainer take them out, and the regularisers with them"
-            )
+        with_terms = self.training and has_labels
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -272,60 +276,43 @@ class DSCGPTForCausalLM(DSCGPTPreTrainedModel, GenerationMixin):
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
+            output_routing_statistics=with_terms,
             return_dict=True,
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, kept])
-        collected = [
-            (layer, statistics)
-            for layer, statistics in zip(self._routed_layers, outputs.routing_statistics or (), strict=False)
-            if statistics is not None
-        ]
         losses: dict[str, Any] = {}
         if has_labels:
-            losses = self._losses(logits, labels, shift_labels, collected, num_items_in_batch)
-        else:
-            for layer, statistics in collected:
-                layer.statistics_log.add(statistics)
+            task_loss = self.loss_function(
+                logits=logits,
+                labels=labels,
+                vocab_size=self.config.vocab_size,
+                num_items_in_batch=num_items_in_batch,
+                shift_labels=shift_labels,
+            )
+            losses = {"loss": task_loss, "task_loss": task_loss.detach()}
+        if with_terms:
+            targets = shift_labels if shift_labels is not None else labels[:, 1:]  # type: ignore[index]
+            terms = self._regularization(outputs.routing_statistics, targets, num_items_in_batch)
+            if terms is not None:
+                losses["loss"] = task_loss + terms.total
+                losses["regularization"] = {name: getattr(terms, name) for name in ("aux", "budget", "frame", "z")}
+                demand_use([logits, *(outputs.hidden_states or ())], task_loss, losses["loss"])
         return DSCGPTOutput(
             logits=logits, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states, **losses
         )
 
-    def _losses(
-        self,
-        logits: Tensor,
-        labels: Tensor | None,
-        shift_labels: Tensor | None,
-        collected: list[tuple[RoutedLayer, RoutingStatistics]],
-        num_items_in_batch: Tensor | int | None,
-    ) -> dict[str, Any]:
-        """The output's loss, its task's part, and in training the regularisers."""
-        task_loss = self.loss_function(
-            logits=logits,
-            labels=labels,
-            vocab_size=self.config.vocab_size,
-            num_items_in_batch=num_items_in_batch,
-            shift_labels=shift_labels,
-        )
-        losses = {"loss": task_loss, "task_loss": task_loss.detach()}
-        if self.training:
-            targets = shift_labels if shift_labels is not None else labels[:, 1:]  # type: ignore[index]
-            terms = self._regularization(collected, targets, num_items_in_batch)
-            if terms is not None:
-                losses["loss"] = task_loss + terms.total
-                losses["regularization"] = {name: getattr(terms, name) for name in ("aux", "budget", "frame", "z")}
-        return losses
-
     def _regularization(
         self,
-        collected: list[tuple[RoutedLayer, RoutingStatistics]],
+        statistics: Statistics,
         targets: Tensor,
         num_items_in_batch: Tensor | int | None,
     ) -> Regularization | None:
         layers = self._routed_layers
         if not any(layer.regularizers.any for layer in layers):
             return None
+        collected = [pair for pair in zip(layers, statistics, strict=True) if pair[1] is not None]
         if num_items_in_batch is None:
             return regularization_of(collected, frame_layers=layers)
         precise = torch.promote_types(self.lm_head.weight.dtype, torch.float32)

@@ -1,14 +1,12 @@
-"""What one forward pass of a routed layer leaves for the regularisers, and the log a layer keeps of it."""
+"""What one forward pass of a routed layer leaves for the regularisers."""
 
-import warnings
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-# Forward passes without collection after which a layer warns: more than any gradient accumulation in use.
-_UNCOLLECTED_LIMIT = 256
+from .statistics_log import StatisticsLog
 
 
 class RoutingStatistics(NamedTuple):
@@ -68,51 +66,6 @@ class RegularizerWeights:
         return self.need_tokens or self.frame > 0
 
 
-class StatisticsLog:
-    """The uncollected statistics of one layer, oldest first."""
-
-    def __init__(self) -> None:
-        self.entries: list[RoutingStatistics] = []
-        self._has_warned = False
-
-    def add(self, statistics: RoutingStatistics) -> None:
-        """Keep the statistics of a forward pass, unless a backward pass is recomputing it for a checkpoint."""
-        if not torch.compiler.is_compiling():
-            if _is_recomputing():
-                return
-            self._bound()
-        self.entries.append(statistics)
-
-    def take(self) -> list[RoutingStatistics]:
-        """Return and forget what has been kept."""
-        taken, self.entries = self.entries, []
-        return taken
-
-    def _bound(self) -> None:
-        if len(self.entries) < _UNCOLLECTED_LIMIT:
-            return
-        self.entries = []
-        if not self._has_warned:
-            self._has_warned = True
-            warnings.warn(
-                f"a DSC layer ran {_UNCOLLECTED_LIMIT} times in training without its regularisers being collected: "
-                "add torchdsc.regularization(model).total to the loss, or set their weights to 0",
-                UserWarning,
-                stacklevel=5,
-            )
-
-    def __deepcopy__(self, memo: dict[int, object]) -> "StatisticsLog":
-        # Entries belong to a graph: a copied module starts without any.
-        return StatisticsLog()
-
-    def __reduce__(self) -> tuple[type["StatisticsLog"], tuple[()]]:
-        return StatisticsLog, ()
-
-
-def _is_recomputing() -> bool:
-    return torch._C._current_graph_task_id() != -1
-
-
 def check_token_mask(token_mask: Tensor | None, x: Tensor) -> Tensor | None:
     """Flatten a mask to the tokens of ``x``; a ValueError if its shape is not ``x.shape[:-1]``."""
     if token_mask is None:
@@ -136,7 +89,7 @@ class RoutedLayer(nn.Module):
         self.statistics_log = StatisticsLog()
 
     def forward(self, x: Tensor, token_mask: Tensor | None = None, router_input: Tensor | None = None) -> Tensor:
-        """Map tokens, and in training keep what :func:`torchdsc.regularization` collects.
+        """Map tokens, and in training leave what :func:`torchdsc.regularization` collects.
 
         Args:
             x: Tokens of shape (..., d_in), in the dtype of the parameters (any under autocast). Zero tokens are valid.
@@ -150,10 +103,10 @@ class RoutedLayer(nn.Module):
         Raises:
             ValueError: If ``x``, ``token_mask`` or ``router_input`` has another shape.
             TypeError: If the dtype of ``x`` or ``router_input`` is not that of the parameters.
+            RuntimeError: In the backward pass, if the regularisers have not been collected by then.
         """
         y, statistics = self.forward_with_statistics(x, token_mask, router_input)
-        if statistics is not None:
-            self.statistics_log.add(statistics)
+        self.leave_statistics(statistics, y)
         return y
 
     def forward_with_statistics(
@@ -162,9 +115,26 @@ class RoutedLayer(nn.Module):
         """``forward`` without side effects: returns the statistics too, None outside training or without weights.
 
         A model that checkpoints its blocks returns them through the checkpoint and hands them to
-        :func:`torchdsc.losses.regularization_of`.
+        :func:`torchdsc.losses.regularization_of`, or to :meth:`leave_statistics`.
         """
         raise NotImplementedError
+
+    def leave_statistics(self, statistics: RoutingStatistics | None, output: Tensor) -> None:
+        """Leave the statistics of a forward pass for :func:`torchdsc.regularization`; nothing outside training.
+
+        Args:
+            statistics: What :meth:`forward_with_statistics` returned.
+            output: The tensor that a backward pass reaches before this layer: its output, or that of a block around it.
+        """
+        if self.training and self.regularizers.any:
+            self.statistics_log.leave(statistics, output, is_wanted=self._trains_regularizers())
+
+    def _trains_regularizers(self) -> bool:
+        parts = [self.router] if self.regularizers.need_tokens else []
+        bank = getattr(self, "bank", None)
+        if self.regularizers.frame > 0 and isinstance(bank, nn.Module):
+            parts.append(bank)
+        return any(parameter.requires_grad for part in parts for parameter in part.parameters())
 
     def regularizer_factor(self) -> Tensor | None:
         """Scalar that the weights of this layer's regularisers are multiplied by; None for 1."""

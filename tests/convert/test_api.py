@@ -183,7 +183,7 @@ class TestSharedBank:
         convert(model, share_bank=True, **OPTIONS)
         assert sum(isinstance(module, BasisBank) for module in model.modules()) == 1
         assert len({id(layer.router) for layer in routed(model)}) == 3
-        model(input_ids).square().mean().backward()
+        model.eval()(input_ids).square().mean().backward()
         assert routed(model)[0].bank.u.grad.any()
 
     def test_saves_and_loads_as_a_hugging_face_model(self, input_ids, tmp_path):
@@ -207,7 +207,7 @@ class TestMask:
         model = CASES[request.param][0]().train()
         convert(model, **OPTIONS)
         mask = (torch.arange(9) < torch.tensor([[9], [4], [6]])).long()
-        model(input_ids[:1]), model(input_ids[1:2, :4]), model(input_ids[2:, :6])
+        _outputs = model(input_ids[:1]), model(input_ids[1:2, :4]), model(input_ids[2:, :6])
         return model, mask, regularization(model, num_tokens=19)
 
     @staticmethod
@@ -216,7 +216,7 @@ class TestMask:
 
     def test_padding_does_not_count(self, padded, input_ids):
         model, mask, expected = padded
-        model(input_ids=input_ids, attention_mask=mask)
+        _output = model(input_ids=input_ids, attention_mask=mask)
         assert self.z(regularization(model)) == pytest.approx(self.z(expected), rel=1e-4)
 
     @pytest.mark.parametrize("make", [Plain, llama])
@@ -224,25 +224,25 @@ class TestMask:
         model, mask = make().train(), torch.ones_like(input_ids)
         mask[:, 6:] = 0
         convert(model, **OPTIONS)
-        model(input_ids, attention_mask=mask)
+        _output = model(input_ids, attention_mask=mask)
         expected = self.z(regularization(model))
-        model(input_ids, mask)
+        _output = model(input_ids, mask)
         assert self.z(regularization(model)) == pytest.approx(expected, rel=1e-6)
 
     def test_a_mask_does_not_outlive_its_call(self, padded, input_ids):
         model, mask, _ = padded
-        model(input_ids)
+        _output = model(input_ids)
         expected = self.z(regularization(model))
-        model(input_ids, attention_mask=mask)
+        _output = model(input_ids, attention_mask=mask)
         masked = self.z(regularization(model))
-        model(input_ids)
+        _output = model(input_ids)
         assert self.z(regularization(model)) == pytest.approx(expected, rel=1e-6)
         assert masked != pytest.approx(expected, rel=1e-4)
 
     def test_a_mask_of_another_shape_is_no_token_mask(self, input_ids):
         model = Plain()
         convert(model, **OPTIONS)
-        model(input_ids, attention_mask=torch.ones(3, 1, 9, 9))
+        _output = model(input_ids, attention_mask=torch.ones(3, 1, 9, 9))
         assert regularization(model).z > 0
 
 
@@ -256,12 +256,11 @@ def test_gradient_checkpointing_without_reentry_is_exact(make, input_ids):
     for checkpointed in (False, True):
         if checkpointed:
             model.gradient_checkpointing_enable({"use_reentrant": False})
-        loss = model(input_ids, attention_mask=mask, labels=input_ids).loss
-        (loss + regularization(model).total).backward()
+        model(input_ids, attention_mask=mask, labels=input_ids).loss.backward()
         gradients.append({name: p.grad.clone() for name, p in model.named_parameters()})
         model.zero_grad()
     torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-5, atol=1e-7)
-    assert not any(layer.statistics_log.entries for layer in routed(model))
+    assert not any(len(layer.statistics_log) for layer in routed(model))
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Conversion of existing models: DSC beside, or instead of, their feed-forward modules."""
+"""Conversion of a model in place."""
 
 import re
 from collections.abc import Callable
@@ -7,10 +7,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from .nn import DSC, BasisBank, DSCResidual
-from .nn.host import TokenMasked, feature_sizes, leave_fused_encoder, pass_attention_mask
+from torchdsc.losses import add_regularization
+from torchdsc.nn import DSC, BasisBank, DSCResidual
+from torchdsc.nn.host import TokenMasked, feature_sizes, leave_fused_encoder, pass_attention_mask
 
-__all__ = ["convert"]
+from .saving import remember_conversion
 
 
 def convert(
@@ -26,7 +27,10 @@ def convert(
     """Put a DSC layer beside (``base(x) + dsc(x)``) or in place of the feed-forward modules of ``model``, in place.
 
     A converted model passes the ``attention_mask`` it is called with, where it has the shape of the tokens, to its DSC
-    layers, so that padding does not count in their regularisers.
+    layers, so that padding does not count in their regularisers. A Hugging Face model adds these to its loss in
+    training; for others add ``torchdsc.regularization(model).total``. A backward pass without them raises.
+    ``save_pretrained`` saves the converted model, :func:`torchdsc.load_converted` loads it; transformers' own
+    ``from_pretrained`` refuses it.
 
     Args:
         model: Any PyTorch or Hugging Face model whose targets map (..., d_in) to (..., d_out).
@@ -60,7 +64,7 @@ def convert(
         layers.append(layer.train(base.training))
     for name, layer in zip(names, layers, strict=True):
         base = model.get_submodule(name)
-        converted = _Masked(DSCResidual(base, layer) if mode == "wrap" else layer)
+        converted = _Wrapped(DSCResidual(base, layer)) if mode == "wrap" else _Replaced(layer)
         converted.training = converted.module.training = base.training
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, converted)
@@ -68,33 +72,53 @@ def convert(
     if share_bank:
         _declare_shared(model, layers[0].bank)
     pass_attention_mask(model)
+    add_regularization(model)
+    given = {"mode": mode, "in_features": in_features, "out_features": out_features, "share_bank": share_bank, **options}
+    remember_conversion(model, {"modules": names, "arguments": given})
     return names
 
 
-class _Masked(nn.Module, TokenMasked):
+class _Converted(nn.Module, TokenMasked):
     """A converted module: hands the attention mask of its model to the DSC layer."""
 
     def __init__(self, module: DSCResidual | DSC) -> None:
         super().__init__()
         self.module = module
 
+
+class _Wrapped(_Converted):
+    module: DSCResidual
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        output: Tensor = self.module(x, *args, token_mask=self.mask_of(x), **kwargs)
-        return output
+        # The base has the arguments that it had before, whatever their names.
+        y: Tensor = self.module.base(x, *args, **kwargs)
+        update: Tensor = self.module.dsc(x, self.mask_of(x))
+        return y + update
+
+
+class _Replaced(_Converted):
+    module: DSC
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        y: Tensor = self.module(x, *args, **{"token_mask": self.mask_of(x), **kwargs})
+        return y
 
 
 def _declare_shared(model: nn.Module, bank: BasisBank) -> None:
-    """Transformers refuses to save tensors that share memory, unless the model names them."""
+    """Name tensors that share memory: transformers refuses to save, and fills anew on loading, those it is not told of."""
     declared = getattr(model, "_tied_weights_keys", ())
     if not isinstance(declared, dict | None):
         return
-    tied = dict(declared or {})
+    tied = {}
     for own in bank.parameters():
         first, *others = (
             name for name, parameter in model.named_parameters(remove_duplicate=False) if parameter is own
         )
-        tied.update({re.escape(name): first for name in others})
-    model._tied_weights_keys = tied  # type: ignore[assignment]
+        tied.update(dict.fromkeys(others, first))
+    patterns = {re.escape(name): first for name, first in tied.items()}
+    model._tied_weights_keys = {**(declared or {}), **patterns}  # type: ignore[assignment]
+    # Loading goes by what the model found out of these when it was built.
+    model.all_tied_weights_keys = {**getattr(model, "all_tied_weights_keys", {}), **tied}  # type: ignore[assignment]
 
 
 def _matches(model: nn.Module, target: str | Callable[[str, nn.Module], bool]) -> list[str]:
@@ -102,7 +126,7 @@ def _matches(model: nn.Module, target: str | Callable[[str, nn.Module], bool]) -
     for name, module in model.named_modules():
         inside = any(name.startswith(f"{outer}.") for outer in names)
         matched = re.search(target, name) is not None if isinstance(target, str) else target(name, module)
-        if name and matched and not inside and not isinstance(module, _Masked):
+        if name and matched and not inside and not isinstance(module, _Converted):
             names.append(name)
     return names
 

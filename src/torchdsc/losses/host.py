@@ -1,0 +1,179 @@
+"""The regularisers in the loss of a Hugging Face model, without a line in the training loop.
+
+A model that computes its loss gets the terms added to it. Under transformers' Trainer they are exact whatever the
+accumulation: with ``num_items_in_batch`` they are sums over routed tokens divided by it, as the task's loss is. Some models
+average their loss over each micro-batch although they accept that argument. Trainer is told so, and averages the losses
+of micro-batches; their regularisers follow. A backward pass that reaches the model's output without having come through
+its loss raises.
+"""
+
+import inspect
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torchdsc.nn import RoutedLayer
+from torchdsc.nn.statistics_log import UNUSED, next_number
+
+from .collection import Regularization, regularization_of
+
+_TERMS = "_torchdsc_terms"
+_HANDLES = "_torchdsc_handles"
+# The number of the first forward pass of a layer in the model's current call.
+_SINCE = "_torchdsc_since"
+
+
+def is_pretrained(model: nn.Module) -> bool:
+    """Whether ``model`` is a ``transformers.PreTrainedModel``; transformers is not imported to tell."""
+    transformers = sys.modules.get("transformers")
+    return transformers is not None and isinstance(model, transformers.PreTrainedModel)
+
+
+def add_regularization(model: nn.Module) -> None:
+    """From now on ``model``, if it is a Hugging Face model, adds the regularisers of its layers to its loss in training."""
+    if not is_pretrained(model) or _HANDLES in model.__dict__:
+        return
+    if not sums_loss(model) and not hasattr(model, "accepts_loss_kwargs"):
+        model.accepts_loss_kwargs = False  # type: ignore[assignment]
+    model.__dict__[_HANDLES] = (
+        model.register_forward_pre_hook(_begin),
+        model.register_forward_hook(_add, with_kwargs=True),
+    )
+
+
+def leave_regularization(model: nn.Module) -> None:
+    """Undo :func:`add_regularization`."""
+    handles = model.__dict__.pop(_HANDLES, ())
+    for handle in handles:
+        handle.remove()
+    if handles and model.__dict__.get("accepts_loss_kwargs") is False:
+        del model.__dict__["accepts_loss_kwargs"]
+
+
+def last_regularization(model: nn.Module) -> dict[str, float]:
+    """The terms that the last loss of ``model`` in training held, for a log; empty before the first.
+
+    Args:
+        model: A Hugging Face model with adapters or converted layers, or a model around it.
+
+    Returns:
+        "total" (weighted), "aux", "budget", "frame" and "z".
+    """
+    for module in model.modules():
+        terms: Regularization | None = module.__dict__.get(_TERMS)
+        if terms is not None:
+            return terms.as_dict()
+    return {}
+
+
+def sums_loss(model: nn.Module) -> bool:
+    """Whether a Hugging Face model divides the sum of its losses by the ``num_items_in_batch`` it is given.
+
+    Most models accept the argument and average regardless. Those that do not average call ``self.loss_function``, of
+    a kind that takes the number.
+    """
+    code = getattr(inspect.unwrap(type(model).forward), "__code__", None)
+    if code is None or "loss_function" not in code.co_names:
+        return False
+    return "num_items_in_batch" in inspect.signature(model.loss_function).parameters  # type: ignore[arg-type]
+
+
+def labelled(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """Labels of this call, counted as Trainer counts those of the step: a causal LM shifts them. None without labels."""
+    labels = kwargs.get("shift_labels")
+    if labels is None:
+        given = {**dict(zip(inspect.signature(model.forward).parameters, args, strict=False)), **kwargs}
+        labels = given.get("labels")
+        if isinstance(labels, Tensor) and _shifts_labels(model):
+            labels = labels[..., 1:]
+    return (labels != -100).sum() if isinstance(labels, Tensor) else None
+
+
+def _shifts_labels(model: nn.Module) -> bool:
+    from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
+
+    is_causal = LOSS_MAPPING.get(model.loss_type) is ForCausalLMLoss
+    return is_causal and not model.config.is_encoder_decoder  # type: ignore[union-attr]
+
+
+def demand_use(output: Any, loss: Tensor, total: Tensor) -> None:
+    """Raise in a backward pass that reaches ``output`` but has not come through ``total``.
+
+    Args:
+        output: What a model returns: a tensor, or a mapping or sequence of them.
+        loss: The task's loss among them, which reaches ``total`` by itself.
+        total: Its loss with the regularisers in it.
+    """
+    if torch.compiler.is_compiling() or not total.requires_grad:
+        return
+    used: list[bool] = []
+
+    def check(_: Tensor) -> None:
+        if not used:
+            raise RuntimeError(UNUSED)
+
+    total.register_hook(lambda _: used.append(True))
+    for value in _tensors(output):
+        if value.requires_grad and value is not loss and value is not total:
+            value.register_hook(check)
+
+
+def _begin(model: nn.Module, args: tuple[Any, ...]) -> None:
+    if not torch.compiler.is_compiling():
+        model.__dict__[_SINCE] = next_number()
+
+
+def _add(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    if not model.training or not torch.is_grad_enabled():
+        return None
+    # TRL's trainers, which say so, take their loss from other outputs than the model's.
+    loss = None if kwargs.get("fused_lm_head") else _loss_of(output)
+    if loss is None:
+        return None
+    since = 0 if torch.compiler.is_compiling() else model.__dict__[_SINCE]
+    left = [(layer, layer.statistics_log.take(since)) for layer in _waiting_layers(model, since)]
+    if not left:
+        return None
+    collected = [(layer, entry) for layer, entries in left for entry in entries]
+    items = kwargs.get("num_items_in_batch") if sums_loss(model) else None
+    count = None if items is None else labelled(model, args, kwargs)
+    share = None if count is None else count.to(torch.promote_types(loss.dtype, torch.float32)) / items
+    terms = regularization_of(
+        collected, num_tokens=items, frame_share=share, frame_layers=[layer for layer, _ in left]
+    )
+    model.__dict__[_TERMS] = Regularization(*(value.detach() for value in vars(terms).values()))
+    total = loss + terms.total.to(loss.dtype)
+    demand_use(output, loss, total)
+    return _with_loss(output, total)
+
+
+def _waiting_layers(model: nn.Module, since: int) -> Iterator[RoutedLayer]:
+    for module in model.modules():
+        if isinstance(module, RoutedLayer) and module.statistics_log.waits(since):
+            yield module
+
+
+def _loss_of(output: Any) -> Tensor | None:
+    if isinstance(output, dict):
+        return output.get("loss")
+    first = output[0] if isinstance(output, tuple) and output else None
+    return first if isinstance(first, Tensor) and first.dim() == 0 else None
+
+
+def _with_loss(output: Any, loss: Tensor) -> Any:
+    if isinstance(output, tuple):
+        return (loss, *output[1:])
+    output["loss"] = loss
+    return output
+
+
+def _tensors(output: Any) -> Iterator[Tensor]:
+    """Every tensor of an output, hidden states and the like included."""
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, dict | list | tuple):
+        for value in output.values() if isinstance(output, dict) else output:
+            yield from _tensors(value)

@@ -1,0 +1,144 @@
+"""What forward passes leave for the regularisers until it is collected."""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from .statistics import RoutingStatistics
+
+_WAYS_OUT = (
+    "Give a Hugging Face model its labels and use the loss it returns; put torchdsc.RegularizedLoss before the class of "
+    "a trainer that computes its loss outside the model; in a loop of your own add "
+    "torchdsc.regularization(model).total to the loss; or set aux_weight, budget_weight, frame_weight and z_weight to 0"
+)
+UNCOLLECTED = (
+    "the regularisers of a forward pass in training were not collected before its backward pass, so that they are in no "
+    f"loss. {_WAYS_OUT}"
+)
+UNUSED = (
+    "the model's loss, which holds the regularisers, is not in the loss of this backward pass. Use it, or leave labels "
+    f"out of the call. {_WAYS_OUT}"
+)
+WITHOUT_GRADIENT = (
+    "the regularisers of a routed layer carry no gradient although its router wants one: its forward pass ran under "
+    "reentrant checkpointing (pass use_reentrant=False) or under torch.no_grad"
+)
+
+_numbers = itertools.count(1)
+
+
+def next_number() -> int:
+    """A number greater than those of all forward passes so far."""
+    return next(_numbers)
+
+
+class _Left:
+    """The statistics of one forward pass, or None where L_frame alone waits.
+
+    A hook of the pass's output holds it, so that it lives as long as the graph that a backward pass goes through.
+    """
+
+    def __init__(self, statistics: RoutingStatistics | None, is_wanted: bool) -> None:
+        self.statistics, self.is_wanted, self.number = statistics, is_wanted, next_number()
+        self.is_taken = False
+
+    def take(self) -> RoutingStatistics | None:
+        statistics, self.statistics, self.is_taken = self.statistics, None, True
+        return statistics
+
+    def check(self, gradient: Tensor) -> None:
+        """The hook: a backward pass comes through the output."""
+        if self.is_wanted and not self.is_taken:
+            raise RuntimeError(UNCOLLECTED)
+
+
+class StatisticsLog:
+    """The uncollected statistics of one layer, oldest first.
+
+    The log does not own them: the autograd graph of each forward pass's output does. Once nothing can be trained
+    through a pass, because its output is gone, its statistics are gone too. They take no memory and do not count in the
+    next loss. A backward pass through an output whose statistics have not been collected raises.
+
+    Of passes without a graph (``torch.no_grad``) the last one's values are kept. Inside ``torch.compile`` an output
+    cannot own anything: there statistics wait until they are collected.
+    """
+
+    def __init__(self) -> None:
+        self._left: list[weakref.ref[_Left]] = []
+        self._compiled: list[RoutingStatistics | None] = []
+        self._without_graph: _Left | None = None
+
+    def leave(self, statistics: RoutingStatistics | None, output: Tensor, *, is_wanted: bool) -> None:
+        """Leave the statistics of a forward pass, unless a backward pass is recomputing it for a checkpoint.
+
+        Args:
+            statistics: Of the pass; None where L_frame alone waits.
+            output: What the pass returns, of any shape.
+            is_wanted: Whether the regularisers would train something.
+
+        Raises:
+            RuntimeError: If reentrant checkpointing recomputes a pass whose statistics nobody has collected.
+        """
+        if torch.compiler.is_compiling():
+            self._compiled.append(statistics)
+            return
+        if _is_recomputing():
+            if self._without_graph is not None and is_wanted:
+                self._without_graph = None
+                raise RuntimeError(WITHOUT_GRADIENT)
+            return
+        left = _Left(statistics, is_wanted)
+        if not output.requires_grad:
+            self._without_graph = left
+            return
+        output.register_hook(left.check)
+        self._left = [*(weakref.ref(other) for other in self._waiting()), weakref.ref(left)]
+
+    def take(self, since: int = 0) -> list[RoutingStatistics]:
+        """Return and forget the statistics that wait.
+
+        Args:
+            since: Take those alone that were left after :func:`next_number` gave this one.
+
+        Returns:
+            Those with a graph; where there are none, those of the last pass without.
+        """
+        taken, self._compiled = self._compiled, []
+        if not torch.compiler.is_compiling():
+            last, self._without_graph = self._without_graph, None
+            found = [left for left in self._waiting() if left.number >= since]
+            if not found and last is not None and last.number >= since:
+                found = [last]
+            taken += [left.take() for left in found]
+        return [statistics for statistics in taken if statistics is not None]
+
+    def waits(self, since: int = 0) -> bool:
+        """Whether a pass whose regularisers would train something waits to be collected; see :meth:`take`."""
+        if self._compiled or torch.compiler.is_compiling():
+            return bool(self._compiled)
+        waiting = self._waiting() + ([] if self._without_graph is None else [self._without_graph])
+        return any(left.is_wanted and left.number >= since for left in waiting)
+
+    def _waiting(self) -> list[_Left]:
+        alive = (reference() for reference in self._left)
+        return [left for left in alive if left is not None and not left.is_taken]
+
+    def __len__(self) -> int:
+        return len(self._compiled) + len(self._waiting())
+
+    def __deepcopy__(self, memo: dict[int, object]) -> StatisticsLog:
+        # What waits belongs to a graph: a copied module starts without any.
+        return StatisticsLog()
+
+    def __reduce__(self) -> tuple[type[StatisticsLog], tuple[()]]:
+        return StatisticsLog, ()
+
+
+def _is_recomputing() -> bool:
+    return torch._C._current_graph_task_id() != -1
