@@ -49,7 +49,8 @@ def run(arguments: list[str]) -> None:
 def _parser(values: Mapping[str, Any] = MappingProxyType({})) -> ArgumentParser:
     """The parser, whose help shows the ``values`` of a preset as defaults."""
     usage = "[--preset NAME] [--config FILE] --base MODEL --train FILE [--method KIND ...] [--SETTING VALUE ...]"
-    parser = command_parser("adapt", "Adapt a pretrained model to tasks, by one method or several.", usage)
+    description = "Adapt a pretrained model to tasks, by one method or several."
+    parser = command_parser("adapt", description, usage, print_config=None)
     presets = f"{', '.join(preset_names('adapt'))}; `torchdsc presets` says what each is for"
 
     def add(name: str, words: str, default: object = None, **options: Any) -> None:

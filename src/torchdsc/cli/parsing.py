@@ -46,13 +46,14 @@ class ArgumentParser(jsonargparse.ArgumentParser):
                 action.help = SUPPRESS
 
 
-def command_parser(command: str, description: str, usage: str | None = None) -> ArgumentParser:
+def command_parser(command: str, description: str, usage: str | None = None, **options: Any) -> ArgumentParser:
     """A parser that raises ``ArgumentError`` where it would print its usage and exit.
 
     Args:
         command: Name of the command.
         description: Its line of help.
         usage: What follows the program's name, where the generated line is too long.
+        **options: Further ones of the parser.
     """
     program = f"torchdsc {command}"
     return ArgumentParser(
@@ -61,6 +62,7 @@ def command_parser(command: str, description: str, usage: str | None = None) -> 
         usage=usage and f"{program} {usage}",
         exit_on_error=False,
         allow_abbrev=False,
+        **options,
     )
 
 
@@ -71,7 +73,7 @@ def add_dry_run(parser: ArgumentParser) -> None:
 
 
 def add_print_config(parser: ArgumentParser) -> None:
-    """A flag for the settings, for commands whose settings are not all flags."""
+    """A flag for the settings, for a parser made with ``print_config=None``, whose settings are not all flags."""
     words = "print the settings after applying all other arguments, for --config to read, and exit"
     parser.add_argument("--print_config", action="store_true", default=SUPPRESS, help=words)
 

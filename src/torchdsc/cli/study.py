@@ -18,6 +18,7 @@ def run(arguments: list[str]) -> None:
         "study",
         "Train variants of the layers at equal budgets, each tuned by trials on the validation part.",
         "(--preset NAME | --config FILE) [--seeds SEED ...] [--output FOLDER] [--dry_run] [--print_config]",
+        print_config=None,
     )
     presets = f"{', '.join(preset_names(_FOLDER))}; `torchdsc presets` says what each is for"
     parser.add_argument("--preset", type=str | None, default=SUPPRESS, help=presets)

@@ -24,6 +24,7 @@ def run(arguments: list[str]) -> None:
     options, config = parse_experiment(parser, arguments)
     config = replace(config, methods=[options.method], seeds=[options.seed])
     # Imported late: --help and wrong flags answer at once.
+    from torchdsc.lab.budget import describe_misses
     from torchdsc.lab.experiment import prepare
     from torchdsc.lab.training import MODEL, train_run
 
@@ -31,6 +32,8 @@ def run(arguments: list[str]) -> None:
     print(f"corpus {config.corpus}: reading, and encoding what is new", flush=True)
     data, plans = prepare(config, folder)
     plan = plans[options.method]
+    for line in describe_misses(plans, config.budget(data.vocab_size), config.match):
+        print(f"warning: {line}")
     record = train_run(config, plan, options.seed, data, folder)
     print(
         f"{options.method}: {plan.description}; validation loss {record['val_loss_final']:.4f}, "
