@@ -48,7 +48,7 @@ def run(arguments: list[str]) -> None:
 
 def _parser(values: Mapping[str, Any] = MappingProxyType({})) -> ArgumentParser:
     """The parser, whose help shows the ``values`` of a preset as defaults."""
-    usage = "[--preset NAME] [--config FILE] --base MODEL --train FILE [--method KIND ...] [--SETTING VALUE ...]"
+    usage = "[--preset NAME] [--config FILE] --base MODEL --train FILE [--method KIND ...] [--SETTING ...]"
     description = "Adapt a pretrained model to tasks, by one method or several."
     parser = command_parser("adapt", description, usage, print_config=None)
     presets = f"{', '.join(preset_names('adapt'))}; `torchdsc presets` says what each is for"
@@ -86,9 +86,10 @@ def _values(options: Mapping[str, Any]) -> dict[str, Any]:
     return values
 
 
-def _config(given: Mapping[str, Any]) -> AdaptConfig:
-    options = dict.fromkeys(("base", "method", "budget", "only", *_TASK_FLAGS, *_STUDY_FLAGS)) | dict(given)
-    values = _values(options)
+def _config(flags: Mapping[str, Any]) -> AdaptConfig:
+    names = ("base", "method", "budget", "only", *_TASK_FLAGS, *_STUDY_FLAGS)
+    options: dict[str, Any] = {name: flags.get(name) for name in names}
+    values = _values(flags)
     # As --print_config has it.
     values.pop("output", None)
     for name in ("base", *_STUDY_FLAGS):

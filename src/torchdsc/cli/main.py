@@ -1,5 +1,6 @@
 """Entry point of ``torchdsc``: dispatches to a command, and turns errors of the user into a line."""
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
@@ -45,6 +46,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(command: str, arguments: list[str]) -> int:
+    if not sys.stderr.isatty():
+        # Downloads of data sets, which would draw their bars into a log.
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     try:
         # First, because its error names the extra to install.
         import_module("torchdsc.lab")

@@ -13,4 +13,8 @@ def run(arguments: list[str]) -> None:
     for commands, folder in (("compare and train", ()), ("adapt", ("adapt",)), ("study", ("study",))):
         print(f"of {commands}:")
         for name in preset_names(*folder):
-            print(fill(f"{name:<12} {describe_preset(name, *folder)}", 100, initial_indent="  ", subsequent_indent=" " * 15))
+            print(
+                fill(
+                    f"{name:<12} {describe_preset(name, *folder)}", 100, initial_indent="  ", subsequent_indent=" " * 15
+                )
+            )

@@ -102,9 +102,7 @@ def load_corpus(
         texts = SplitTexts(*(_truncate(text, max_bytes) for text in texts))
     for split, text in texts._asdict().items():
         if not text or text.isspace():
-            raise ValueError(
-                f"corpus must have text in every split, got an empty {split} split in {spec!r}"
-            )
+            raise ValueError(f"corpus must have text in every split, got an empty {split} split in {spec!r}")
     _logger.info("corpus %s: %s characters", name, {split: len(text) for split, text in texts._asdict().items()})
     return Corpus(name=name, sha256=_digest(texts), preparation=preparation, **texts._asdict())
 

@@ -10,7 +10,6 @@ import logging
 import lzma
 import os
 import re
-import sys
 import sysconfig
 import zlib
 from collections.abc import Iterable
@@ -114,8 +113,6 @@ def read_hub(name: str) -> SplitTexts:
             f"corpus {name!r} is loaded through `datasets`, which is not installed: pip install 'torchdsc[corpora]', "
             "or give a folder with its files as the corpus"
         ) from error
-    if not sys.stderr.isatty():
-        datasets.disable_progress_bars()
     try:
         splits = datasets.load_dataset(_HUB_REPOSITORY, HUB_CONFIGURATIONS[name])
         rows = [splits[split]["text"] for split in ("train", "validation", "test")]

@@ -1,4 +1,4 @@
-"""How long runs would take here: a few steps and one evaluation of each kind of run, in a folder that is thrown away."""
+"""How long runs would take here: a few steps and one evaluation of each kind are timed, in a temporary folder."""
 
 import math
 import time

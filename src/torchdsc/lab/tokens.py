@@ -127,9 +127,7 @@ def _encode_splits(
     characters = sum(map(len, texts.values()))
     # For tqdm None is "only on a terminal".
     shown = None if progress else True
-    with tqdm(
-        total=characters, desc=f"tokenizing {corpus.name}", unit="char", unit_scale=True, disable=shown
-    ) as bar:
+    with tqdm(total=characters, desc=f"tokenizing {corpus.name}", unit="char", unit_scale=True, disable=shown) as bar:
         for split, text in texts.items():
 
             def write(file: BinaryIO, split: str = split, text: str = text) -> None:

@@ -222,7 +222,7 @@ class _LogBeforeCheckpoint(TrainerCallback):
 
 
 def show_progress(trainer: Trainer, label: str) -> None:
-    """Put :class:`QuietProgress` in place of what Trainer shows, where there is a terminal; nothing in pipes and logs."""
+    """Put :class:`QuietProgress` in place of what Trainer shows on a terminal, and nothing where there is none."""
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
     if sys.stderr.isatty():

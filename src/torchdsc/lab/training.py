@@ -92,7 +92,7 @@ def train_run(
 ) -> dict[str, Any]:
     """Train one method with one seed, or go on where it stopped, or return what a finished run recorded.
 
-    The folder ends with ``record.json`` and the final model with its tokenizer; checkpoints are kept only while it trains.
+    The folder ends with ``record.json`` and the final model with its tokenizer; checkpoints are kept while it trains.
 
     Args:
         config: The experiment.

@@ -4,7 +4,6 @@ import csv
 import hashlib
 import json
 import random
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -211,11 +210,9 @@ def _read(path: Path, task: Task) -> Iterator[Row]:
 
 def _from_hub(source: str) -> Iterator[Row]:
     try:
-        from datasets import disable_progress_bars, load_dataset
+        from datasets import load_dataset
     except ImportError as error:
         raise ImportError("a data set of the hub needs datasets: pip install 'torchdsc[corpora]'") from error
-    if not sys.stderr.isatty():
-        disable_progress_bars()
     # "user/name", or "user/name/config".
     name, _, split = source.partition(":")
     user, *rest = name.split("/")

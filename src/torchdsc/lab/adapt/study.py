@@ -115,13 +115,10 @@ def dry_run(config: AdaptConfig, folder: Path, *, console: Console | None = None
             for seed in config.seeds_of(method)
             for task in config.tasks
         ]
-        todo = [job for job, *others in jobs if not any((folder / j.name / RECORD).is_file() for j in (job, *others))]
-        with quiet_transformers():
-            model = _model(config, method, data[config.tasks[0].name], tokenizer)
-        words = f"{method.name}: {method.kind} {method.options}; {adapter_parameters(model):,} parameters of the adapter"
+        todo = [alike[0] for alike in jobs if not any((folder / job.name / RECORD).is_file() for job in alike)]
+        parameters, step, evaluated = _measure(config, method, data[config.tasks[0].name], tokenizer)
+        words = f"{method.name}: {method.kind} {method.options}; {parameters:,} parameters of the adapter"
         console.print(words, markup=False, highlight=False, soft_wrap=True)
-        batch = _batch(config, data[config.tasks[0].name])
-        step, evaluated = _seconds(_step(config, model, batch)), _seconds(lambda: model.eval()(**batch))
         seconds = sum(_cost(config, job, data[job.task], step, evaluated) for job in todo)
         works.append(Work(method.name, len(jobs), len(jobs) - len(todo), seconds))
     print_work(console, works, folder)
@@ -250,12 +247,25 @@ def _peak(step: Callable[[], object]) -> int:
     return peak_memory_bytes()
 
 
+def _measure(
+    config: AdaptConfig, method: Method, task: TaskData, tokenizer: PreTrainedTokenizerBase
+) -> tuple[int, float, float]:
+    """Parameters of the adapter, and seconds of a training step and of an evaluated batch."""
+    with quiet_transformers():
+        model = _model(config, method, task, tokenizer)
+    parameters, batch = adapter_parameters(model), _batch(config, task)
+    step = _seconds(_step(config, model, batch))
+    model.eval()
+    with torch.no_grad():
+        return parameters, step, _seconds(lambda: model(**batch))
+
+
 def _cost(config: AdaptConfig, job: Job, task: TaskData, step: float, evaluated: float) -> float:
     """Seconds of a run with its evaluations, where a step and an evaluated batch take these."""
     steps = config.steps_of(task.task)
-    parts = [task.validation] * (0 if config.eval_every is None else math.ceil(steps / config.eval_every))
+    parts: list[Any] = [task.validation] * (0 if config.eval_every is None else math.ceil(steps / config.eval_every))
     parts.append(task.validation if job.is_trial else task.evaluation)
-    batches = sum(len(part) for part in parts) / config.batch_size  # type: ignore[arg-type]
+    batches = sum(map(len, parts)) / config.batch_size
     return steps * step + batches * evaluated
 
 

@@ -96,7 +96,7 @@ def dry_run(config: StudyConfig, folder: Path, *, console: Console | None = None
         jobs = [[_Job(variant, index, config.tuning_seed, True)] for index in _tried(variant)]
         # Which trial a run is to be like is not known before they are done.
         jobs += [[_Job(variant, i, seed, False) for i in range(len(variant.trials))] for seed in config.seeds]
-        todo = [job for job, *others in jobs if not any((folder / j.name / RECORD).is_file() for j in (job, *others))]
+        todo = [alike[0] for alike in jobs if not any((folder / job.name / RECORD).is_file() for job in alike)]
         experiments = [_experiment(config, job) for job in todo]
         cost = measure_cost(experiments[0], plans[variant.name], data) if todo else None
         seconds = sum(
