@@ -25,6 +25,7 @@ ALLOWED = {
     "lab": CORE | {"baselines", "bounds", "convert", "diagnostics", "models", "adapters", "torchdsc"},
     "cli": CORE | {"baselines", "bounds", "convert", "diagnostics", "models", "adapters", "lab", "torchdsc"},
     "torchdsc": CORE | {"bounds", "convert"},
+    "__main__": {"cli"},
 }
 # The core may import torch and the standard library; the parts for an extra import the extra's packages at their top.
 TORCH_ONLY = ("ops", "nn", "losses", "bounds", "convert", "baselines", "diagnostics", "torchdsc")
@@ -127,11 +128,19 @@ import torch, torchdsc, torchdsc.baselines, torchdsc.diagnostics
 layer = torchdsc.DSCResidual(torch.nn.Linear(8, 8), torchdsc.DSC(8, num_atoms=12, top_k=3))
 (layer(torch.randn(5, 8)).sum() + torchdsc.regularization(layer).total).backward()
 torchdsc.baselines.StandardMoE(8, 6, 4)(torch.randn(5, 8))
-for name in ("models", "cli.main"):
+for name in ("models", "lab.compare", "cli.main"):
     try:
         __import__(f"torchdsc.{name}")
     except ImportError as error:
         print(name, "|", error)
+import contextlib
+from torchdsc.cli.main import main
+with contextlib.redirect_stderr(sys.stdout):
+    assert main(["compare"]) == 2
 """)
+    lab = "accelerate, jsonargparse, matplotlib, numpy, peft, rich, tokenizers, transformers, yaml: "
+    lab = f"torchdsc.lab needs {lab}pip install 'torchdsc[lab]'"
+    assert f"lab.compare | {lab}\n" in out
+    assert f"torchdsc compare: {lab}\n" in out
     assert "models | torchdsc.models needs transformers >= 5.17: pip install 'torchdsc[models]'" in out
     assert "cli.main" not in out

@@ -57,13 +57,27 @@ class TestCheckout:
 )
 def test_options(torchdsc, monkeypatch, arguments, expected):
     seen = []
-    options = SimpleNamespace(Options=lambda **given: given, run=seen.append)
+    options = SimpleNamespace(NAMES=["layer"], Options=lambda **given: given, run=seen.append)
     monkeypatch.setattr(bench, "import_module", lambda name: options)
     monkeypatch.setattr(sys, "path", [*sys.path])
     assert torchdsc("bench", *arguments).status == 0
     [given] = seen
     output = given["output"] and str(given["output"])
     assert (given["names"], given["rounds"], output, given["base"], given["quick"]) == expected
+
+
+class TestHelp:
+    def test_names_are_listed_and_not_required(self, torchdsc, monkeypatch):
+        monkeypatch.setattr(sys, "path", [*sys.path])
+        out = " ".join(torchdsc("bench", "--help").out.split())
+        assert "names any of layer, layer_sweep, recommended, " in out
+        assert "required" not in out
+
+    def test_outside_a_checkout(self, torchdsc, monkeypatch, workplace):
+        monkeypatch.setattr(
+            bench, "__file__", str(workplace / "lib" / "site-packages" / "torchdsc" / "cli" / "bench.py")
+        )
+        assert "benchmarks, which a checkout lists here" in " ".join(torchdsc("bench", "--help").out.split())
 
 
 class TestErrors:

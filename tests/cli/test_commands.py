@@ -2,12 +2,18 @@
 
 import json
 import re
+import sys
 
 import pytest
 import yaml
 
 from torchdsc.cli.options import experiment_parser, parse_experiment
-from torchdsc.lab.config import ExperimentConfig, load_preset
+from torchdsc.cli.parsing import underscored
+from torchdsc.lab.adapt.config import AdaptConfig
+from torchdsc.lab.config import ExperimentConfig, load_preset, preset_names
+from torchdsc.lab.presets import preset_names as preset_names_of
+from torchdsc.lab.presets import read_preset
+from torchdsc.lab.study.config import StudyConfig
 
 BUDGET = ("budget", "--total", "35e6", "--active", "28e6", "--d_model", 384, "--n_layer", 6)
 
@@ -102,6 +108,70 @@ class TestOptions:
         assert parse("--corpus", "wikitext-2").corpus == "wikitext-2"
 
 
+@pytest.mark.usefixtures("workplace")
+class TestPresets:
+    """What is shown is the preset's, and what is printed and read back is the same experiment."""
+
+    @pytest.mark.parametrize("command", ["compare", "train"])
+    @pytest.mark.parametrize("name", preset_names())
+    def test_printed_settings_give_the_experiment_again(self, torchdsc, tmp_path, command, name):
+        shown = torchdsc(command, "--preset", name, "--steps", 7, "--print-config")
+        assert (shown.status, shown.err) == (0, "")
+        values = yaml.safe_load(shown.out)
+        wanted = ExperimentConfig(**load_preset(name)).as_dict() | {"preset": name, "steps": 7}
+        if command == "train":
+            wanted = {key: wanted[key] for key in wanted if key not in ("methods", "seeds")}
+            wanted |= {"method": "dsc", "seed": 42}
+        assert values == wanted
+        (tmp_path / "s.yaml").write_text(shown.out)
+        again = torchdsc(command, "--config", tmp_path / "s.yaml", "--print_config").out
+        assert yaml.safe_load(again) == values
+
+    def test_what_differs_from_the_preset_keeps_its_name(self, torchdsc):
+        out = torchdsc("compare", "--preset", "best", "--steps", 7, "--print_config=skip_default").out
+        assert yaml.safe_load(out) == {"preset": "best", "steps": 7}
+
+    @pytest.mark.parametrize("command", ["adapt", "study"])
+    def test_printed_studies_too(self, torchdsc, tmp_path, command):
+        for name in preset_names_of(command):
+            shown = torchdsc(command, "--preset", name, "--seeds", 5, 6, "--print-config")
+            assert (shown.status, shown.err) == (0, "")
+            values = yaml.safe_load(shown.out)
+            assert values.pop("output") == f"runs/{command}-{name}"
+            kind = {"adapt": AdaptConfig, "study": StudyConfig}[command]
+            assert kind.from_dict(values) == kind.from_dict(read_preset(name, command) | {"seeds": [5, 6]})
+            (tmp_path / "s.yaml").write_text(shown.out)
+            assert torchdsc(command, "--config", tmp_path / "s.yaml", "--print_config").out == shown.out
+
+    @pytest.mark.parametrize("command", ["compare", "train"])
+    @pytest.mark.parametrize("name", preset_names())
+    def test_help_shows_the_presets_defaults(self, torchdsc, command, name):
+        out = " ".join(torchdsc(command, "--preset", name, "--help").out.split())
+        preset = load_preset(name)
+        for setting in ("learning_rate", "steps", "corpus"):
+            described = out[out.index(f" --{setting} ") :]
+            assert described.partition("default: ")[2].startswith(f"{preset[setting]})")
+
+    def test_help_of_adapt_too(self, torchdsc):
+        bare, glue = (" ".join(torchdsc("adapt", *flags, "--help").out.split()) for flags in ((), ("--preset", "glue")))
+
+        def default(out, flag):
+            described = out[out.index(f" --{flag} ") :].partition(" --")[2].partition(" --")[0]
+            return described.partition("(default: ")[2].partition(")")[0]
+
+        assert [default(out, "max_length") for out in (bare, glue)] == ["128", "64"]
+        assert [default(out, "seeds") for out in (bare, glue)] == ["[0]", "[0, 1, 2]"]
+        assert [default(out, "kind") for out in (bare, glue)] == ["classification"] * 2
+        assert "null" not in bare + glue
+
+
+def test_hyphens_are_underscores_in_flags_alone():
+    given = ["--learning-rate", "-1e-3", "--batch-size=3", "--overrides.moe.learning-rate", "--prompt=--a-b", "--a-b c"]
+    assert underscored(given) == [
+        "--learning_rate", "-1e-3", "--batch_size=3", "--overrides.moe.learning_rate", "--prompt=--a-b", "--a-b c"
+    ]  # fmt: skip
+
+
 class TestBudget:
     def test_table(self, torchdsc):
         status, out, err = torchdsc(*BUDGET)
@@ -170,8 +240,36 @@ class TestCompare:
         assert "total must be at least" in err
         assert torchdsc(*command).status == 0
 
+    def test_dry_run_says_what_would_be_done_and_writes_nothing(self, torchdsc, tiny, workplace):
+        command = ("compare", "--config", tiny, "--methods", "dense", "moe", "--seeds", 1, 2)
+        status, out, err = torchdsc(*command, "--dry-run")
+        assert (status, err, list(workplace.iterdir())) == (0, "", [])
+        assert "moe: 4 experts of 84, top-2; 0.037 M stored, 0.026 M active\n" in out
+        assert re.search(r"^dense: 2 runs: about \d+ s\nmoe: 2 runs: about \d+ s\nin all about \d+ s", out, re.M)
+        assert torchdsc(*command[:-1]).status == 0
+        before = {path: path.stat().st_mtime_ns for path in workplace.rglob("*")}
+        out = torchdsc(*command[:-1], "--dry-run").out
+        assert "dense: 1 run, 1 of them done before\n" in out
+        assert "nothing is left to train; a dry run: runs/quick is left as it is" in out
+        assert before == {path: path.stat().st_mtime_ns for path in workplace.rglob("*")}
+        # What the run itself would refuse.
+        status, _, err = torchdsc(*command, "--dry-run", "--steps", 3)
+        assert (status, "holds an experiment with" in err) == (2, True)
+
+    def test_missed_targets_are_said(self, torchdsc, tiny):
+        flags = ("--config", tiny, "--seeds", 1, "--methods", "dsc")
+        line = "warning: total = 34,000 is missed by dsc 36,640 (+7.8%); match = 'moe' solves all methods"
+        assert line in torchdsc("compare", *flags).out
+        assert line in torchdsc("train", *flags[:2], "--method", "dsc").out
+        assert "warning" not in torchdsc("compare", *flags, "--match", "null", "--output", "runs/other").out
+
 
 class TestTrainAndGenerate:
+    def test_bars_are_for_terminals(self, torchdsc, tiny, monkeypatch):
+        assert torchdsc("train", "--config", tiny, "--output", "one").err == ""
+        monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+        assert "dsc seed 42: " in torchdsc("train", "--config", tiny, "--output", "two").err
+
     def test_train_then_generate(self, torchdsc, fails, tiny, workplace):
         status, out, _ = torchdsc("train", "--config", tiny, "--method", "moe", "--seed", 3)
         assert status == 0

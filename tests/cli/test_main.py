@@ -1,5 +1,6 @@
 """Dispatch, help, and errors of the user in one line."""
 
+import re
 import subprocess
 import sys
 
@@ -7,9 +8,11 @@ import pytest
 
 import torchdsc as package
 from torchdsc.cli import main as cli_main
+from torchdsc.lab import presets as package_presets
 from torchdsc.lab.config import preset_names
 
-COMMANDS = ("compare", "budget", "train", "generate", "bench")
+COMMANDS = ("compare", "budget", "train", "generate", "adapt", "study", "presets", "bench")
+RESUMABLE = ("compare", "train", "adapt", "study")
 
 
 class TestHelp:
@@ -29,13 +32,39 @@ class TestHelp:
     def test_of_a_command(self, torchdsc, command):
         status, out, err = torchdsc(command, "--help")
         assert (status, err) == (0, "")
-        assert out.startswith(f"usage: torchdsc {command} ")
+        assert out.split()[:3] == ["usage:", "torchdsc", command]
         usage = out.partition("\n\n")[0]
         assert len(usage.splitlines()) <= 6
         assert max(map(len, usage.splitlines())) <= 120
 
     def test_version(self, torchdsc):
         assert torchdsc("--version") == (0, f"torchdsc {package.__version__}\n", "")
+
+    def test_presets_are_listed_with_what_each_is_for(self, torchdsc):
+        status, out, err = torchdsc("presets")
+        assert (status, err) == (0, "")
+        for folder in ((), ("adapt",), ("study",)):
+            for name in package_presets.preset_names(*folder):
+                purpose = package_presets.describe_preset(name, *folder)
+                assert len(purpose) > 40
+                assert f"{name} {purpose}" in " ".join(out.split())
+        # The extra that they need beside the lab's.
+        for name in ("small", "best", "paper"):
+            assert "the extra corpora" in package_presets.describe_preset(name)
+
+    def test_of_train_lists_nothing_that_it_refuses(self, torchdsc):
+        assert not {"--methods", "--seeds"} & set(torchdsc("train", "--help").out.split())
+
+    @pytest.mark.parametrize("command", COMMANDS)
+    def test_has_no_default_that_says_nothing(self, torchdsc, command):
+        out = " ".join(torchdsc(command, "--help").out.split())
+        for flag in ("output", "base", "rounds", "preset", "config", "metric", "seeds", "names"):
+            shown = re.search(rf" --{flag} .*? (?=--|$)", out)
+            assert not shown or "default: null" not in shown[0]
+
+    def test_as_a_module(self):
+        done = subprocess.run([sys.executable, "-m", "torchdsc", "--version"], capture_output=True, text=True)
+        assert (done.returncode, done.stdout, done.stderr) == (0, f"torchdsc {package.__version__}\n", "")
 
     def test_as_a_module_without_loading_transformers(self):
         script = (
@@ -51,15 +80,28 @@ class TestHelp:
 
 class TestErrors:
     def test_unknown_command(self, fails):
-        assert (
-            fails("comparr")
-            == "torchdsc: command must be one of compare, budget, train, generate, adapt, study, bench, got 'comparr'"
-        )
+        known = "torchdsc: command must be one of compare, budget, train, generate, adapt, study, presets, bench"
+        assert fails("comparr") == f"{known}, got 'comparr' (did you mean compare?)"
+        assert fails("xyz") == f"{known}, got 'xyz'"
 
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
-            (["compare", "--stepps", "3"], "unrecognized arguments: --stepps 3 (see torchdsc compare --help)"),
+            (["compare", "--xyz", "3"], "unrecognized arguments: --xyz 3 (see torchdsc compare --help)"),
+            (["compare", "--stepps", "3"], "unrecognized arguments: --stepps 3 (did you mean --steps?) (see torchdsc"),
+            # Nothing is abbreviated: what it stood for could change with a new flag.
+            (["compare", "--step", "3"], "unrecognized arguments: --step 3 (did you mean --steps?) (see torchdsc"),
+            (
+                ["adapt", "--learning-rate", "3"],
+                "unrecognized arguments: --learning_rate 3 (did you mean --learning_rates?",
+            ),
+            (["generate", "x", "--top-pp", "3"], "unrecognized arguments: --top_pp 3 (did you mean --top_p?) (see"),
+            (
+                ["compare", "--preset", "smal"],
+                f"preset must be one of {preset_names()}, got 'smal' (did you mean small?)",
+            ),
+            (["study", "--preset", "lever"], "preset must be one of ['length', "),
+            (["study", "--preset", "opponent"], "preset must be one of ['length', 'levers', 'longer', 'opponents', "),
             (["compare", "--steps", "abc"], "steps must be int, got abc (see torchdsc compare --help)"),
             (["compare", "--steps"], "argument --steps: expected one argument (see"),
             (["compare", "--precision", "fp8"], "precision must be one of 'fp32', 'bf16', 'fp16', got fp8 (see"),
@@ -74,7 +116,8 @@ class TestErrors:
             (["compare", "--learning_rate=-1"], "learning_rate must be > 0, got -1.0"),
             (
                 ["compare", "--corpus", "nowhere/text.txt"],
-                "corpus 'nowhere/text.txt': spec must be one of ['embedded', ",
+                "corpus must be one of ['embedded', 'wikitext-2', 'wikitext-103'], or a path to text files, "
+                "got a path that is not there: nowhere/text.txt",
             ),
             (["train", "--method", "lora"], "argument --method: invalid choice: 'lora' (choose from"),
             (["train", "--methods", "dsc"], "train takes one --method and one --seed, got --methods"),
@@ -94,6 +137,22 @@ class TestErrors:
         assert err.count("\n") == 1
         assert "Traceback" not in err
 
+    def test_unknown_setting_in_a_file(self, fails, tmp_path):
+        (tmp_path / "a.yaml").write_text("stepps: 3")
+        line = fails("compare", "--config", tmp_path / "a.yaml")
+        assert line.startswith("torchdsc compare: Option 'stepps' is not accepted (did you mean steps?) (see")
+
+    @pytest.mark.parametrize("command", ["compare", "train"])
+    def test_failure_leaves_no_folder(self, torchdsc, workplace, command):
+        status, _, err = torchdsc(command, "--corpus", "nosuch", "--output", "some/where")
+        assert (status, list(workplace.iterdir())) == (2, [])
+        assert err.startswith(f"torchdsc {command}: corpus must be one of ['embedded', ")
+
+    def test_hub_corpus_without_the_extra_names_it(self, torchdsc, workplace, monkeypatch):
+        monkeypatch.setitem(sys.modules, "datasets", None)
+        err = torchdsc("compare", "--preset", "small").err
+        assert "pip install 'torchdsc[corpora]', or give a folder with its files" in err
+
     def test_of_the_system_name_the_file(self, torchdsc, tiny):
         # A folder under a file cannot be made, by nobody.
         status, _, err = torchdsc("compare", "--config", tiny, "--output", tiny / "out")
@@ -109,7 +168,7 @@ class TestErrors:
         monkeypatch.setattr(cli_main, "import_module", lambda name: module)
         status, out, err = torchdsc(command)
         assert (status, out) == (1, "")
-        further = "; the same command goes on from what is saved" if command in ("compare", "train") else ""
+        further = "; the same command goes on from what is saved" if command in RESUMABLE else ""
         assert err == f"\ntorchdsc {command}: interrupted{further}\n"
 
     def test_bugs_keep_their_traceback(self, torchdsc, monkeypatch):

@@ -151,5 +151,6 @@ def tiny(text_file: Path) -> ExperimentConfig:
 def tiny_data(tiny: ExperimentConfig, tmp_path_factory: pytest.TempPathFactory) -> Data:
     """Its corpus, encoded."""
     corpus = load_corpus(tiny.corpus)
-    tokens = tokenize_corpus(corpus, load_tokenizer("bytes", corpus), cache_dir=tmp_path_factory.mktemp("tokens"))
-    return Data(corpus, tokens)
+    tokenizer = load_tokenizer("bytes", corpus)
+    tokens = tokenize_corpus(corpus, tokenizer, cache_dir=tmp_path_factory.mktemp("tokens"))
+    return Data(corpus, tokens, tokenizer)

@@ -9,7 +9,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from torchdsc.lab.budget import METHODS, TOLERANCE, Budget, solve, solve_all
+from torchdsc.lab.budget import METHODS, TOLERANCE, Budget, describe_misses, solve, solve_all
 from torchdsc.models import DSCGPTConfig, DSCGPTForCausalLM
 
 PAPER = Budget(35e6, 28e6, 384, 6)
@@ -343,6 +343,37 @@ class TestInfeasible:
         tiny = solve("dense", as_budget(96, 1, 2, 2))
         with pytest.raises(ValueError, match=r"got total = [\d,]+ and active = [\d,]+ \(realised by dense\)"):
             solve("moe", as_budget(96, 1, 5000, 5000), match=tiny)
+
+
+class TestMissesThatAreSaid:
+    """Targets of a model of 859,400 parameters, as preset quick has them, and others."""
+
+    def plans(self, total, active, match=None):
+        budget = Budget(total, active, 96, 4, vocab_size=2048, n_positions=128)
+        matched = None if match is None else solve(match, budget)
+        plans = {name: solve(name, budget, match=matched) for name in ("dense", "moe", "dsc")}
+        return describe_misses(plans, budget, match)
+
+    def test_with_a_match(self):
+        assert self.plans(900e3, 600e3, "moe") == [
+            "total = 900,000 is missed by dense 958,656 (+6.5%), moe 959,040 (+6.6%), dsc 959,040 (+6.6%); "
+            "match = 'moe' solves all methods to what that one comes to"
+        ]
+
+    def test_of_the_method_alone_that_misses(self):
+        assert self.plans(900e3, 600e3) == ["total = 900,000 is missed by moe 959,040 (+6.6%)"]
+
+    def test_small_ones_are_not(self):
+        budget = Budget(959_040, 599_616, 96, 4, vocab_size=2048, n_positions=128)
+        plans = {name: solve(name, budget) for name in ("dense", "moe", "dsc")}
+        assert any(plan.params_total != budget.total for plan in plans.values())
+        assert describe_misses(plans, budget) == []
+
+    def test_active(self):
+        budget = Budget(900e3, 600e3, 96, 4, vocab_size=2048, n_positions=128)
+        plan = solve("dsc", Budget(900e3, 560e3, 96, 4, vocab_size=2048, n_positions=128))
+        [line] = describe_misses({"dsc": plan}, budget)
+        assert re.fullmatch(r"active = 600,000 is missed by dsc 5[56]\d,\d{3} \(-6\.\d%\)", line)
 
 
 class TestArguments:

@@ -239,12 +239,12 @@ class TestUnusableExperiments:
         assert snapshot(tmp_path / "out") == {}
 
     def test_missing_corpus(self, one, tmp_path):
-        with pytest.raises(OSError, match=r"corpus .*/nowhere.txt': .* a path that is not there"):
+        with pytest.raises(OSError, match=r"corpus must be one of .* a path that is not there: .*/nowhere.txt"):
             run(dataclasses.replace(one, corpus=str(tmp_path / "nowhere.txt")), tmp_path / "out")
         assert snapshot(tmp_path / "out") == {}
 
     def test_tokenizer(self, one, tmp_path):
-        with pytest.raises(ValueError, match="tokenizer 'bpe': vocab_size must be at least 257"):
+        with pytest.raises(ValueError, match="vocab_size must be at least 257 for 'bpe'"):
             run(dataclasses.replace(one, tokenizer="bpe", vocab_size=100), tmp_path / "out")
         assert snapshot(tmp_path / "out") == {}
 

@@ -148,7 +148,7 @@ class TestHub:
 
     def test_missing_package_names_the_extra(self, monkeypatch):
         monkeypatch.setitem(sys.modules, "datasets", None)
-        with pytest.raises(ImportError, match=re.escape("pip install torchdsc[corpora]")):
+        with pytest.raises(ImportError, match=re.escape("pip install 'torchdsc[corpora]'")):
             load_corpus("wikitext-2")
 
     def test_failing_download_points_to_a_folder(self, monkeypatch):
@@ -351,7 +351,7 @@ class TestMaxBytes:
 class TestErrors:
     def test_unknown_name(self):
         with pytest.raises(
-            ValueError, match=r"spec must be one of \['embedded', 'wikitext-2', 'wikitext-103'\].*'wiki'"
+            ValueError, match=r"corpus must be one of \['embedded', 'wikitext-2', 'wikitext-103'\].*'wiki'"
         ):
             load_corpus("wiki")
 
@@ -367,7 +367,7 @@ class TestErrors:
             load_corpus("${NOWHERE}/wikitext-2")
 
     def test_blank_name(self):
-        with pytest.raises(ValueError, match="spec must be a corpus name"):
+        with pytest.raises(ValueError, match="corpus must be a name"):
             load_corpus(" ")
 
     def test_unknown_preparation(self):
@@ -426,12 +426,12 @@ class TestErrors:
     )
     def test_damaged_compression(self, tmp_path, suffix, data):
         (tmp_path / f"train.txt{suffix}").write_bytes(data)
-        with pytest.raises(ValueError, match=r"spec must name readable files, got .*train\.txt"):
+        with pytest.raises(ValueError, match=r"corpus must be readable files, got .*train\.txt"):
             load_corpus(tmp_path)
 
     def test_dangling_link(self, tmp_path):
         (tmp_path / "train.txt").symlink_to(tmp_path / "gone.txt")
-        with pytest.raises(ValueError, match=r"spec must name readable files, got .*train\.txt"):
+        with pytest.raises(ValueError, match=r"corpus must be readable files, got .*train\.txt"):
             load_corpus(tmp_path)
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from torchdsc.lab.files import expand, read_json, write_atomically, write_json
+from torchdsc.lab.files import expand, new_folder, read_json, write_atomically, write_json
 
 
 class TestWriteAtomically:
@@ -25,6 +25,39 @@ class TestWriteAtomically:
             write_atomically(target, interrupted)
         assert target.read_bytes() == b"whole"
         assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+class TestNewFolder:
+    def test_of_what_fails_is_removed(self, tmp_path):
+        seen = []
+
+        def fail():
+            with new_folder(tmp_path / "a" / "b"):
+                seen.append((tmp_path / "a" / "b").is_dir())
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            fail()
+        assert (seen, list(tmp_path.iterdir())) == ([True], [])
+
+    def test_stays_with_what_it_holds_or_where_it_was(self, tmp_path):
+        (tmp_path / "old").mkdir()
+
+        def fail(name):
+            with new_folder(tmp_path / name):
+                if name == "new":
+                    (tmp_path / name / "file").touch()
+                raise KeyboardInterrupt
+
+        for name in ("old", "new"):
+            with pytest.raises(KeyboardInterrupt):
+                fail(name)
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["new", "old"]
+
+    def test_stays_where_all_is_well(self, tmp_path):
+        with new_folder(tmp_path / "a"):
+            pass
+        assert (tmp_path / "a").is_dir()
 
 
 @pytest.mark.parametrize("text", ["{", "[1]"])

@@ -83,5 +83,5 @@ def test_no_model(experiment, tmp_path):
 
 def test_no_tokenizer(run_folder, tmp_path):
     shutil.copytree(run_folder, tmp_path / "run")
-    with pytest.raises(FileNotFoundError, match="no folder tokenizer beside or above"):
+    with pytest.raises(FileNotFoundError, match=r"no tokenizer in .*, nor a folder tokenizer beside or above it"):
         generate(tmp_path / "run", "abc")

@@ -227,13 +227,13 @@ class TestHub:
 
     def test_slow_tokenizer(self, corpus, monkeypatch):
         monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda name: object())
-        with pytest.raises(ValueError, match="spec must name a fast tokenizer, got object from 'slow'"):
+        with pytest.raises(ValueError, match="tokenizer must be a fast one, got object from 'slow'"):
             load_tokenizer("slow", corpus)
 
 
 class TestErrors:
     def test_blank(self, corpus):
-        with pytest.raises(ValueError, match="spec must be 'bytes', 'bpe'"):
+        with pytest.raises(ValueError, match="tokenizer must be 'bytes', 'bpe'"):
             load_tokenizer("", corpus)
 
     @pytest.mark.parametrize("vocab_size", [256, 0, -1])
@@ -258,7 +258,7 @@ class TestErrors:
     def test_folder_without_a_tokenizer(self, corpus, tmp_path, files):
         for name, text in files.items():
             (tmp_path / name).write_text(text)
-        with pytest.raises(ValueError, match="spec must be a folder with a tokenizer"):
+        with pytest.raises(ValueError, match="tokenizer must be a folder with a tokenizer"):
             load_tokenizer(tmp_path, corpus)
 
 

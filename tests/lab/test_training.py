@@ -11,13 +11,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch.nn import functional
-from transformers import TrainerCallback, TrainingArguments
+from transformers import TrainerCallback, TrainingArguments, pipeline
 from transformers.utils import logging as transformers_logging
 
 from torchdsc.lab import checkpoints, training
 from torchdsc.lab import trainer as lab_trainer
 from torchdsc.lab.budget import METHODS
 from torchdsc.lab.checkpoints import checkpoint_step
+from torchdsc.lab.generation import generate
 from torchdsc.lab.sparse import DenseAndSparseAdam, clip_grad_norm
 from torchdsc.lab.summaries import REQUIRED_KEYS
 from torchdsc.lab.tokens import FixedWindows
@@ -385,7 +386,19 @@ def test_messages_of_transformers_are_as_before(train, tmp_path):
 
 def test_window_longer_than_a_split(train, tmp_path):
     with pytest.raises(ValueError, match="at least one window of length 4000"):
-        train(tmp_path, window=4000, total=200_000, active=190_000, method="dense")
+        train(tmp_path / "some" / "run", window=4000, total=200_000, active=190_000, method="dense")
+    # A run that came to nothing leaves nothing.
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_pipelines_take_the_models_folder(whole, capfd):
+    folder, _ = whole("dsc")
+    generator = pipeline("text-generation", str(folder / "model"))
+    capfd.readouterr()
+    # As long as its 16 positions allow, without being told.
+    [output] = generator("some ", do_sample=False)
+    assert output["generated_text"] == generate(folder, "some ", max_new_tokens=11, temperature=0)
+    assert capfd.readouterr().err == ""
 
 
 def test_several_processes_are_refused(train, tmp_path, monkeypatch):

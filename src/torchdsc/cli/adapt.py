@@ -1,7 +1,9 @@
 """``torchdsc adapt``."""
 
-from dataclasses import fields
+from collections.abc import Mapping
+from dataclasses import MISSING, fields
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import docstring_parser
@@ -10,7 +12,15 @@ import yaml
 from torchdsc.lab.adapt.config import KINDS, WITHOUT_ADAPTER, AdaptConfig, Task
 from torchdsc.lab.presets import preset_names, read_preset
 
-from .parsing import ArgumentParser, command_parser
+from .parsing import (
+    SUPPRESS,
+    ArgumentParser,
+    add_dry_run,
+    add_print_config,
+    command_parser,
+    print_settings,
+    without_looking,
+)
 
 _TASK_FLAGS = [f.name for f in fields(Task) if f.name not in ("name", "steps")]
 _STUDY_FLAGS = [f.name for f in fields(AdaptConfig) if f.name not in ("base", "tasks", "methods")]
@@ -21,41 +31,67 @@ _DEFAULT_BUDGET = 100_000
 
 def run(arguments: list[str]) -> None:
     """Adapt a pretrained model to tasks, by one method or several."""
-    options = _parser().parse_args(arguments)
-    config = _config(vars(options))
+    preset = _parser().parse_args(without_looking(arguments)).get("preset")
+    # Defaults in the help are those of the preset that is given.
+    options = vars(_parser(read_preset(preset, "adapt") if preset else {}).parse_args(arguments))
+    config = _config(options)
+    folder = options.get("output") or _values(options).get("output")
+    folder = folder or f"runs/adapt-{preset or config.tasks[0].name}"
+    if options.get("print_config"):
+        print_settings({"output": folder, **config.as_dict()})
+        return
     # Imported late: --help and wrong flags answer at once.
-    from torchdsc.lab.adapt.study import adapt
+    from torchdsc.lab.adapt.study import adapt, dry_run
 
-    adapt(config, Path(options.output or f"runs/adapt-{options.preset or config.tasks[0].name}"))
+    (dry_run if options.get("dry_run") else adapt)(config, Path(folder))
 
 
-def _parser() -> ArgumentParser:
-    usage = "[--preset NAME] [--config FILE] --base MODEL --train FILE [--method KIND ...] [--SETTING VALUE ...]"
-    parser = command_parser("adapt", "Adapt a pretrained model to tasks, by one method or several.", usage)
-    presets = ", ".join(preset_names("adapt"))
-    parser.add_argument("--preset", default=None, help=f"a study to start from: {presets}")
-    parser.add_argument("--config", type=str | None, default=None, help="YAML file of a study, over the preset's")
-    parser.add_argument("--output", type=str | None, default=None, help="folder of the study (default: runs/adapt-...)")
-    parser.add_argument("--base", type=str | None, default=None, help="folder or hub id of the model")
-    parser.add_argument(
-        "--method", nargs="+", default=None, help=f"methods: names of the study's, or {', '.join(KINDS)}"
-    )
-    parser.add_argument(
-        "--budget", type=int | None, default=None, help="trainable parameters of each adapter (100,000 where new)"
-    )
-    parser.add_argument("--only", nargs="+", default=None, help="names of the study's tasks to do, all by default")
-    for kind, names in ((Task, _TASK_FLAGS), (AdaptConfig, _STUDY_FLAGS)):
+def _parser(values: Mapping[str, Any] = MappingProxyType({})) -> ArgumentParser:
+    """The parser, whose help shows the ``values`` of a preset as defaults."""
+    usage = "[--preset NAME] [--config FILE] --base MODEL --train FILE [--method KIND ...] [--SETTING ...]"
+    description = "Adapt a pretrained model to tasks, by one method or several."
+    parser = command_parser("adapt", description, usage, print_config=None)
+    presets = f"{', '.join(preset_names('adapt'))}; `torchdsc presets` says what each is for"
+
+    def add(name: str, words: str, default: object = None, **options: Any) -> None:
+        shown = "" if default is None else f" (default: {default})"
+        # What is not given is not among the options: it is the preset's, the file's or the study's own.
+        parser.add_argument(f"--{name}", default=SUPPRESS, help=words + shown, **options)
+
+    add("preset", f"a study to start from: {presets}")
+    add("config", "YAML file of a study, over the preset's")
+    add("output", "folder of the study (default: runs/adapt-...)")
+    add_dry_run(parser)
+    add_print_config(parser)
+    add("base", "folder or hub id of the model", values.get("base"))
+    known = [method["name"] for method in values.get("methods", [])] or ["dsc"]
+    add("method", f"methods: names of the study's, or {', '.join(KINDS)}", known, nargs="+")
+    add("budget", f"trainable parameters of each adapter ({_DEFAULT_BUDGET:,} where new)", type=int)
+    add("only", "names of the study's tasks to do, all by default", nargs="+")
+    for kind, names, chosen in ((Task, _TASK_FLAGS, {}), (AdaptConfig, _STUDY_FLAGS, values)):
         described = {part.arg_name: part.description for part in docstring_parser.parse(kind.__doc__ or "").params}
+        defaults = {f.name: None if f.default is MISSING else f.default for f in fields(kind)}
+        defaults |= {f.name: f.default_factory() for f in fields(kind) if f.default_factory is not MISSING}
         for name in names:
             plural: dict[str, Any] = {"nargs": "+"} if name in _LISTS else {}
-            parser.add_argument(f"--{name}", default=None, help=described[name], **plural)
+            add(name, described[name] or "", chosen.get(name, defaults[name]), **plural)
     return parser
 
 
-def _config(options: dict[str, Any]) -> AdaptConfig:
-    values = read_preset(options["preset"], "adapt") if options["preset"] else {}
-    if options["config"]:
+def _values(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Values of the preset, and over them those of the file."""
+    values = read_preset(options["preset"], "adapt") if options.get("preset") else {}
+    if options.get("config"):
         values |= yaml.safe_load(Path(options["config"]).read_text(encoding="utf-8"))
+    return values
+
+
+def _config(flags: Mapping[str, Any]) -> AdaptConfig:
+    names = ("base", "method", "budget", "only", *_TASK_FLAGS, *_STUDY_FLAGS)
+    options: dict[str, Any] = {name: flags.get(name) for name in names}
+    values = _values(flags)
+    # As --print_config has it.
+    values.pop("output", None)
     for name in ("base", *_STUDY_FLAGS):
         given = options[name]
         if given is not None:

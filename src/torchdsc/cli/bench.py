@@ -4,33 +4,49 @@ import sys
 import tomllib
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
-from .parsing import command_parser
+from .parsing import SUPPRESS, command_parser
 
 
 def run(arguments: list[str]) -> None:
     """Run the checkout's benchmarks."""
-    usage = "[NAMES ...] [--rounds N] [--output FOLDER] [--base COMMIT] [--quick]"
+    usage = "[NAME ...] [--rounds N] [--output FOLDER] [--base COMMIT] [--quick]"
     parser = command_parser("bench", "Time what is compared in this checkout, after its tests.", usage)
-    parser.add_argument("names", nargs="*", help="benchmarks (default: the usual ones), or `page` for their page")
-    parser.add_argument("--rounds", type=int, default=None, help="rounds of a point (default: as time allows)")
-    parser.add_argument("--output", type=str | None, default=None, help="folder of the JSON (default: the results)")
-    parser.add_argument("--base", type=str | None, default=None, help="commit to compare the library with")
+    # No default of an option is shown as "null": what is not given is not among the options.
+    parser.add_argument("names", nargs="*", default=SUPPRESS, help=f"{_known()}; or `page`, which writes their page")
+    parser.add_argument("--rounds", type=int, default=SUPPRESS, help="rounds of a point (default: as time allows)")
+    parser.add_argument("--output", type=str, default=SUPPRESS, help="folder of the JSON (default: the results)")
+    parser.add_argument("--base", type=str, default=SUPPRESS, help="commit to compare the library with")
     parser.add_argument("--quick", action="store_true", help="a few small points, into runs/bench-quick")
     options = parser.parse_args(arguments)
-    folder = str(find_checkout())
-    if folder not in sys.path:
-        sys.path.insert(0, folder)
-    command = import_module("benchmarks.command")
+    command = _import("benchmarks.command")
+    output = options.get("output")
     command.run(
         command.Options(
-            names=options.names,
-            rounds=options.rounds,
-            output=Path(options.output) if options.output else None,
-            base=options.base,
+            names=options.get("names", []),
+            rounds=options.get("rounds"),
+            output=Path(output) if output else None,
+            base=options.get("base"),
             quick=options.quick,
         )
     )
+
+
+def _known() -> str:
+    """Which benchmarks there are, in the words of the help; only a checkout has them."""
+    try:
+        return f"any of {', '.join(_import('benchmarks.suite').NAMES)} (default: the usual ones)"
+    except (ImportError, FileNotFoundError):
+        return "benchmarks, which a checkout lists here (default: the usual ones)"
+
+
+def _import(name: str) -> Any:
+    """A module of the checkout."""
+    folder = str(find_checkout())
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+    return import_module(name)
 
 
 def find_checkout() -> Path:

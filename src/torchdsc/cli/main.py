@@ -1,7 +1,9 @@
 """Entry point of ``torchdsc``: dispatches to a command, and turns errors of the user into a line."""
 
+import os
 import sys
 from collections.abc import Callable, Sequence
+from difflib import get_close_matches
 from importlib import import_module
 
 # Command, the module that runs it (imported only when called), and its line of help.
@@ -12,6 +14,7 @@ _COMMANDS = {
     "generate": ("torchdsc.cli.generate", "generate text with a trained model"),
     "adapt": ("torchdsc.cli.adapt", "adapt a pretrained model to tasks, through PEFT"),
     "study": ("torchdsc.cli.study", "train variants of the layers, each tuned by trials, and compare them"),
+    "presets": ("torchdsc.cli.presets", "list the presets and what each is for"),
     "bench": ("torchdsc.cli.bench", "time the library against its baselines, in a checkout"),
 }
 _RESUMABLE = ("compare", "train", "adapt", "study")
@@ -36,20 +39,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"torchdsc {__version__}")
         return 0
     if arguments[0] not in _COMMANDS:
-        print(f"torchdsc: command must be one of {', '.join(_COMMANDS)}, got {arguments[0]!r}", file=sys.stderr)
+        near = "".join(f" (did you mean {name}?)" for name in get_close_matches(arguments[0], _COMMANDS, n=1))
+        print(f"torchdsc: command must be one of {', '.join(_COMMANDS)}, got {arguments[0]!r}{near}", file=sys.stderr)
         return 2
     return _run(arguments[0], arguments[1:])
 
 
 def _run(command: str, arguments: list[str]) -> int:
+    if not sys.stderr.isatty():
+        # Downloads of data sets, which would draw their bars into a log.
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     try:
-        from .parsing import ArgumentError, describe
+        # First, because its error names the extra to install.
+        import_module("torchdsc.lab")
+        from .parsing import ArgumentError, describe, underscored
     except ImportError as error:
         print(f"torchdsc {command}: {error}", file=sys.stderr)
         return 2
     try:
         run: Callable[[list[str]], None] = import_module(_COMMANDS[command][0]).run
-        run(arguments)
+        run(underscored(arguments))
     except KeyboardInterrupt:
         further = "; the same command goes on from what is saved" if command in _RESUMABLE else ""
         print(f"\ntorchdsc {command}: interrupted{further}", file=sys.stderr)
@@ -65,6 +74,5 @@ def _run(command: str, arguments: list[str]) -> int:
 
 def _usage() -> str:
     lines = [f"  {name:<10}{help_line}" for name, (_, help_line) in _COMMANDS.items()]
-    return (
-        "usage: torchdsc COMMAND [options]\n\n" + "\n".join(lines) + "\n\n`torchdsc COMMAND --help` explains a command."
-    )
+    ending = "`torchdsc COMMAND --help` explains a command; `torchdsc --version` prints the version."
+    return "\n".join(["usage: torchdsc COMMAND [options]", "", *lines, "", ending])

@@ -11,7 +11,7 @@ from jsonargparse import Namespace
 
 from torchdsc.lab.config import ExperimentConfig, load_preset, preset_names
 
-from .parsing import ArgumentParser, command_parser
+from .parsing import ArgumentParser, command_parser, without_looking
 
 _LISTS = ("--methods", "--seeds")
 
@@ -20,7 +20,8 @@ def experiment_parser(command: str, description: str, default_preset: str) -> Ar
     """A parser with every field of :class:`ExperimentConfig` as a flag."""
     usage = "[--preset NAME] [--config FILE] [--output FOLDER] [--SETTING VALUE ...]"
     parser = command_parser(command, description, usage)
-    parser.add_argument("--preset", default=default_preset, help=f"settings to start from: {', '.join(preset_names())}")
+    presets = f"{', '.join(preset_names())}; `torchdsc presets` says what each is for"
+    parser.add_argument("--preset", default=default_preset, help=f"settings to start from: {presets}")
     parser.add_argument("--config", action="config", help="YAML file of settings over the preset's")
     parser.add_class_arguments(ExperimentConfig, nested_key=None)
     return parser
@@ -41,7 +42,7 @@ def parse_experiment(parser: ArgumentParser, arguments: Sequence[str]) -> tuple[
         ValueError: If the preset is unknown, or a value out of its range.
     """
     ordered, single = _in_order(arguments)
-    options = _parse(parser, ordered, str(parser.get_default("preset")))
+    options = _parse(parser, ordered)
     values: dict[str, Any] = {f.name: options[f.name] for f in fields(ExperimentConfig)}
     values["overrides"] = deepcopy(values["overrides"])
     for path, text in single:
@@ -53,11 +54,11 @@ def parse_experiment(parser: ArgumentParser, arguments: Sequence[str]) -> tuple[
     return options, ExperimentConfig(**values)
 
 
-def _parse(parser: ArgumentParser, arguments: list[str], preset: str) -> Namespace:
+def _parse(parser: ArgumentParser, arguments: list[str]) -> Namespace:
+    # A flag or a file may name the preset. The first look finds out which, before anything is shown or taken from one.
+    preset = parser.parse_args(without_looking(arguments)).preset
     parser.set_defaults({**asdict(ExperimentConfig()), **load_preset(preset)})
-    options = parser.parse_args(arguments)
-    # A flag or a file may name another preset than the one its values were taken from.
-    return options if options.preset == preset else _parse(parser, arguments, options.preset)
+    return parser.parse_args(arguments)
 
 
 def _in_order(arguments: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:

@@ -7,7 +7,7 @@ import yaml
 from torchdsc.lab.presets import preset_names, read_preset
 from torchdsc.lab.study.config import StudyConfig
 
-from .parsing import command_parser
+from .parsing import SUPPRESS, add_dry_run, add_print_config, command_parser, print_settings
 
 _FOLDER = "study"
 
@@ -17,24 +17,32 @@ def run(arguments: list[str]) -> None:
     parser = command_parser(
         "study",
         "Train variants of the layers at equal budgets, each tuned by trials on the validation part.",
-        "(--preset NAME | --config FILE) [--seeds SEED ...] [--output FOLDER]",
+        "(--preset NAME | --config FILE) [--seeds SEED ...] [--output FOLDER] [--dry_run] [--print_config]",
+        print_config=None,
     )
-    parser.add_argument("--preset", type=str | None, default=None, help=", ".join(preset_names(_FOLDER)))
-    parser.add_argument("--config", type=str | None, default=None, help="YAML file of a study")
-    parser.add_argument("--seeds", nargs="+", type=int, default=None, help="in place of the study's")
-    parser.add_argument("--output", type=str | None, default=None, help="folder of the study (default: runs/study-...)")
+    presets = f"{', '.join(preset_names(_FOLDER))}; `torchdsc presets` says what each is for"
+    parser.add_argument("--preset", type=str | None, default=SUPPRESS, help=presets)
+    parser.add_argument("--config", type=str | None, default=SUPPRESS, help="YAML file of a study")
+    parser.add_argument("--seeds", nargs="+", type=int, default=SUPPRESS, help="in place of the study's")
+    parser.add_argument("--output", type=str, default=SUPPRESS, help="folder of the study (default: runs/study-...)")
+    add_dry_run(parser)
+    add_print_config(parser)
     options = parser.parse_args(arguments)
-    if (options.preset is None) == (options.config is None):
+    preset, file = options.get("preset"), options.get("config")
+    if (preset is None) == (file is None):
         raise ValueError("one of --preset and --config must be given")
-    if options.preset is not None:
-        values = read_preset(options.preset, _FOLDER)
+    if preset is not None:
+        values = read_preset(preset, _FOLDER)
     else:
-        values = yaml.safe_load(Path(options.config).read_text(encoding="utf-8"))
-    if options.seeds is not None:
+        values = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+    folder = options.get("output") or values.pop("output", None) or f"runs/study-{preset or Path(file).stem}"
+    if options.get("seeds") is not None:
         values["seeds"] = options.seeds
     config = StudyConfig.from_dict(values)
+    if options.get("print_config"):
+        print_settings({"output": folder, **config.as_dict()})
+        return
     # Imported late: --help and wrong flags answer at once.
-    from torchdsc.lab.study.study import run_study
+    from torchdsc.lab.study.study import dry_run, run_study
 
-    name = options.preset or Path(options.config).stem
-    run_study(config, Path(options.output or f"runs/study-{name}"))
+    (dry_run if options.get("dry_run") else run_study)(config, Path(folder))

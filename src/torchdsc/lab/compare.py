@@ -12,11 +12,12 @@ from rich.console import Console
 
 from torchdsc.models import DSCGPTForCausalLM
 
-from .budget import Plan
+from .budget import Plan, describe_misses
 from .checkpoints import checkpoint_step
 from .config import ExperimentConfig
+from .dry_run import Work, duration, measure_cost, print_work
 from .environment import hardware, quiet_transformers
-from .experiment import prepare
+from .experiment import look, prepare
 from .files import read_json, write_json, write_text
 from .latency import measure_in_turn
 from .report import write_report
@@ -24,7 +25,7 @@ from .tables import print_table, summarize, to_markdown
 from .tokens import FixedWindows
 from .training import MODEL, RECORD, Data, train_run
 
-__all__ = ["compare", "write_results"]
+__all__ = ["compare", "dry_run", "write_results"]
 
 RESULTS, REPORT, TABLE = "results.json", "report.html", "table.md"
 _LATENCY = "latency.json"
@@ -52,7 +53,7 @@ def compare(config: ExperimentConfig, folder: Path, *, console: Console | None =
     console = console or Console()
     console.print(f"corpus {config.corpus}: reading, and encoding what is new", highlight=False, soft_wrap=True)
     data, plans = prepare(config, folder)
-    _print_plans(console, data, plans)
+    _print_plans(console, config, data, plans)
     runs = _train_all(config, data, plans, folder, console)
     with quiet_transformers():
         latency = _latency(config, data, folder)
@@ -61,6 +62,33 @@ def compare(config: ExperimentConfig, folder: Path, *, console: Console | None =
     print_table(summarize(runs), console)
     console.print(f"report: {folder / REPORT}", highlight=False, soft_wrap=True)
     return runs
+
+
+def dry_run(config: ExperimentConfig, folder: Path, *, console: Console | None = None) -> None:
+    """Print what :func:`compare` would do: plans, sizes, and about how long it takes; ``folder`` is left as it is.
+
+    The corpus is read, and encoded into the cache; a few steps of each method are timed.
+
+    Args:
+        config: The experiment.
+        folder: The experiment's folder, in which some runs may be done.
+        console: Where to print.
+
+    Raises:
+        ValueError: As :func:`compare`.
+    """
+    console = console or Console()
+    console.print(f"corpus {config.corpus}: reading, and encoding what is new", highlight=False, soft_wrap=True)
+    data, plans = look(config, folder)
+    _print_plans(console, config, data, plans)
+    works = []
+    for method, plan in plans.items():
+        places = [folder / f"{method}-seed{seed}" for seed in config.seeds]
+        todo = [config.steps - _steps_done(place, config.steps) for place in places]
+        cost = measure_cost(config, plan, data) if any(todo) else None
+        seconds = sum(cost.seconds(config, steps, test=True) for steps in todo if steps and cost)
+        works.append(Work(method, len(todo), todo.count(0), seconds))
+    print_work(console, works, folder)
 
 
 def write_results(runs: list[dict[str, Any]], folder: Path) -> None:
@@ -113,14 +141,7 @@ class _Pace:
         means = {method: fmean(seconds) for method, seconds in self._seconds.items()}
         # A method not seen yet is taken for the average of those that were.
         seconds = sum(steps * means.get(method, fmean(means.values())) for method, steps in todo)
-        return f"; about {_duration(seconds)} left for all runs"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{max(1, round(seconds))} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
+        return f"; about {duration(seconds)} left for all runs"
 
 
 def _latency(config: ExperimentConfig, data: Data, folder: Path) -> dict[str, dict[str, Any]]:
@@ -152,13 +173,10 @@ def _latency(config: ExperimentConfig, data: Data, folder: Path) -> dict[str, di
     return measured
 
 
-def _print_plans(console: Console, data: Data, plans: dict[str, Plan]) -> None:
+def _print_plans(console: Console, config: ExperimentConfig, data: Data, plans: dict[str, Plan]) -> None:
     tokens = ", ".join(f"{len(getattr(data.tokens, split)):,} {split}" for split in ("train", "valid", "test"))
     console.print(f"tokens: {tokens}; {data.tokens.vocab_size:,} different", highlight=False)
     for method, plan in plans.items():
-        console.print(
-            f"{method}: {plan.description}; {plan.params_total / 1e6:.3f} M stored, "
-            f"{plan.params_active / 1e6:.3f} M active",
-            highlight=False,
-            soft_wrap=True,
-        )
+        console.print(f"{method}: {plan}", highlight=False, soft_wrap=True)
+    for line in describe_misses(plans, config.budget(data.vocab_size), config.match):
+        console.print(f"warning: {line}", markup=False, highlight=False, soft_wrap=True)

@@ -102,16 +102,14 @@ def load_corpus(
         texts = SplitTexts(*(_truncate(text, max_bytes) for text in texts))
     for split, text in texts._asdict().items():
         if not text or text.isspace():
-            raise ValueError(
-                f"spec must name a corpus with text in every split, got an empty {split} split in {spec!r}"
-            )
+            raise ValueError(f"corpus must have text in every split, got an empty {split} split in {spec!r}")
     _logger.info("corpus %s: %s characters", name, {split: len(text) for split, text in texts._asdict().items()})
     return Corpus(name=name, sha256=_digest(texts), preparation=preparation, **texts._asdict())
 
 
 def _read(spec: str) -> tuple[str, SplitTexts]:
     if not spec.strip():
-        raise ValueError(f"spec must be a corpus name or a path, got {spec!r}")
+        raise ValueError(f"corpus must be a name or a path, got {spec!r}")
     if spec == "embedded":
         return spec, read_embedded()
     if spec in HUB_CONFIGURATIONS:
@@ -122,9 +120,9 @@ def _read(spec: str) -> tuple[str, SplitTexts]:
     known = ["embedded", *HUB_CONFIGURATIONS]
     # A bare word is more likely a misspelt name than a file of the current folder.
     if path.name == spec and not path.suffix:
-        raise ValueError(f"spec must be one of {known}, or a path to text files, got {spec!r}")
+        raise ValueError(f"corpus must be one of {known}, or a path to text files, got {spec!r}")
     raise FileNotFoundError(
-        f"spec must be one of {known}, or a path to text files, got a path that is not there: {spec}"
+        f"corpus must be one of {known}, or a path to text files, got a path that is not there: {spec}"
     )
 
 

@@ -76,7 +76,7 @@ def read_embedded() -> SplitTexts:
         held_out = "valid" if position < _TRAIN_FRACTION + _VALID_FRACTION else "test"
         parts["train" if position < _TRAIN_FRACTION else held_out].append(text)
     if not any(parts.values()):
-        raise ValueError(f"spec 'embedded' needs the standard library's source files, got none in {root}")
+        raise ValueError(f"corpus 'embedded' needs the standard library's source files, got none in {root}")
     return SplitTexts(*(_join(parts[split]) for split in SplitTexts._fields))
 
 
@@ -110,7 +110,8 @@ def read_hub(name: str) -> SplitTexts:
         datasets = importlib.import_module("datasets")
     except ImportError as error:
         raise ImportError(
-            f"spec {name!r} is loaded through `datasets`, which is not installed: pip install torchdsc[corpora]"
+            f"corpus {name!r} is loaded through `datasets`, which is not installed: pip install 'torchdsc[corpora]', "
+            "or give a folder with its files as the corpus"
         ) from error
     try:
         splits = datasets.load_dataset(_HUB_REPOSITORY, HUB_CONFIGURATIONS[name])
@@ -118,8 +119,8 @@ def read_hub(name: str) -> SplitTexts:
     # The hub's clients raise errors of several unrelated families; all mean that the corpus is not to be had.
     except Exception as error:
         raise OSError(
-            f"spec {name!r} could not be downloaded ({type(error).__name__}: {error}); "
-            "a folder with its files can be given as spec instead, such as ./wikitext-2"
+            f"corpus {name!r} could not be downloaded ({type(error).__name__}: {error}); "
+            "a folder with its files can be given instead, such as ./wikitext-2"
         ) from error
     return SplitTexts(*(_join(lines) for lines in rows))
 
@@ -145,7 +146,7 @@ def read_local(path: Path) -> SplitTexts:
     if "train" not in files:
         found = {split: [file.name for file in members] for split, members in files.items()}
         raise ValueError(
-            f"spec must be a folder with a train part when its files are named after splits, got {found} in {path}"
+            f"corpus must be a folder with a train part when its files are named after splits, got {found} in {path}"
         )
     texts = {split: _join(map(_read_text, members)) for split, members in files.items()}
     _logger.info("%s: splits from %s", path, {split: [file.name for file in files[split]] for split in files})
@@ -189,7 +190,7 @@ def _read_folder(folder: Path) -> str:
         else:
             _logger.info("%s is not text: passed over", file)
     if not texts:
-        raise ValueError(f"spec must be a folder with text files, got none in {folder}")
+        raise ValueError(f"corpus must be a folder with text files, got none in {folder}")
     return _join(texts)
 
 
@@ -198,7 +199,7 @@ def _listed(folder: Path) -> list[Path]:
     try:
         entries = sorted(folder.iterdir())
     except OSError as error:
-        raise ValueError(f"spec must be a readable folder, got {folder}: {error}") from error
+        raise ValueError(f"corpus must be a readable folder, got {folder}: {error}") from error
     return [path for path in entries if not path.name.startswith(".") and _is_file_folder_or_link(path)]
 
 
@@ -234,7 +235,7 @@ def _read_bytes(file: Path) -> bytes:
     try:
         return _DECOMPRESS.get(file.suffix, bytes)(file.read_bytes())
     except (OSError, *_DECOMPRESSION_ERRORS) as error:
-        raise ValueError(f"spec must name readable files, got {file}: {error}") from error
+        raise ValueError(f"corpus must be readable files, got {file}: {error}") from error
 
 
 def _text_or_none(file: Path) -> str | None:
@@ -253,7 +254,7 @@ def _read_text(file: Path) -> str:
 
 def _binary(file: Path) -> ValueError:
     return ValueError(
-        f"spec must name UTF-8 text, got a binary file (NUL bytes or undecodable as UTF-8): {file}; "
+        f"corpus must be UTF-8 text, got a binary file (NUL bytes or undecodable as UTF-8): {file}; "
         "text of another encoding has to be converted first, for example by iconv"
     )
 

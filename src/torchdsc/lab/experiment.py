@@ -1,23 +1,20 @@
 """An experiment's folder: it belongs to one configuration and one corpus, and to no other once it holds them."""
 
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import yaml
-from transformers import PreTrainedTokenizerBase
 
 from .budget import Plan
 from .config import ExperimentConfig
 from .corpora import Corpus, load_corpus
-from .files import read_json, write_json, write_text
+from .files import new_folder, read_json, write_json, write_text
 from .tokenizers import load_tokenizer
 from .tokens import FixedWindows, tokenize_corpus
 from .training import Data, make_plans
 
-__all__ = ["load_data", "prepare"]
+__all__ = ["load_data", "look", "prepare"]
 
 CONFIG, CORPUS, TOKENIZER = "config.yaml", "corpus.json", "tokenizer"
 
@@ -41,14 +38,24 @@ def prepare(config: ExperimentConfig, folder: Path) -> tuple[Data, dict[str, Pla
         OSError: If the folder cannot be written, or the corpus or tokenizer not read.
     """
     _check_folder(folder, config)
+    with new_folder(folder):
+        # Found out now rather than after minutes of tokenising.
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=f".{CONFIG}."):
+            pass
+        data, plans = look(config, folder)
+        write_text(folder / CONFIG, yaml.safe_dump(config.as_dict(), sort_keys=False))
+        write_json(folder / CORPUS, {"name": data.corpus.name, "sha256": data.corpus.sha256})
+        data.tokenizer.save_pretrained(folder / TOKENIZER)
+    return data, plans
+
+
+def look(config: ExperimentConfig, folder: Path) -> tuple[Data, dict[str, Plan]]:
+    """What :func:`prepare` returns, or its errors but for those of writing; the folder is left as it is."""
+    _check_folder(folder, config)
     corpus = _load_corpus(config)
     _check_corpus(folder, corpus)
-    tokenizer, data = _tokenize(config, corpus)
-    plans = make_plans(config, data.vocab_size)
-    write_text(folder / CONFIG, yaml.safe_dump(config.as_dict(), sort_keys=False))
-    write_json(folder / CORPUS, {"name": corpus.name, "sha256": corpus.sha256})
-    tokenizer.save_pretrained(folder / TOKENIZER)
-    return data, plans
+    data = _tokenize(config, corpus)
+    return data, make_plans(config, data.vocab_size)
 
 
 def load_data(config: ExperimentConfig) -> Data:
@@ -64,31 +71,19 @@ def load_data(config: ExperimentConfig) -> Data:
         ValueError: If a split is shorter than a window, or the corpus unusable.
         OSError: If the corpus or tokenizer cannot be read.
     """
-    return _tokenize(config, _load_corpus(config))[1]
+    return _tokenize(config, _load_corpus(config))
 
 
 def _load_corpus(config: ExperimentConfig) -> Corpus:
-    with _naming("corpus", config.corpus):
-        return load_corpus(config.corpus, preparation=config.preparation, max_bytes=config.max_bytes)
+    return load_corpus(config.corpus, preparation=config.preparation, max_bytes=config.max_bytes)
 
 
-def _tokenize(config: ExperimentConfig, corpus: Corpus) -> tuple[PreTrainedTokenizerBase, Data]:
-    with _naming("tokenizer", config.tokenizer):
-        tokenizer = load_tokenizer(config.tokenizer, corpus, vocab_size=config.vocab_size)
-    data = Data(corpus, tokenize_corpus(corpus, tokenizer))
+def _tokenize(config: ExperimentConfig, corpus: Corpus) -> Data:
+    tokenizer = load_tokenizer(config.tokenizer, corpus, vocab_size=config.vocab_size)
+    data = Data(corpus, tokenize_corpus(corpus, tokenizer), tokenizer)
     for split in ("train", "valid", "test"):
         _check_length(data, split, config.window)
-    return tokenizer, data
-
-
-@contextmanager
-def _naming(setting: str, value: str) -> Iterator[None]:
-    """Errors inside name the setting that they come from."""
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        kind = OSError if isinstance(error, OSError) else ValueError
-        raise kind(f"{setting} {value!r}: {error}") from error
+    return data
 
 
 def _check_folder(folder: Path, config: ExperimentConfig) -> None:
@@ -96,10 +91,6 @@ def _check_folder(folder: Path, config: ExperimentConfig) -> None:
         _check_config(folder / CONFIG, config)
     elif folder.exists() and (not folder.is_dir() or any(not _is_draft(path) for path in folder.iterdir())):
         raise ValueError(f"output must be a new or empty folder, or an experiment's, got {folder} with other files")
-    folder.mkdir(parents=True, exist_ok=True)
-    # Found out now rather than after minutes of tokenising.
-    with tempfile.NamedTemporaryFile(dir=folder, prefix=f".{CONFIG}."):
-        pass
 
 
 def _is_draft(path: Path) -> bool:

@@ -4,11 +4,12 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-__all__ = ["expand", "read_json", "write_atomically", "write_json", "write_text"]
+__all__ = ["expand", "new_folder", "read_json", "write_atomically", "write_json", "write_text"]
 
 
 def expand(source: str) -> str:
@@ -22,6 +23,21 @@ def expand(source: str) -> str:
     if unset:
         raise ValueError(f"{source}: the environment variable {unset[1].strip('{}')} is not set")
     return expanded
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[None]:
+    """Make a folder; where what follows fails, folders that were made for it and are still empty are removed."""
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        for path in made:
+            # One that holds something by now stays, and those above it.
+            with suppress(OSError):
+                path.rmdir()
+        raise
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:

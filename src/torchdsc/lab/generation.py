@@ -25,7 +25,7 @@ def generate(
     """Continue a prompt with the model of a run.
 
     Args:
-        folder: A run's folder, or the model's inside it; the tokenizer is looked for there and above.
+        folder: A run's folder, or the model's inside it, which holds the tokenizer too.
         prompt: Text to go on from.
         max_new_tokens: Tokens to add, >= 1.
         temperature: Of sampling; 0 takes the likeliest token.
@@ -50,11 +50,11 @@ def generate(
         runs = sorted(p.parents[1].name for p in folder.glob("*/model/config.json"))
         hint = f"choose one of its runs: {', '.join(runs)}" if runs else "a run's folder holds model/config.json"
         raise FileNotFoundError(f"no model in {folder}: {hint}")
-    tokenizer_path = next(
-        (p / "tokenizer" for p in (path, *path.resolve().parents[:2]) if (p / "tokenizer").is_dir()), None
-    )
+    # Models of earlier versions have the tokenizer of their experiment, in a folder beside or above them.
+    places = (path, *(folder / "tokenizer" for folder in (path, *path.resolve().parents[:2])))
+    tokenizer_path = next((place for place in places if (place / "tokenizer_config.json").is_file()), None)
     if tokenizer_path is None:
-        raise FileNotFoundError(f"no folder tokenizer beside or above {path}")
+        raise FileNotFoundError(f"no tokenizer in {path}, nor a folder tokenizer beside or above it")
     with quiet_transformers():
         tokenizer = AutoTokenizer.from_pretrained(tokenizer_path)
         model = DSCGPTForCausalLM.from_pretrained(path).eval()
@@ -69,7 +69,7 @@ def generate(
         {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature > 0 else {"do_sample": False}
     )
     # The caller's random numbers are none of this function's business.
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), quiet_transformers():
         torch.manual_seed(seed)
         output = model.generate(
             ids,

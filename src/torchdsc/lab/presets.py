@@ -1,11 +1,14 @@
 """Presets: settings that come with the package, as YAML."""
 
+from collections.abc import Iterable
+from difflib import get_close_matches
 from importlib import resources
+from itertools import takewhile
 from typing import Any
 
 import yaml
 
-__all__ = ["preset_names", "read_preset"]
+__all__ = ["describe_preset", "did_you_mean", "preset_names", "read_preset"]
 
 
 def preset_names(*folder: str) -> list[str]:
@@ -20,10 +23,32 @@ def read_preset(name: str, *folder: str) -> dict[str, Any]:
     Raises:
         ValueError: If there is no such preset.
     """
-    if name not in preset_names(*folder):
-        raise ValueError(f"preset must be one of {preset_names(*folder)}, got {name!r}")
-    values: dict[str, Any] = yaml.safe_load(_place(*folder, f"{name}.yaml").read_text(encoding="utf-8"))
+    values: dict[str, Any] = yaml.safe_load(_text(name, *folder))
     return values
+
+
+def describe_preset(name: str, *folder: str) -> str:
+    """What a preset is for: the comment that its file begins with.
+
+    Raises:
+        ValueError: If there is no such preset.
+    """
+    comment = takewhile(lambda line: line.startswith("#"), _text(name, *folder).splitlines())
+    return " ".join(line.removeprefix("#").strip() for line in comment)
+
+
+def did_you_mean(name: object, known: Iterable[str]) -> str:
+    """The known name that is closest to an unknown one, as the end of an error; empty where none is close."""
+    near = get_close_matches(str(name), known, n=1)
+    return f" (did you mean {near[0]}?)" if near else ""
+
+
+def _text(name: str, *folder: str) -> str:
+    names = preset_names(*folder)
+    if name not in names:
+        raise ValueError(f"preset must be one of {names}, got {name!r}{did_you_mean(name, names)}")
+    text: str = _place(*folder, f"{name}.yaml").read_text(encoding="utf-8")
+    return text
 
 
 def _place(*parts: str) -> Any:

@@ -58,7 +58,7 @@ def load_tokenizer(
     """
     spec = os.fspath(spec)
     if not spec.strip():
-        raise ValueError(f"spec must be 'bytes', 'bpe', a folder or a name on the hub, got {spec!r}")
+        raise ValueError(f"tokenizer must be 'bytes', 'bpe', a folder or a name on the hub, got {spec!r}")
     if spec == "bytes":
         return _wrap(_byte_tokenizer())
     if spec == "bpe":
@@ -67,10 +67,10 @@ def load_tokenizer(
     if path.is_dir():
         tokenizer = _from_folder(path)
     elif path.exists():
-        raise ValueError(f"spec must be a folder with a tokenizer's files, got a file: {path}")
+        raise ValueError(f"tokenizer must be a folder with a tokenizer's files, got a file: {path}")
     elif path.is_absolute() or spec.startswith((".", "~")) or spec.count("/") > 1:
         raise FileNotFoundError(
-            f"spec must be 'bytes', 'bpe', a folder or a name on the hub, got a missing path: {spec}"
+            f"tokenizer must be 'bytes', 'bpe', a folder or a name on the hub, got a missing path: {spec}"
         )
     else:
         tokenizer = _from_hub(spec)
@@ -164,7 +164,7 @@ def _from_folder(folder: Path) -> PreTrainedTokenizerFast:
     # Depending on what is missing or damaged, the libraries raise anything from KeyError to plain Exception.
     except Exception as error:
         raise ValueError(
-            "spec must be a folder with a tokenizer (tokenizer.json, or vocab.json and merges.txt), "
+            "tokenizer must be a folder with a tokenizer (tokenizer.json, or vocab.json and merges.txt), "
             f"got {folder} with {sorted(files)} ({type(error).__name__}: {error})"
         ) from error
 
@@ -175,14 +175,14 @@ def _from_hub(name: str) -> PreTrainedTokenizerFast:
     # The hub's clients raise errors of several unrelated families; all mean that the tokenizer is not to be had.
     except Exception as error:
         raise OSError(
-            f"spec {name!r} could not be loaded from the hub ({type(error).__name__}: {error}); "
-            "spec may be 'bytes', 'bpe' or a local folder instead"
+            f"tokenizer {name!r} could not be loaded from the hub ({type(error).__name__}: {error}); "
+            "it may be 'bytes', 'bpe' or a local folder instead"
         ) from error
 
 
 def _with_end_of_text(tokenizer: PreTrainedTokenizerFast, spec: str) -> PreTrainedTokenizerFast:
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
-        raise ValueError(f"spec must name a fast tokenizer, got {type(tokenizer).__name__} from {spec!r}")
+        raise ValueError(f"tokenizer must be a fast one, got {type(tokenizer).__name__} from {spec!r}")
     if tokenizer.eos_token is None:
         tokenizer.add_special_tokens({"eos_token": END_OF_TEXT})
     return tokenizer

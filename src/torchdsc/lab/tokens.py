@@ -77,7 +77,7 @@ def tokenize_corpus(
         corpus: the text.
         tokenizer: any fast tokenizer; special tokens written out in the text become those tokens, none is added.
         cache_dir: where the token files are kept, by content of corpus and tokenizer; None is `default_cache_dir()`.
-        progress: whether to show a bar with the time left while encoding.
+        progress: whether to show a bar with the time left while encoding, where there is a terminal.
 
     Returns:
         The tokens, as uint16 where the vocabulary has at most 65,536 entries and as uint32 otherwise.
@@ -125,9 +125,9 @@ def _encode_splits(
     texts = {split: getattr(corpus, split) for split in _SPLITS}
     counts = {}
     characters = sum(map(len, texts.values()))
-    with tqdm(
-        total=characters, desc=f"tokenizing {corpus.name}", unit="char", unit_scale=True, disable=not progress
-    ) as bar:
+    # For tqdm None is "only on a terminal".
+    shown = None if progress else True
+    with tqdm(total=characters, desc=f"tokenizing {corpus.name}", unit="char", unit_scale=True, disable=shown) as bar:
         for split, text in texts.items():
 
             def write(file: BinaryIO, split: str = split, text: str = text) -> None:

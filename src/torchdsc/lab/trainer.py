@@ -1,5 +1,6 @@
 """Transformers' Trainer with the paper's parameter groups, and what the lab records beside the loss."""
 
+import sys
 import time
 from pathlib import Path
 from statistics import fmean
@@ -9,7 +10,7 @@ from torch import nn
 from torch.optim import AdamW, Optimizer
 from transformers import Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_callback import ProgressCallback, TrainerState
+from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerState
 
 from torchdsc.diagnostics import LayerRouting, RoutingMonitor
 from torchdsc.nn import BasisBank, CausalContext, Router
@@ -17,7 +18,7 @@ from torchdsc.nn import BasisBank, CausalContext, Router
 from .environment import peak_memory_bytes
 from .sparse import DenseAndSparseAdam, clip_grad_norm, sparse_parameters
 
-__all__ = ["LabTrainer", "QuietProgress", "parameter_groups"]
+__all__ = ["LabTrainer", "QuietProgress", "parameter_groups", "show_progress"]
 
 
 def parameter_groups(
@@ -218,6 +219,14 @@ class _LogBeforeCheckpoint(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if control.should_evaluate or control.should_save:
             control.should_log = True
+
+
+def show_progress(trainer: Trainer, label: str) -> None:
+    """Put :class:`QuietProgress` in place of what Trainer shows on a terminal, and nothing where there is none."""
+    trainer.remove_callback(ProgressCallback)
+    trainer.remove_callback(PrinterCallback)
+    if sys.stderr.isatty():
+        trainer.add_callback(QuietProgress(label))
 
 
 class QuietProgress(ProgressCallback):

@@ -5,8 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainingArguments, set_seed
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers import PreTrainedTokenizerBase, TrainingArguments, set_seed
 
 from torchdsc.models import DSCGPTConfig, DSCGPTForCausalLM
 
@@ -15,11 +14,11 @@ from .checkpoints import last_checkpoint, remove_checkpoints
 from .config import ExperimentConfig
 from .corpora import Corpus
 from .environment import command_line, commit, hardware, quiet_transformers, reset_peak_memory, versions
-from .files import read_json, write_json
+from .files import new_folder, read_json, write_json
 from .tokens import FixedWindows, RandomWindows, TokenSplits
-from .trainer import LabTrainer, QuietProgress
+from .trainer import LabTrainer, show_progress
 
-__all__ = ["Data", "build_model", "make_plans", "train_run"]
+__all__ = ["Data", "build_model", "build_trainer", "make_plans", "train_run"]
 
 RECORD = "record.json"
 MODEL = "model"
@@ -27,10 +26,11 @@ MODEL = "model"
 
 @dataclass(frozen=True)
 class Data:
-    """A prepared corpus and its tokens."""
+    """A prepared corpus, its tokens, and the tokenizer that they are of."""
 
     corpus: Corpus
     tokens: TokenSplits
+    tokenizer: PreTrainedTokenizerBase
 
     @property
     def vocab_size(self) -> int:
@@ -92,7 +92,7 @@ def train_run(
 ) -> dict[str, Any]:
     """Train one method with one seed, or go on where it stopped, or return what a finished run recorded.
 
-    The folder ends with ``record.json`` and the final model; checkpoints are kept only while it trains.
+    The folder ends with ``record.json`` and the final model with its tokenizer; checkpoints are kept while it trains.
 
     Args:
         config: The experiment.
@@ -117,8 +117,7 @@ def train_run(
         # A kill may have come between the record and their removal.
         remove_checkpoints(folder)
         return record
-    folder.mkdir(parents=True, exist_ok=True)
-    with quiet_transformers():
+    with new_folder(folder), quiet_transformers():
         label = label or f"{plan.method} seed {seed}"
         record = _train(config, plan, seed, data, folder, callbacks or [], label, is_trial=is_trial)
     write_json(record_file, record)
@@ -140,7 +139,7 @@ def _train(
     set_seed(seed)
     reset_peak_memory()
     model = build_model(config, plan, data.vocab_size)
-    trainer = _trainer(config, plan.method, model, seed, data, folder, label)
+    trainer = build_trainer(config, plan.method, model, seed, data, folder, label)
     for callback in callbacks:
         trainer.add_callback(callback)
     checkpoint = last_checkpoint(folder)
@@ -154,7 +153,7 @@ def _train(
     if not is_trial:
         test = FixedWindows(data.tokens.test, config.window, config.test_windows)
         test_loss = trainer.evaluate(test)["eval_loss"]
-        model.save_pretrained(folder / MODEL)
+        _save(model, data.tokenizer, folder / MODEL)
     return {
         **measured,
         "test_loss": test_loss,
@@ -168,7 +167,19 @@ def _train(
     }
 
 
-def _trainer(
+def _save(model: DSCGPTForCausalLM, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Model and tokenizer, so that transformers' pipelines take the folder."""
+    # Without a length of its own a pipeline would go on past the model's positions.
+    model.generation_config.update(
+        max_length=model.config.max_position_embeddings,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.eos_token_id,
+    )
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def build_trainer(
     config: ExperimentConfig,
     method: str,
     model: DSCGPTForCausalLM,
@@ -177,6 +188,7 @@ def _trainer(
     folder: Path,
     label: str,
 ) -> LabTrainer:
+    """The trainer of a run, with its schedule, data and progress bar."""
     arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=config.steps,
@@ -223,9 +235,7 @@ def _trainer(
         train_dataset=RandomWindows(data.tokens.train, config.window, config.steps * config.batch_size, seed),
         eval_dataset=FixedWindows(data.tokens.valid, config.window, config.eval_windows),
     )
-    trainer.remove_callback(ProgressCallback)
-    trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(QuietProgress(label))
+    show_progress(trainer, label)
     return trainer
 
 

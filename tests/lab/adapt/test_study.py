@@ -1,3 +1,4 @@
+import io
 import json
 import re
 import shutil
@@ -8,12 +9,13 @@ from statistics import median
 import pytest
 import yaml
 from peft import PeftModel
+from rich.console import Console
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
 
 import torchdsc.adapters
 from torchdsc.lab.adapt import run as run_module
 from torchdsc.lab.adapt.report import render_report
-from torchdsc.lab.adapt.study import _best_rate, adapt
+from torchdsc.lab.adapt.study import _best_rate, adapt, dry_run
 from torchdsc.lab.adapt.summary import difference, summarize, to_markdown
 
 
@@ -41,6 +43,36 @@ def test_results(finished):
         weights = folder / f"run-reviews-{run['method']}-lr{run['learning_rate']:g}-seed{run['seed']}" / "adapter"
         assert run["adapter_bytes"] == (weights / "adapter_model.safetensors").stat().st_size
     assert {run["method"]: bool(run["regularization"]) for run in results["runs"]} == {"LoRA": False, "DSC": True}
+
+
+def test_dry_run(finished, study, tmp_path):
+    """Counts what is left to do, times it, and leaves the folder as it is."""
+    config, original, results = finished
+    folder = shutil.copytree(original, tmp_path / "copy")
+    shutil.rmtree(folder / f"run-reviews-DSC-lr{results['rates']['DSC']:g}-seed1")
+    before = sorted(folder.rglob("*"))
+
+    def lines(config, place):
+        console = Console(file=io.StringIO(), width=200)
+        dry_run(config, place, console=console)
+        return console.file.getvalue().splitlines()
+
+    data, *_, sizes, lora, dsc, last = lines(config, folder)
+    assert data == "reviews: 56 train, 8 validation, 3 evaluation"
+    assert re.fullmatch(r"DSC: dsc \{.*'num_atoms': .*\}; \d+ parameters of the adapter", sizes)
+    assert lora == "LoRA: 4 runs, 4 of them done before"
+    assert re.fullmatch(r"DSC: 4 runs, 3 of them done before: about \d+ s", dsc)
+    assert re.fullmatch(rf"in all about \d+ s .*; a dry run: {folder} is left as it is", last)
+    assert before == sorted(folder.rglob("*"))
+    lines(study(), tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_missing_base_is_named(study, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(OSError, match="base must be a model's folder or hub id, got 'nosuch': "):
+        adapt(study(base="nosuch"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_report_stands_by_itself(finished):

@@ -1,15 +1,18 @@
 import copy
+import io
 import json
+import re
 import shutil
 from dataclasses import asdict
 from statistics import fmean
 
 import pytest
 import yaml
+from rich.console import Console
 
 from torchdsc.lab import training
 from torchdsc.lab.study.config import StudyConfig
-from torchdsc.lab.study.study import _best, run_study
+from torchdsc.lab.study.study import _best, dry_run, run_study
 from torchdsc.lab.study.summary import summarize, to_markdown
 from torchdsc.lab.tables import MINUS
 
@@ -84,6 +87,30 @@ def test_a_study_to_choose_by_leaves_the_test_part_alone(study, tmp_path, module
     assert [run["test_loss"] for run in results["runs"]] == [None]
     assert summarize(results)[0].test == []
     assert not list((tmp_path / "out").glob("run-*/model"))
+
+
+def test_dry_run(finished, study, tmp_path):
+    """Counts what is left to do, times it, and leaves the folder as it is."""
+    _, original, _ = finished
+    folder = shutil.copytree(original, tmp_path / "copy")
+    shutil.rmtree(next(folder.glob("run-DSC_K_2-*seed2")))
+    shutil.rmtree(folder / "run-DSC-seed1")
+    before = sorted(folder.rglob("*"))
+
+    def lines(config, place):
+        console = Console(file=io.StringIO(), width=200)
+        dry_run(config, place, console=console)
+        return console.file.getvalue().splitlines()
+
+    *_, dense, two, four, last = lines(study(), folder)
+    assert dense == "Dense: 4 runs, 4 of them done before"
+    assert re.fullmatch(r"DSC K 2: 4 runs, 3 of them done before: about \d+ s", two)
+    assert re.fullmatch(r"DSC: 2 runs, 1 of them done before: about \d+ s", four)
+    assert re.fullmatch(rf"in all about \d+ s .*; a dry run: {folder} is left as it is", last)
+    assert before == sorted(folder.rglob("*"))
+    *_, dense, _, _, _ = lines(study(), tmp_path / "new")
+    assert re.fullmatch(r"Dense: 4 runs: about \d+ s", dense)
+    assert not (tmp_path / "new").exists()
 
 
 def test_trials_alone(finished, study, tmp_path):

@@ -12,7 +12,6 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from torch import nn
 from torch.optim import Optimizer
 from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments, set_seed
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from torchdsc.adapters import last_regularization
 from torchdsc.lab.checkpoints import last_checkpoint, remove_checkpoints
@@ -25,8 +24,8 @@ from torchdsc.lab.environment import (
     reset_peak_memory,
     versions,
 )
-from torchdsc.lab.files import read_json, write_json
-from torchdsc.lab.trainer import QuietProgress
+from torchdsc.lab.files import new_folder, read_json, write_json
+from torchdsc.lab.trainer import show_progress
 
 from .config import AdaptConfig, Method
 from .data import TaskData
@@ -93,8 +92,7 @@ def adapt_run(
         _check_record(record, config, job, data, file)
         remove_checkpoints(folder)
         return record
-    folder.mkdir(parents=True, exist_ok=True)
-    with quiet_transformers():
+    with new_folder(folder), quiet_transformers():
         record = _adapt(config, job, data, tokenizer, folder, label)
     write_json(file, record)
     remove_checkpoints(folder)
@@ -221,9 +219,7 @@ def _trainer(config: AdaptConfig, job: Job, data: TaskData, model: nn.Module, fo
         data_collator=data.collate,
         compute_metrics=None if metric == "loss" else compute,
     )
-    for default in (PrinterCallback, ProgressCallback):
-        trainer.remove_callback(default)
-    trainer.add_callback(QuietProgress(label))
+    show_progress(trainer, label)
     return trainer
 
 

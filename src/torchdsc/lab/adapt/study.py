@@ -8,9 +8,11 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from torch import nn
 from torch.optim import AdamW
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from torchdsc.lab.dry_run import Work, print_work
 from torchdsc.lab.environment import hardware, peak_memory_bytes, quiet_transformers, reset_peak_memory
 from torchdsc.lab.files import read_json, write_json
 from torchdsc.lab.latency import measure_in_turn
@@ -18,12 +20,12 @@ from torchdsc.lab.queue import locked, share, take_folder, write_results
 
 from .config import AdaptConfig, Method, resolve_base
 from .data import TaskData, load_task
-from .methods import build_model, solve_size
+from .methods import adapter_parameters, build_model, solve_size
 from .report import render_report
 from .run import RECORD, Job, adapt_run
 from .summary import to_markdown
 
-__all__ = ["adapt"]
+__all__ = ["adapt", "dry_run"]
 
 TIMING = "timing.json"
 
@@ -48,15 +50,7 @@ def adapt(config: AdaptConfig, folder: Path, *, console: Console | None = None) 
         OSError: If a file cannot be read or written.
     """
     console = console or Console()
-    tokenizer = AutoTokenizer.from_pretrained(resolve_base(config.base))
-    if tokenizer.pad_token is None:
-        # Causal LMs often come without one; what is padded is masked.
-        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
-    shared = ("max_length", "validation_examples", "head")
-    settings = {name: getattr(config, name) for name in shared}
-    data = {task.name: load_task(task, tokenizer, **settings) for task in config.tasks}
-    with quiet_transformers():
-        methods = [solve_size(method, config) for method in config.methods]
+    tokenizer, data, methods = _load(config)
     take_folder(config.as_dict(), folder)
     for method in methods:
         console.print(f"{method.name}: {method.kind} {method.options}", markup=False, highlight=False, soft_wrap=True)
@@ -91,6 +85,62 @@ def adapt(config: AdaptConfig, folder: Path, *, console: Console | None = None) 
     }
     write_results(results, to_markdown(results), render_report(results), folder, console)
     return results
+
+
+def dry_run(config: AdaptConfig, folder: Path, *, console: Console | None = None) -> None:
+    """Print what :func:`adapt` would do: methods, sizes, and about how long it takes; ``folder`` is left as it is.
+
+    A step and an evaluated batch of each method are timed on the first task, for which all tasks are taken.
+
+    Args:
+        config: The study.
+        folder: Its own folder, in which some runs may be done.
+        console: Where to print.
+
+    Raises:
+        ValueError: As :func:`adapt`, but for what ``folder`` holds.
+        OSError: If a file cannot be read.
+    """
+    console = console or Console()
+    tokenizer, data, methods = _load(config)
+    for name, task in data.items():
+        sizes = ", ".join(f"{len(getattr(task, part)):,} {part}" for part in ("train", "validation", "evaluation"))
+        console.print(f"{name}: {sizes}", markup=False, highlight=False, soft_wrap=True)
+    works = []
+    for method in methods:
+        jobs = [[job] for job in _trials(config, method)]
+        # Which rate the runs take is not known before the trials are done.
+        jobs += [
+            [Job(task.name, method, rate, seed, is_trial=False) for rate in config.rates(method)]
+            for seed in config.seeds_of(method)
+            for task in config.tasks
+        ]
+        todo = [alike[0] for alike in jobs if not any((folder / job.name / RECORD).is_file() for job in alike)]
+        parameters, step, evaluated = _measure(config, method, data[config.tasks[0].name], tokenizer)
+        words = f"{method.name}: {method.kind} {method.options}; {parameters:,} parameters of the adapter"
+        console.print(words, markup=False, highlight=False, soft_wrap=True)
+        seconds = sum(_cost(config, job, data[job.task], step, evaluated) for job in todo)
+        works.append(Work(method.name, len(jobs), len(jobs) - len(todo), seconds))
+    print_work(console, works, folder)
+
+
+def _load(config: AdaptConfig) -> tuple[PreTrainedTokenizerBase, dict[str, TaskData], list[Method]]:
+    """Tokenizer, data of each task, and methods with their sizes."""
+    path = resolve_base(config.base)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    # transformers' own words do not always say which.
+    except (OSError, ValueError) as error:
+        raise OSError(f"base must be a model's folder or hub id, got {config.base!r}: {error}") from error
+    if tokenizer.pad_token is None:
+        # Causal LMs often come without one; what is padded is masked.
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    shared = ("max_length", "validation_examples", "head")
+    settings = {name: getattr(config, name) for name in shared}
+    data = {task.name: load_task(task, tokenizer, **settings) for task in config.tasks}
+    with quiet_transformers():
+        methods = [solve_size(method, config) for method in config.methods]
+    return tokenizer, data, methods
 
 
 def _trials(config: AdaptConfig, method: Method) -> list[Job]:
@@ -134,23 +184,10 @@ def _timing(
     if all(name in kept and wanted[name].items() <= kept[name].items() for name in wanted):
         return kept
     task = data[config.tasks[0].name]
-    batch = task.collate([task.train[index % len(task.train)] for index in range(config.batch_size)])  # type: ignore[arg-type]
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    batch = {name: value.to(device) for name, value in batch.items()}
+    batch = _batch(config, task)
 
     def step(method: Method) -> Callable[[], object]:
-        model = build_model(method, config, task, tokenizer.pad_token_id).to(device).train()
-        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        optimizer = AdamW(parameters, lr=1e-5)
-
-        def call() -> None:
-            with torch.autocast(device, dtype=torch.bfloat16, enabled=config.precision == "bf16"):
-                loss = model(**batch).loss
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-
-        return call
+        return _step(config, _model(config, method, task, tokenizer), batch)
 
     with quiet_transformers():
         peaks = {method.name: _peak(step(method)) for method in methods}
@@ -173,9 +210,64 @@ def _timing(
     return measured
 
 
+def _model(config: AdaptConfig, method: Method, task: TaskData, tokenizer: PreTrainedTokenizerBase) -> nn.Module:
+    return build_model(method, config, task, tokenizer.pad_token_id).to(_device())
+
+
+def _batch(config: AdaptConfig, task: TaskData) -> dict[str, torch.Tensor]:
+    """The batch of a step."""
+    batch = task.collate([task.train[index % len(task.train)] for index in range(config.batch_size)])  # type: ignore[arg-type]
+    return {name: value.to(_device()) for name, value in batch.items()}
+
+
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _step(config: AdaptConfig, model: nn.Module, batch: dict[str, torch.Tensor]) -> Callable[[], object]:
+    """A training step of the model on the batch."""
+    model.train()
+    optimizer = AdamW([parameter for parameter in model.parameters() if parameter.requires_grad], lr=1e-5)
+
+    def call() -> None:
+        with torch.autocast(_device(), dtype=torch.bfloat16, enabled=config.precision == "bf16"):
+            loss = model(**batch).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return call
+
+
 def _peak(step: Callable[[], object]) -> int:
     # The optimizer's state is made in the first step.
     step()
     reset_peak_memory()
     step()
     return peak_memory_bytes()
+
+
+def _measure(
+    config: AdaptConfig, method: Method, task: TaskData, tokenizer: PreTrainedTokenizerBase
+) -> tuple[int, float, float]:
+    """Parameters of the adapter, and seconds of a training step and of an evaluated batch."""
+    with quiet_transformers():
+        model = _model(config, method, task, tokenizer)
+    parameters, batch = adapter_parameters(model), _batch(config, task)
+    step = _seconds(_step(config, model, batch))
+    model.eval()
+    with torch.no_grad():
+        return parameters, step, _seconds(lambda: model(**batch))
+
+
+def _cost(config: AdaptConfig, job: Job, task: TaskData, step: float, evaluated: float) -> float:
+    """Seconds of a run with its evaluations, where a step and an evaluated batch take these."""
+    steps = config.steps_of(task.task)
+    parts: list[Any] = [task.validation] * (0 if config.eval_every is None else math.ceil(steps / config.eval_every))
+    parts.append(task.validation if job.is_trial else task.evaluation)
+    batches = sum(map(len, parts)) / config.batch_size
+    return steps * step + batches * evaluated
+
+
+def _seconds(call: Callable[[], object]) -> float:
+    return measure_in_turn({"": call}, rounds=2, warmup=1)[""].median / 1e3

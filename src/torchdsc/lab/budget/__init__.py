@@ -1,7 +1,16 @@
 """The budget solver: widths of each method for a target of total and active parameters."""
 
 from .api import solve, solve_all
-from .plan import METHODS, Budget, Plan, feed_forward_parameters
+from .plan import METHODS, Budget, Plan, describe_misses, feed_forward_parameters
 from .solvers import TOLERANCE
 
-__all__ = ["METHODS", "TOLERANCE", "Budget", "Plan", "feed_forward_parameters", "solve", "solve_all"]
+__all__ = [
+    "METHODS",
+    "TOLERANCE",
+    "Budget",
+    "Plan",
+    "describe_misses",
+    "feed_forward_parameters",
+    "solve",
+    "solve_all",
+]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import isfinite
 from typing import TYPE_CHECKING, Any
@@ -9,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torchdsc.models.options import FeedForwardKind
 
+# The share of a target that plans may miss it by without a word.
+MISS_TO_SAY = 0.01
 METHODS: tuple[FeedForwardKind, ...] = ("dense", "moe", "mixture_of_loras", "peer", "dsc")
 
 
@@ -68,6 +71,38 @@ class Plan:
     miss_total: float
     miss_active: float | None
     description: str = field(default="")
+
+    def __str__(self) -> str:
+        """The widths, and what they come to."""
+        sizes = f"{self.params_total / 1e6:.3f} M stored, {self.params_active / 1e6:.3f} M active"
+        return f"{self.description}; {sizes}"
+
+
+def describe_misses(plans: Mapping[str, Plan], budget: Budget, match: str | None = None) -> list[str]:
+    """What is to be said of plans that miss a target by more than :data:`MISS_TO_SAY` of it.
+
+    Args:
+        plans: By name.
+        budget: With the targets.
+        match: The method whose realised numbers took the place of the targets, if one did.
+
+    Returns:
+        A line for each target that is missed, with what was reached.
+    """
+    lines = []
+    for target in ("total", "active"):
+        asked = getattr(budget, target)
+        reached = {name: getattr(plan, f"params_{target}") for name, plan in plans.items()}
+        missed = [
+            f"{name} {found:,} ({found / asked - 1:+.1%})"
+            for name, found in reached.items()
+            # All of dense is active.
+            if abs(found / asked - 1) > MISS_TO_SAY and not (target == "active" and plans[name].method == "dense")
+        ]
+        why = f"; match = {match!r} solves all methods to what that one comes to" if match else ""
+        if missed:
+            lines.append(f"{target} = {asked:,.0f} is missed by {', '.join(missed)}{why}")
+    return lines
 
 
 def feed_forward_parameters(

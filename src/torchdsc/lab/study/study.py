@@ -9,7 +9,9 @@ from typing import Any
 
 from rich.console import Console
 
+from torchdsc.lab.budget import Plan, describe_misses
 from torchdsc.lab.config import ExperimentConfig
+from torchdsc.lab.dry_run import Work, measure_cost, print_work
 from torchdsc.lab.experiment import load_data
 from torchdsc.lab.files import read_json
 from torchdsc.lab.queue import share, take_folder, write_results
@@ -19,7 +21,7 @@ from .config import StudyConfig, Variant
 from .report import render_report
 from .summary import to_markdown
 
-__all__ = ["run_study"]
+__all__ = ["dry_run", "run_study"]
 
 
 @dataclass(frozen=True)
@@ -59,20 +61,7 @@ def run_study(config: StudyConfig, folder: Path, *, console: Console | None = No
         OSError: If ``folder`` cannot be written.
     """
     console = console or Console()
-    first = config.variants[0]
-    data = load_data(config.experiment(first, first.trials[0], config.tuning_seed, is_trial=False))
-    for variant in config.variants:
-        experiments = [
-            config.experiment(variant, trial, config.tuning_seed, is_trial=False) for trial in variant.trials
-        ]
-        # Budgets that a trial cannot meet are refused before the first run.
-        plan, *_ = (make_plans(experiment, data.vocab_size)[variant.method] for experiment in experiments)
-        console.print(
-            f"{variant.name}: {plan.description}; {plan.params_total / 1e6:.3f} M stored, "
-            f"{plan.params_active / 1e6:.3f} M active",
-            highlight=False,
-            soft_wrap=True,
-        )
+    data, _ = _look(config, console)
     take_folder(config.as_dict(), folder)
 
     def run(jobs: list[_Job]) -> list[dict[str, Any]]:
@@ -87,6 +76,61 @@ def run_study(config: StudyConfig, folder: Path, *, console: Console | None = No
     return results
 
 
+def dry_run(config: StudyConfig, folder: Path, *, console: Console | None = None) -> None:
+    """Print what :func:`run_study` would do: plans, sizes, and about how long it takes; ``folder`` is left as it is.
+
+    A few steps of each variant, as its first trial has it, are timed.
+
+    Args:
+        config: The study.
+        folder: Its own folder, in which some runs may be done.
+        console: Where to print.
+
+    Raises:
+        ValueError: As :func:`run_study`, but for what ``folder`` holds.
+    """
+    console = console or Console()
+    data, plans = _look(config, console)
+    works = []
+    for variant in config.variants:
+        jobs = [[_Job(variant, index, config.tuning_seed, True)] for index in _tried(variant)]
+        # Which trial a run is to be like is not known before they are done.
+        jobs += [[_Job(variant, i, seed, False) for i in range(len(variant.trials))] for seed in config.seeds]
+        todo = [alike[0] for alike in jobs if not any((folder / job.name / RECORD).is_file() for job in alike)]
+        experiments = [_experiment(config, job) for job in todo]
+        cost = measure_cost(experiments[0], plans[variant.name], data) if todo else None
+        seconds = sum(
+            cost.seconds(experiment, experiment.steps, test=config.test and not job.is_trial)
+            for job, experiment in zip(todo, experiments, strict=True)
+            if cost
+        )
+        works.append(Work(variant.name, len(jobs), len(jobs) - len(todo), seconds))
+    print_work(console, works, folder)
+
+
+def _look(config: StudyConfig, console: Console) -> tuple[Data, dict[str, Plan]]:
+    """The data, and plans of the variants as their first trials have them, which are printed."""
+    first = config.variants[0]
+    data = load_data(config.experiment(first, first.trials[0], config.tuning_seed, is_trial=False))
+    plans = {}
+    for variant in config.variants:
+        experiments = [
+            config.experiment(variant, trial, config.tuning_seed, is_trial=False) for trial in variant.trials
+        ]
+        # Budgets that a trial cannot meet are refused before the first run.
+        plan, *_ = (make_plans(experiment, data.vocab_size)[variant.method] for experiment in experiments)
+        plans[variant.name] = plan
+        console.print(f"{variant.name}: {plan}", markup=False, highlight=False, soft_wrap=True)
+        budget = experiments[0].budget(data.vocab_size)
+        for line in describe_misses({variant.name: plan}, budget, experiments[0].match):
+            console.print(f"warning: {line}", markup=False, highlight=False, soft_wrap=True)
+    return data, plans
+
+
+def _experiment(config: StudyConfig, job: _Job) -> ExperimentConfig:
+    return config.experiment(job.variant, job.variant.trials[job.trial], job.seed, is_trial=job.is_trial)
+
+
 def _tried(variant: Variant) -> range:
     return range(len(variant.trials) if len(variant.trials) > 1 else 0)
 
@@ -98,7 +142,7 @@ def _best(variant: Variant, trials: list[dict[str, Any]]) -> int:
 
 
 def _run(config: StudyConfig, job: _Job, data: Data, folder: Path) -> dict[str, Any]:
-    experiment = config.experiment(job.variant, job.variant.trials[job.trial], job.seed, is_trial=job.is_trial)
+    experiment = _experiment(config, job)
     file = folder / job.name / RECORD
     if file.is_file():
         _check_record(read_json(file), experiment, data, file)
