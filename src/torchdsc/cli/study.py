@@ -2,9 +2,8 @@
 
 from pathlib import Path
 
-import yaml
-
 from torchdsc.lab.presets import preset_names, read_preset
+from torchdsc.lab.schema import check_fields, naming, read_yaml
 from torchdsc.lab.study.config import StudyConfig
 
 from .parsing import command_parser
@@ -26,15 +25,14 @@ def run(arguments: list[str]) -> None:
     options = parser.parse_args(arguments)
     if (options.preset is None) == (options.config is None):
         raise ValueError("one of --preset and --config must be given")
-    if options.preset is not None:
-        values = read_preset(options.preset, _FOLDER)
-    else:
-        values = yaml.safe_load(Path(options.config).read_text(encoding="utf-8"))
+    values = read_yaml(Path(options.config)) if options.preset is None else read_preset(options.preset, _FOLDER)
     if options.seeds is not None:
-        values["seeds"] = options.seeds
-    config = StudyConfig.from_dict(values)
+        values |= check_fields(StudyConfig, {"seeds": options.seeds})
+    with naming(options.config):
+        config = StudyConfig.from_dict(values)
     # Imported late: --help and wrong flags answer at once.
     from torchdsc.lab.study.study import run_study
 
     name = options.preset or Path(options.config).stem
-    run_study(config, Path(options.output or f"runs/study-{name}"))
+    with naming(options.config):
+        run_study(config, Path(options.output or f"runs/study-{name}"))
