@@ -44,6 +44,7 @@ _EXPECTED = {
     "bool_type": "be true or false",
     "string_type": "be text",
     "list_type": "be a list",
+    "set_type": "be a list",
     "dict_type": "be a mapping",
     "dataclass_type": "be a mapping",
 }
