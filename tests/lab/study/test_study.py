@@ -1,7 +1,9 @@
 import copy
 import json
+import re
 import shutil
 from dataclasses import asdict
+from pathlib import Path
 from statistics import fmean
 
 import pytest
@@ -229,6 +231,65 @@ class TestErrors:
     def test_config(self, study, changes, message):
         with pytest.raises(SettingsError, match=message):
             study(**changes)
+
+    @pytest.mark.parametrize(
+        ("content", "message"),
+        [
+            ("{}", "is damaged: it must have description, got none; delete its folder"),
+            ("null", "is damaged: it holds a NoneType"),
+            ('{"task": ', "is damaged: "),
+        ],
+    )
+    def test_damaged_record(self, finished, study, tmp_path, content, message):
+        folder = shutil.copytree(finished[1], tmp_path / "copy")
+        file = folder / "run-DSC-seed1" / "record.json"
+        file.write_text(content)
+        with pytest.raises(ValueError, match=rf"^{re.escape(str(file))} {message}"):
+            run_study(study(), folder)
+
+    def test_changed_corpus(self, study, tiny, tmp_path, module_cache, monkeypatch):
+        text = tmp_path / "text.txt"
+        text.write_text(Path(tiny.corpus).read_text())
+        settings = study().settings | {"corpus": str(text)}
+        config = study(settings=settings, variants=[{"name": "DSC", "method": "dsc"}])
+
+        def killed(*arguments):
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patched:
+            patched.setattr(training, "build_model", killed)
+            with pytest.raises(KeyboardInterrupt):
+                run_study(config, tmp_path / "out")
+        text.write_text(text.read_text()[::-1])
+        with pytest.raises(
+            ValueError, match=rf"^corpus {re.escape(str(text))} must hold what it held when the study in"
+        ):
+            run_study(config, tmp_path / "out")
+
+    def test_launch_of_several_processes(self, study, tmp_path, monkeypatch):
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        with pytest.raises(ValueError, match="takes processes that are started one by one, got a launch of 2"):
+            run_study(study(), tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+
+    @pytest.mark.parametrize(
+        "variants",
+        [
+            [{**DSC, "name": "a b"}, {**DSC, "name": "a_b"}],
+            [{**DSC, "trials": [{"top_k": 2}, {"feed_forward": {"top_k": 2}}]}],
+        ],
+    )
+    def test_runs_that_would_share_a_folder(self, study, tmp_path, variants):
+        with pytest.raises(
+            SettingsError, match=r"^\w+ of variant .* and \w+ of variant .* must differ in the names of"
+        ):
+            run_study(study(variants=variants), tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+
+    def test_budget_out_of_reach_names_the_variant(self, study, tmp_path, module_cache):
+        variants = [{**DSC, "settings": {"total": 1000, "active": 900}}]
+        with pytest.raises(SettingsError, match=r"^settings of variant 'a': total and active must be"):
+            run_study(study(variants=variants), tmp_path / "out")
 
     def test_folder_of_another_study(self, finished, study):
         _, folder, _ = finished

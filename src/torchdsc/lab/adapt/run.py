@@ -12,7 +12,8 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from torch import nn
 from torch.optim import Optimizer
 from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments, set_seed
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerCallback, TrainerState
 
 from torchdsc.adapters import last_regularization
 from torchdsc.lab.checkpoints import last_checkpoint, remove_checkpoints
@@ -25,7 +26,8 @@ from torchdsc.lab.environment import (
     reset_peak_memory,
     versions,
 )
-from torchdsc.lab.files import read_json, write_json
+from torchdsc.lab.files import write_json
+from torchdsc.lab.queue import read_record
 from torchdsc.lab.trainer import QuietProgress
 
 from .config import AdaptConfig, Method
@@ -36,6 +38,14 @@ from .metrics import score
 __all__ = ["RECORD", "Job", "adapt_run"]
 
 RECORD, WEIGHTS = "record.json", "adapter"
+# What tables and reports are made from.
+_FIELDS = {
+    **dict.fromkeys(("task", "method", "commit", "command"), str),
+    **dict.fromkeys(("config", "versions", "hardware"), dict),
+    **dict.fromkeys(("score", "loss", "learning_rate", "train_seconds"), int | float),
+    **dict.fromkeys(("seed", "steps", "params_adapter", "params_trainable"), int),
+    **dict.fromkeys(("data_sha256", "curve"), list),
+}
 # Settings of a study that a single run does not depend on.
 _NOT_OF_A_RUN = ("reference", "learning_rates", "tuning_tasks", "tuning_seed", "timing_rounds")
 
@@ -65,6 +75,12 @@ class Job:
         name = f"{phase}-{self.task}-{self.method.name}-lr{self.learning_rate:g}-seed{self.seed}"
         return re.sub(r"[^\w.+-]+", "_", name)
 
+    @property
+    def description(self) -> str:
+        """The run in words, which tell it apart from any other."""
+        rate = f"method {self.method.name!r} at learning rate {self.learning_rate!r} on task {self.task!r}"
+        return f"{'trial' if self.is_trial else 'run'} of {rate}, seed {self.seed}"
+
 
 def adapt_run(
     config: AdaptConfig, job: Job, data: TaskData, tokenizer: PreTrainedTokenizerBase, folder: Path, label: str
@@ -85,11 +101,12 @@ def adapt_run(
         The record.
 
     Raises:
+        ValueError: If the record is damaged, or that of another run.
         KeyboardInterrupt: If the training was stopped; a later call goes on from the last checkpoint.
     """
     file = folder / RECORD
     if file.is_file():
-        record = read_json(file)
+        record = read_record(file, _FIELDS if job.is_trial else {**_FIELDS, "adapter_bytes": int})
         _check_record(record, config, job, data, file)
         remove_checkpoints(folder)
         return record
@@ -103,10 +120,11 @@ def adapt_run(
 
 def _check_record(record: dict[str, Any], config: AdaptConfig, job: Job, data: TaskData, file: Path) -> None:
     """A record under a run's name must be that of this very run."""
-    kept, method = record["config"], record["config"]["method"]
+    kept = record["config"]
+    method = kept["method"] if isinstance(kept.get("method"), dict) else {}
     wanted = {name: value for name, value in _settings(config).items() if name not in _NOT_OF_A_RUN}
     wanted |= {"task": asdict(data.task), "kind": job.method.kind, "options": job.method.options}
-    kept = {**kept, "kind": method["kind"], "options": method["options"]}
+    kept = {**kept, "kind": method.get("kind"), "options": method.get("options")}
     different = [name for name in wanted if kept.get(name) != wanted[name]]
     if different or record["data_sha256"] != data.sha256:
         what = f"{different[0]} {kept.get(different[0])!r}" if different else "other data"
@@ -121,9 +139,8 @@ def _adapt(
     model = build_model(job.method, config, data, tokenizer.pad_token_id)
     trainer = _trainer(config, job, data, model, folder, label)
     retained = None if data.retain is None or job.is_trial else _loss(trainer, data.retain)
-    start, checkpoint = time.perf_counter(), last_checkpoint(folder)
+    checkpoint = last_checkpoint(folder)
     trainer.train(None if checkpoint is None else str(checkpoint))
-    seconds = time.perf_counter() - start
     if trainer.state.global_step < trainer.state.max_steps:
         raise KeyboardInterrupt(f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}")
     metrics = _evaluate(trainer, data, data.validation if job.is_trial else data.evaluation)
@@ -142,9 +159,7 @@ def _adapt(
         "params_trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "steps": trainer.state.max_steps,
         "curve": _curve(trainer),
-        "regularization": last_regularization(model),
-        "train_seconds": seconds,
-        "peak_memory_bytes": peak_memory_bytes(),
+        **_noted(trainer.state.log_history),
         "config": {**_settings(config), "task": asdict(data.task), "method": asdict(job.method)},
         "data_sha256": data.sha256,
         "versions": versions(),
@@ -192,7 +207,7 @@ def _trainer(config: AdaptConfig, job: Job, data: TaskData, model: nn.Module, fo
         eval_steps=every,
         save_strategy="steps",
         save_steps=every,
-        save_total_limit=1,
+        save_total_limit=2,
         load_best_model_at_end=evaluates,
         metric_for_best_model=None if not evaluates else "loss" if metric == "loss" else "score",
         greater_is_better=None if not evaluates else metric != "loss",
@@ -209,6 +224,9 @@ def _trainer(config: AdaptConfig, job: Job, data: TaskData, model: nn.Module, fo
         dataloader_pin_memory=torch.cuda.is_available(),
     )
 
+    # More GPUs would silently multiply the batch.
+    arguments._n_gpu = min(1, arguments.n_gpu)
+
     def compute(prediction: Any) -> dict[str, float]:
         return {"score": score(metric, np.asarray(prediction.predictions, float), np.asarray(prediction.label_ids))}
 
@@ -224,15 +242,61 @@ def _trainer(config: AdaptConfig, job: Job, data: TaskData, model: nn.Module, fo
     for default in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(default)
     trainer.add_callback(QuietProgress(label))
+    trainer.add_callback(_Notes(model))
     return trainer
 
 
+class _Notes(TrainerCallback):
+    """Writes into the log, which checkpoints hold, what a record says of all calls so far."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model, self.before = model, _noted([])
+        # When this call's training began; None while there is none.
+        self.since: float | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Go on from what the checkpoint's log says."""
+        self.before, self.since = _noted(state.log_history), time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """A checkpoint holds a log up to its step."""
+        if control.should_evaluate or control.should_save:
+            control.should_log = True
+
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Add to the entry that was just made."""
+        if self.since is not None:
+            state.log_history[-1] |= {
+                "train_seconds": self.before["train_seconds"] + time.perf_counter() - self.since,
+                "peak_memory_bytes": max(self.before["peak_memory_bytes"], peak_memory_bytes()),
+                "regularization": last_regularization(self.model),
+            }
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Evaluations that follow are no training."""
+        self.since = None
+
+
 class _HeadTrainer(Trainer):
-    """Trainer with a learning rate of its own for the head; the schedule is the same."""
+    """Trainer with a learning rate of its own for the head, the schedule being the same; it trains no step too many."""
 
     def __init__(self, head_learning_rate: float | None, **kwargs: Any) -> None:
         self._head_learning_rate = head_learning_rate
         super().__init__(**kwargs)
+
+    def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:
+        """Train, or load a checkpoint of the last step as it is: Trainer would do another."""
+        file = Path(resume_from_checkpoint or "", TRAINER_STATE_NAME)
+        state = None if resume_from_checkpoint is None else TrainerState.load_from_json(str(file))
+        if state is None or state.global_step < self.args.max_steps:
+            return super().train(resume_from_checkpoint, **kwargs)
+        self.state = state
+        chosen = file.parent
+        if self.args.load_best_model_at_end and state.best_model_checkpoint:
+            # The folder may have been moved since.
+            best = chosen.with_name(Path(state.best_model_checkpoint).name)
+            chosen = best if best.is_dir() else chosen
+        return self._load_from_checkpoint(str(chosen))
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Optimizer:
         """Trainer's, its groups divided."""
@@ -244,6 +308,13 @@ class _HeadTrainer(Trainer):
                 group["params"] = [parameter for parameter in group["params"] if id(parameter) not in head]
                 optimizer.add_param_group({**group, "params": own, "lr": self._head_learning_rate})
         return optimizer
+
+
+def _noted(history: list[dict[str, Any]]) -> dict[str, Any]:
+    """What the log's last entry of training says of all calls."""
+    none = {"train_seconds": 0.0, "peak_memory_bytes": 0, "regularization": {}}
+    entry = next((entry for entry in reversed(history) if "train_seconds" in entry), none)
+    return {name: entry[name] for name in none}
 
 
 def _evaluate(trainer: Trainer, data: TaskData, part: Any) -> dict[str, float]:
