@@ -228,12 +228,14 @@ def _sentence(error: ValidationError, kind: Any, field: str, value: Any) -> str:
     if last == "value_error":
         reason = message.removeprefix("Value error, ")
         return f"{path} {reason}" if reason.startswith("must ") else f"{path}: {reason}"
-    expected = [
-        _EXPECTED.get(e["type"], e["msg"].partition(" should ")[2])
-        for e in found
-        if _follow(field, value, e["loc"])[0] == path
-    ]
+    same = [item for item in found if _follow(field, value, item["loc"])[0] == path]
+    expected = [_EXPECTED.get(item["type"], _after_should(item["msg"])) for item in same]
     return f"{path} must {' or '.join(dict.fromkeys(expected))}, got {shorten(received)}"
+
+
+def _after_should(message: str) -> str:
+    """ "be greater than 0" of "Input should be greater than 0"."""
+    return message.partition(" should ")[2].partition(" after validation")[0]
 
 
 def _follow(field: str, value: Any, loc: _Loc) -> tuple[str, Any]:
