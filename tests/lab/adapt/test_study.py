@@ -84,11 +84,13 @@ def test_times_are_kept_for_the_same_methods_alone(finished, tmp_path):
     assert all(anew[name]["samples"] != results["timing"][name]["samples"] for name in anew)
 
 
-@pytest.mark.parametrize("damaged", [{}, {"DSC": 5}, {"DSC": {"kind": "dsc"}}])
+@pytest.mark.parametrize("damaged", ["all", "a number", "no samples"])
 def test_damaged_times_are_measured_anew(finished, tmp_path, damaged):
     config, original, results = finished
     folder = shutil.copytree(original, tmp_path / "copy")
-    (folder / "timing.json").write_text(json.dumps(damaged and results["timing"] | damaged))
+    dsc = {name: results["timing"]["DSC"][name] for name in ("kind", "options")}
+    content = {"all": {}, "a number": results["timing"] | {"DSC": 5}, "no samples": results["timing"] | {"DSC": dsc}}
+    (folder / "timing.json").write_text(json.dumps(content[damaged]))
     anew = adapt(config, folder)["timing"]
     assert anew["DSC"]["options"] == results["timing"]["DSC"]["options"]
 
