@@ -229,8 +229,9 @@ def _sentence(error: ValidationError, kind: Any, field: str, value: Any) -> str:
         reason = message.removeprefix("Value error, ")
         return f"{path} {reason}" if reason.startswith("must ") else f"{path}: {reason}"
     same = [item for item in found if _follow(field, value, item["loc"])[0] == path]
-    expected = [_EXPECTED.get(item["type"], _after_should(item["msg"])) for item in same]
-    return f"{path} must {' or '.join(dict.fromkeys(expected))}, got {shorten(received)}"
+    # Sorted, because the order of a choice of types is not fixed.
+    expected = sorted({_EXPECTED.get(item["type"], _after_should(item["msg"])) for item in same})
+    return f"{path} must {' or '.join(expected)}, got {shorten(received)}"
 
 
 def _after_should(message: str) -> str:

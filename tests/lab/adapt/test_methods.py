@@ -103,7 +103,7 @@ class TestErrors:
             ("dsc", {"num_atoms": 10**30}, ".*Overflow"),
             ("dsc", {"target_modules": "(["}, r"target_modules must be a regular expression, got '\(\[': unterminated"),
             ("lora", {"target_modules": "*x"}, r"target_modules must be a regular expression, got '\*x': nothing to"),
-            ("lora", {"target_modules": 5}, "target_modules must be text or be a list, got 5"),
+            ("lora", {"target_modules": 5}, "target_modules must be a list or be text, got 5"),
             ("lora", {"target_modules": ["nowhere"]}, "No modules were targeted for adaptation"),
             ("lora", {"r": "x"}, "r must be an integer, got 'x'"),
             ("lora", {"r": 0}, r".*value passed is 0, got {.*'r': 0"),

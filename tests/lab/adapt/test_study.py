@@ -12,6 +12,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trai
 
 import torchdsc.adapters
 from torchdsc.lab.adapt import run as run_module
+from torchdsc.lab.adapt.methods import head_parameters
 from torchdsc.lab.adapt.report import render_report
 from torchdsc.lab.adapt.study import _best_rate, adapt
 from torchdsc.lab.adapt.summary import difference, summarize, to_markdown
@@ -274,7 +275,7 @@ def test_killed_after_the_last_checkpoint(study, tmp_path, monkeypatch, kind, ev
     seconds = []
 
     def killed(trainer, *arguments):
-        seconds.append(run_module._noted(trainer.state.log_history)["train_seconds"])
+        seconds.append(run_module.noted(trainer.state.log_history)["train_seconds"])
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
@@ -283,7 +284,7 @@ def test_killed_after_the_last_checkpoint(study, tmp_path, monkeypatch, kind, ev
             adapt(config, tmp_path / "cut")
     (checkpoint,) = (tmp_path / "cut").glob("run-*/checkpoint-6")
     with monkeypatch.context() as patched:
-        patched.setattr(run_module._HeadTrainer, "training_step", None)
+        patched.setattr(run_module.HeadTrainer, "training_step", None)
         resumed = adapt(config, tmp_path / "cut")["runs"][0]
     assert not checkpoint.exists()
     for key in ("steps", "score", "loss", "curve", "regularization"):
@@ -340,10 +341,10 @@ def test_head_has_a_rate_of_its_own(study, tmp_path, monkeypatch):
         {"name": "head", "kind": "head"},
     ]
 
-    class Trainer(run_module._HeadTrainer):
+    class Trainer(run_module.HeadTrainer):
         def create_optimizer(self, *args):
             optimizer = super().create_optimizer(*args)
-            head = {id(p) for p in run_module.head_parameters(self.model)}
+            head = {id(p) for p in head_parameters(self.model)}
             rates = {True: set(), False: set()}
             for group in optimizer.param_groups:
                 for parameter in group["params"]:
@@ -353,7 +354,7 @@ def test_head_has_a_rate_of_its_own(study, tmp_path, monkeypatch):
             assert {id(p) for group in optimizer.param_groups for p in group["params"]} == trained
             return optimizer
 
-    monkeypatch.setattr(run_module, "_HeadTrainer", Trainer)
+    monkeypatch.setattr(run_module, "HeadTrainer", Trainer)
     config = study(methods=methods, learning_rates=[1e-2], head_learning_rate=3e-4, weight_decay=0.1)
     results = adapt(config, tmp_path / "out")
     assert seen == {

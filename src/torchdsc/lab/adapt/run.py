@@ -1,27 +1,22 @@
 """One adaptation: a base model, a method, a task, a learning rate and a seed, to a record."""
 
 import re
-import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from torch import nn
-from torch.optim import Optimizer
 from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments, set_seed
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerCallback, TrainerState
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from torchdsc.adapters import last_regularization
 from torchdsc.lab.checkpoints import last_checkpoint, remove_checkpoints
 from torchdsc.lab.environment import (
     command_line,
     commit,
     hardware,
-    peak_memory_bytes,
     quiet_transformers,
     reset_peak_memory,
     versions,
@@ -32,8 +27,9 @@ from torchdsc.lab.trainer import QuietProgress
 
 from .config import AdaptConfig, Method
 from .data import TaskData
-from .methods import adapter_parameters, build_model, head_parameters
+from .methods import adapter_parameters, build_model
 from .metrics import score
+from .trainer import HeadTrainer, Notes, noted
 
 __all__ = ["RECORD", "Job", "adapt_run"]
 
@@ -159,7 +155,7 @@ def _adapt(
         "params_trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "steps": trainer.state.max_steps,
         "curve": _curve(trainer),
-        **_noted(trainer.state.log_history),
+        **noted(trainer.state.log_history),
         "config": {**_settings(config), "task": asdict(data.task), "method": asdict(job.method)},
         "data_sha256": data.sha256,
         "versions": versions(),
@@ -230,7 +226,7 @@ def _trainer(config: AdaptConfig, job: Job, data: TaskData, model: nn.Module, fo
     def compute(prediction: Any) -> dict[str, float]:
         return {"score": score(metric, np.asarray(prediction.predictions, float), np.asarray(prediction.label_ids))}
 
-    trainer = _HeadTrainer(
+    trainer = HeadTrainer(
         config.head_learning_rate,
         model=model,
         args=arguments,
@@ -242,79 +238,8 @@ def _trainer(config: AdaptConfig, job: Job, data: TaskData, model: nn.Module, fo
     for default in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(default)
     trainer.add_callback(QuietProgress(label))
-    trainer.add_callback(_Notes(model))
+    trainer.add_callback(Notes(model))
     return trainer
-
-
-class _Notes(TrainerCallback):
-    """Writes into the log, which checkpoints hold, what a record says of all calls so far."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model, self.before = model, _noted([])
-        # When this call's training began; None while there is none.
-        self.since: float | None = None
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Go on from what the checkpoint's log says."""
-        self.before, self.since = _noted(state.log_history), time.perf_counter()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """A checkpoint holds a log up to its step."""
-        if control.should_evaluate or control.should_save:
-            control.should_log = True
-
-    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Add to the entry that was just made."""
-        if self.since is not None:
-            state.log_history[-1] |= {
-                "train_seconds": self.before["train_seconds"] + time.perf_counter() - self.since,
-                "peak_memory_bytes": max(self.before["peak_memory_bytes"], peak_memory_bytes()),
-                "regularization": last_regularization(self.model),
-            }
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Evaluations that follow are no training."""
-        self.since = None
-
-
-class _HeadTrainer(Trainer):
-    """Trainer with a learning rate of its own for the head, the schedule being the same; it trains no step too many."""
-
-    def __init__(self, head_learning_rate: float | None, **kwargs: Any) -> None:
-        self._head_learning_rate = head_learning_rate
-        super().__init__(**kwargs)
-
-    def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:
-        """Train, or load a checkpoint of the last step as it is: Trainer would do another."""
-        file = Path(resume_from_checkpoint or "", TRAINER_STATE_NAME)
-        state = None if resume_from_checkpoint is None else TrainerState.load_from_json(str(file))
-        if state is None or state.global_step < self.args.max_steps:
-            return super().train(resume_from_checkpoint, **kwargs)
-        self.state = state
-        chosen = file.parent
-        if self.args.load_best_model_at_end and state.best_model_checkpoint:
-            # The folder may have been moved since.
-            best = chosen.with_name(Path(state.best_model_checkpoint).name)
-            chosen = best if best.is_dir() else chosen
-        return self._load_from_checkpoint(str(chosen))
-
-    def create_optimizer(self, *args: Any, **kwargs: Any) -> Optimizer:
-        """Trainer's, its groups divided."""
-        optimizer: Optimizer = super().create_optimizer(*args, **kwargs)
-        if self._head_learning_rate is not None:
-            head = {id(parameter) for parameter in head_parameters(cast(nn.Module, self.model))}
-            for group in list(optimizer.param_groups):
-                own = [parameter for parameter in group["params"] if id(parameter) in head]
-                group["params"] = [parameter for parameter in group["params"] if id(parameter) not in head]
-                optimizer.add_param_group({**group, "params": own, "lr": self._head_learning_rate})
-        return optimizer
-
-
-def _noted(history: list[dict[str, Any]]) -> dict[str, Any]:
-    """What the log's last entry of training says of all calls."""
-    none = {"train_seconds": 0.0, "peak_memory_bytes": 0, "regularization": {}}
-    entry = next((entry for entry in reversed(history) if "train_seconds" in entry), none)
-    return {name: entry[name] for name in none}
 
 
 def _evaluate(trainer: Trainer, data: TaskData, part: Any) -> dict[str, float]:
