@@ -152,7 +152,7 @@ def test_options_that_take_the_labels_out_raise(kind, option, training, make_tra
     trainer = make_trainer(training(kind), make_batch(kind), **({option: 0.1} if "smoothing" in option else {}))
     if option == "compute_loss_func":
         trainer.compute_loss_func = lambda outputs, labels, **_: outputs.logits.square().mean()
-    with pytest.raises(RuntimeError, match="put torchdsc.RegularizedLoss before the class of a trainer"):
+    with pytest.raises(RuntimeError, match=r"put torchdsc.RegularizedLoss before the class of a trainer"):
         trainer.train()
 
 

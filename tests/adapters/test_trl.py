@@ -166,7 +166,7 @@ class TestModelsThatRoute:
             make_trained(RegularizedSFTTrainer, *arguments[0], make(kind, weight), arguments[1]) for weight in (0, 100)
         ]
         assert losses[1][0] > losses[0][0] + 50
-        with pytest.raises(RuntimeError, match="put torchdsc.RegularizedLoss before the class of a trainer"):
+        with pytest.raises(RuntimeError, match=r"put torchdsc.RegularizedLoss before the class of a trainer"):
             make_trained(trl.SFTTrainer, trl.SFTConfig, make(kind, 100), {"text": SENTENCES})
 
     def test_dpo(self, make, kind, make_trained):
@@ -174,7 +174,7 @@ class TestModelsThatRoute:
             make_trained(RegularizedDPOTrainer, trl.DPOConfig, make(kind, weight), PREFERENCES) for weight in (0, 100)
         ]
         assert losses[1][0] > losses[0][0] + 50
-        with pytest.raises(RuntimeError, match="put torchdsc.RegularizedLoss before the class of a trainer"):
+        with pytest.raises(RuntimeError, match=r"put torchdsc.RegularizedLoss before the class of a trainer"):
             make_trained(trl.DPOTrainer, trl.DPOConfig, make(kind, 100), PREFERENCES)
 
 
@@ -183,11 +183,15 @@ class RegularizedGRPOTrainer(RegularizedLoss, trl.GRPOTrainer):
 
 
 def test_grpo(make_trained):
-    options = {"num_generations": 2, "max_completion_length": 4, "reward_funcs": lambda completions, **_: [0.0, 1.0] * 2}
+    options = {
+        "num_generations": 2,
+        "max_completion_length": 4,
+        "reward_funcs": lambda completions, **_: [0.0, 1.0] * 2,
+    }
     losses = [
         make_trained(RegularizedGRPOTrainer, trl.GRPOConfig, dscgpt("dsc", weight), {"prompt": SENTENCES}, **options)
         for weight in (0, 100)
     ]
     assert losses[1][0] > losses[0][0] + 50
-    with pytest.raises(RuntimeError, match="put torchdsc.RegularizedLoss before the class of a trainer"):
+    with pytest.raises(RuntimeError, match=r"put torchdsc.RegularizedLoss before the class of a trainer"):
         make_trained(trl.GRPOTrainer, trl.GRPOConfig, dscgpt("dsc", 100), {"prompt": SENTENCES}, **options)

@@ -64,7 +64,7 @@ def test_methods_of_a_preset_by_name():
         (("--base", "b", "--train", "a.csv", "--method", "x"), "method must be among"),
         (("--preset", "glue", "--only", "x"), "only must name tasks of the study"),
         (("--preset", "none"), "preset must be one of"),
-        (("--base", "b", "--train", "a.csv", "--steps", "0"), "steps must be an int >= 1, got 0"),
+        (("--base", "b", "--train", "a.csv", "--steps", "0"), "steps must be greater than or equal to 1, got 0"),
         (("--colour", "red"), "colour"),
     ],
 )

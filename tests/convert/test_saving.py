@@ -116,7 +116,7 @@ class TestWhatWouldBeSilent:
     def test_transformers_refuses_a_converted_model(self, cls, tmp_path):
         """It would start its feed-forward modules anew."""
         converted().save_pretrained(tmp_path)
-        with pytest.raises(OSError, match="to-be-loaded-by-torchdsc.load_converted"):
+        with pytest.raises(OSError, match=r"to-be-loaded-by-torchdsc.load_converted"):
             cls.from_pretrained(tmp_path)
 
     def test_a_model_that_is_not_converted(self, tmp_path):
@@ -142,7 +142,7 @@ class TestWhatWouldBeSilent:
 
         model = converted(lambda: OwnLlama(transformers.LlamaConfig(**SIZES)))
         model.save_pretrained(tmp_path)
-        with pytest.raises(ValueError, match="model_class must be given .* got 'OwnLlama'"):
+        with pytest.raises(ValueError, match=r"model_class must be given .* got 'OwnLlama'"):
             load_converted(tmp_path)
         loaded = load_converted(tmp_path, model_class=OwnLlama)
         assert torch.equal(loaded(input_ids).logits, model(input_ids).logits)
@@ -184,7 +184,11 @@ class TestTrainer:
                 "save_strategy": "no",
             }
             arguments = transformers.TrainingArguments(
-                output_dir=str(tmp_path / "trainer"), use_cpu=True, report_to=[], disable_tqdm=True, **settings | options
+                output_dir=str(tmp_path / "trainer"),
+                use_cpu=True,
+                report_to=[],
+                disable_tqdm=True,
+                **settings | options,
             )
             labels = input_ids.clone()
             labels[0, :5] = -100

@@ -312,7 +312,7 @@ class TestTrainer:
         ids=["label smoothing", "loss function"],
     )
     def test_options_that_take_the_labels_out_raise(self, options, routed_kind, make_training, make_trainer, step):
-        with pytest.raises(RuntimeError, match="put torchdsc.RegularizedLoss before the class of a trainer"):
+        with pytest.raises(RuntimeError, match=r"put torchdsc.RegularizedLoss before the class of a trainer"):
             make_trainer(make_training(routed_kind), step, **options).train()
 
     def test_those_options_work_with_regularized_loss(self, routed_kind, make_training, make_trainer, step):
@@ -321,7 +321,9 @@ class TestTrainer:
         for accumulation, is_inside in ((1, True), (1, False), (2, False)):
             torch.manual_seed(3)
             model = make_training(routed_kind, linear=True)
-            own = precise_loss if is_inside else (lambda outputs, labels, **k: precise_loss(outputs.logits, labels, **k))
+            own = (
+                precise_loss if is_inside else (lambda outputs, labels, **k: precise_loss(outputs.logits, labels, **k))
+            )
             trainer = make_trainer(model, step, accumulation, cls=RegularizedTrainer)
             trainer.compute_loss_func = None if is_inside else own
             trainer.train()

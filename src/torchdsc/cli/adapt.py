@@ -1,22 +1,23 @@
 """``torchdsc adapt``."""
 
 from collections.abc import Mapping
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, fields, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import docstring_parser
-import yaml
 
-from torchdsc.lab.adapt.config import KINDS, WITHOUT_ADAPTER, AdaptConfig, Task
+from torchdsc.lab.adapt.config import KINDS, WITHOUT_ADAPTER, AdaptConfig, Method, Task
 from torchdsc.lab.presets import preset_names, read_preset
+from torchdsc.lab.schema import build, check_fields, naming, parse_yaml, read_yaml
 
 from .parsing import (
     SUPPRESS,
     ArgumentParser,
     add_dry_run,
     add_print_config,
+    check_folder,
     command_parser,
     print_settings,
     without_looking,
@@ -35,15 +36,15 @@ def run(arguments: list[str]) -> None:
     # Defaults in the help are those of the preset that is given.
     options = vars(_parser(read_preset(preset, "adapt") if preset else {}).parse_args(arguments))
     config = _config(options)
-    folder = options.get("output") or _values(options).get("output")
-    folder = folder or f"runs/adapt-{preset or config.tasks[0].name}"
+    folder = options.get("output") or _values(options)[1] or f"runs/adapt-{preset or config.tasks[0].name}"
     if options.get("print_config"):
         print_settings({"output": folder, **config.as_dict()})
         return
     # Imported late: --help and wrong flags answer at once.
     from torchdsc.lab.adapt.study import adapt, dry_run
 
-    (dry_run if options.get("dry_run") else adapt)(config, Path(folder))
+    with naming(options.get("config")):
+        (dry_run if options.get("dry_run") else adapt)(config, Path(folder))
 
 
 def _parser(values: Mapping[str, Any] = MappingProxyType({})) -> ArgumentParser:
@@ -78,30 +79,35 @@ def _parser(values: Mapping[str, Any] = MappingProxyType({})) -> ArgumentParser:
     return parser
 
 
-def _values(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Values of the preset, and over them those of the file."""
-    values = read_preset(options["preset"], "adapt") if options.get("preset") else {}
-    if options.get("config"):
-        values |= yaml.safe_load(Path(options["config"]).read_text(encoding="utf-8"))
-    return values
-
-
 def _config(flags: Mapping[str, Any]) -> AdaptConfig:
-    names = ("base", "method", "budget", "only", *_TASK_FLAGS, *_STUDY_FLAGS)
+    names = ("config", "base", "method", "budget", "only", *_TASK_FLAGS, *_STUDY_FLAGS)
     options: dict[str, Any] = {name: flags.get(name) for name in names}
-    values = _values(flags)
-    # As --print_config has it.
-    values.pop("output", None)
-    for name in ("base", *_STUDY_FLAGS):
-        given = options[name]
-        if given is not None:
-            values[name] = [_value(item) for item in given] if isinstance(given, list) else _value(given)
+    values, _ = _values(flags)
+    given = {name: options[name] for name in ("base", *_STUDY_FLAGS) if options[name] is not None}
+    for name in set(given) - {"base"}:
+        value = given[name]
+        given[name] = [_value(name, item) for item in value] if isinstance(value, list) else _value(name, value)
+    values |= check_fields(AdaptConfig, given)
     _single_task(values, options)
     _chosen_methods(values, options)
-    missing = [flag for name, flag in (("base", "--base"), ("tasks", "--train")) if not values.get(name)]
+    missing = [flag for name, flag in (("base", "--base"), ("tasks", "--train")) if name not in values]
     if missing:
         raise ValueError(f"{' and '.join(missing)} must be given where no preset or config does")
-    return AdaptConfig.from_dict(values)
+    with naming(options["config"]):
+        return AdaptConfig.from_dict(values)
+
+
+def _values(options: Mapping[str, Any]) -> tuple[dict[str, Any], str | None]:
+    """Fields that the preset, and over it the file, give; and the folder that a file of --print_config names."""
+    values: dict[str, Any] = {}
+    preset, file, folder = options.get("preset"), options.get("config"), None
+    if preset:
+        values |= check_fields(AdaptConfig, read_preset(preset, "adapt"), f"preset {preset}")
+    if file:
+        read = read_yaml(Path(file))
+        folder = check_folder(read.pop("output", None), file)
+        values |= check_fields(AdaptConfig, read, file)
+    return values, folder
 
 
 def _single_task(values: dict[str, Any], options: dict[str, Any]) -> None:
@@ -109,41 +115,38 @@ def _single_task(values: dict[str, Any], options: dict[str, Any]) -> None:
     if given and "train" not in given:
         raise ValueError(f"--train must be given with --{next(iter(given))}")
     if given:
-        sized = {name: _value(given[name]) for name in ("max_train", "max_evaluation") if name in given}
-        values["tasks"] = [{"name": Path(given["train"]).stem, **given, **sized}]
+        task: dict[str, Any] = {"name": Path(given["train"]).stem, **given}
+        task |= {name: _value(name, given[name]) for name in ("max_train", "max_evaluation") if name in given}
+        values["tasks"] = [build(Task, task)]
     if options["only"]:
-        known = [task["name"] for task in values.get("tasks", [])]
+        known = [task.name for task in values.get("tasks", [])]
         if set(options["only"]) - set(known):
             raise ValueError(f"only must name tasks of the study, {known}, got {options['only']}")
-        values["tasks"] = [task for task in values["tasks"] if task["name"] in options["only"]]
+        values["tasks"] = [task for task in values["tasks"] if task.name in options["only"]]
         tuned = [name for name in values.get("tuning_tasks") or [] if name in options["only"]]
         values["tuning_tasks"] = tuned or None
 
 
 def _chosen_methods(values: dict[str, Any], options: dict[str, Any]) -> None:
-    known = {method["name"]: method for method in values.get("methods", [])}
-    if options["method"] is None and not known:
-        options = {**options, "method": ["dsc"]}
-    if options["method"] is not None:
+    known = {method.name: method for method in values.get("methods", [])}
+    chosen = options["method"]
+    if chosen is None and "methods" not in values:
+        chosen = ["dsc"]
+    if chosen is not None:
         methods = []
-        for name in options["method"]:
+        for name in chosen:
             if name not in known and name not in KINDS:
                 raise ValueError(f"method must be among {[*known, *KINDS]}, got {name!r}")
             budget = {} if name in WITHOUT_ADAPTER else {"budget": _DEFAULT_BUDGET}
-            methods.append(known.get(name, {"name": name, "kind": name, **budget}))
+            methods.append(known.get(name) or build(Method, {"name": name, "kind": name, **budget}))
         values["methods"] = methods
     if options["budget"] is not None:
+        budget = check_fields(Method, {"budget": options["budget"]})
         values["methods"] = [
-            method if method["kind"] in WITHOUT_ADAPTER else {**method, "budget": options["budget"]}
-            for method in values["methods"]
+            method if method.kind in WITHOUT_ADAPTER else replace(method, **budget) for method in values["methods"]
         ]
 
 
-def _value(given: Any) -> Any:
-    """A flag's text as YAML has it; numbers such as 2e-3 too, which YAML takes for text."""
-    if not isinstance(given, str):
-        return given
-    try:
-        return int(given) if given.isdecimal() else float(given)
-    except ValueError:
-        return yaml.safe_load(given)
+def _value(name: str, given: Any) -> Any:
+    """A flag's text as YAML has it."""
+    return parse_yaml(given, f"--{name}") if isinstance(given, str) else given

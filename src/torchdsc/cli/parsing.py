@@ -108,3 +108,10 @@ def describe(error: Exception) -> str:
         text = re.sub(r"typing\.Literal\[([^]]*)\]", r"one of \1", text)
         text = re.sub(r": Expected an? (.*?)\. Got value: (.*)", r" must be \1, got \2", text)
     return text
+
+
+def check_folder(output: object, file: str | None) -> str | None:
+    """The folder that a study's file names, if it names one; a ValueError if that is no text."""
+    if output is not None and not isinstance(output, str):
+        raise ValueError(f"{file}: output must be a folder, got {output!r}")
+    return output

@@ -2,12 +2,11 @@
 
 from pathlib import Path
 
-import yaml
-
 from torchdsc.lab.presets import preset_names, read_preset
+from torchdsc.lab.schema import check_fields, naming, read_yaml
 from torchdsc.lab.study.config import StudyConfig
 
-from .parsing import SUPPRESS, add_dry_run, add_print_config, command_parser, print_settings
+from .parsing import SUPPRESS, add_dry_run, add_print_config, check_folder, command_parser, print_settings
 
 _FOLDER = "study"
 
@@ -31,18 +30,18 @@ def run(arguments: list[str]) -> None:
     preset, file = options.get("preset"), options.get("config")
     if (preset is None) == (file is None):
         raise ValueError("one of --preset and --config must be given")
-    if preset is not None:
-        values = read_preset(preset, _FOLDER)
-    else:
-        values = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
-    folder = options.get("output") or values.pop("output", None) or f"runs/study-{preset or Path(file).stem}"
+    values = read_yaml(Path(file)) if preset is None else read_preset(preset, _FOLDER)
+    named = check_folder(values.pop("output", None), file)
+    folder = options.get("output") or named or f"runs/study-{preset or Path(file).stem}"
     if options.get("seeds") is not None:
-        values["seeds"] = options.seeds
-    config = StudyConfig.from_dict(values)
+        values |= check_fields(StudyConfig, {"seeds": options.seeds})
+    with naming(file):
+        config = StudyConfig.from_dict(values)
     if options.get("print_config"):
         print_settings({"output": folder, **config.as_dict()})
         return
     # Imported late: --help and wrong flags answer at once.
     from torchdsc.lab.study.study import dry_run, run_study
 
-    (dry_run if options.get("dry_run") else run_study)(config, Path(folder))
+    with naming(file):
+        (dry_run if options.get("dry_run") else run_study)(config, Path(folder))

@@ -73,7 +73,13 @@ def convert(
         _declare_shared(model, layers[0].bank)
     pass_attention_mask(model)
     add_regularization(model)
-    given = {"mode": mode, "in_features": in_features, "out_features": out_features, "share_bank": share_bank, **options}
+    given = {
+        "mode": mode,
+        "in_features": in_features,
+        "out_features": out_features,
+        "share_bank": share_bank,
+        **options,
+    }
     remember_conversion(model, {"modules": names, "arguments": given})
     return names
 
@@ -105,7 +111,7 @@ class _Replaced(_Converted):
 
 
 def _declare_shared(model: nn.Module, bank: BasisBank) -> None:
-    """Name tensors that share memory: transformers refuses to save, and fills anew on loading, those it is not told of."""
+    """Tell transformers which tensors share memory: it refuses to save others, and fills them anew on loading."""
     declared = getattr(model, "_tied_weights_keys", ())
     if not isinstance(declared, dict | None):
         return

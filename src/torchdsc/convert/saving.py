@@ -1,10 +1,9 @@
 """Saving of converted Hugging Face models, and loading them again."""
 
-import functools
 import json
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -12,8 +11,8 @@ from torchdsc.losses.host import is_pretrained
 
 # In config.json: what was converted.
 CONVERSIONS = "torchdsc_conversions"
-# In config.json: where transformers looks for weights. No such file exists, so that a loader that would leave out what was
-# put into the model, and start its feed-forward modules anew, stops instead.
+# In config.json: where transformers looks for weights. No such file exists, so that a loader stops that would leave out
+# what was put into the model, and start its feed-forward modules anew.
 _REDIRECTION = "transformers_weights"
 _NO_FILE = "to-be-loaded-by-torchdsc.load_converted.safetensors"
 
@@ -46,8 +45,8 @@ def load_converted(folder: str | Path, *, model_class: type[nn.Module] | None = 
 
     Raises:
         FileNotFoundError: If ``folder`` holds no config.json.
-        ValueError: If it holds no converted model, transformers has no class of its name, or weights are missing or belong
-            to another model.
+        ValueError: If it holds no converted model, transformers has no class of its name, or weights are missing or
+            belong to another model.
     """
     import transformers
 
@@ -77,7 +76,9 @@ class _Converted:
     def save_pretrained(self, save_directory: str | Path, *args: Any, **options: Any) -> None:
         """See transformers; config.json then says what :func:`load_converted` has to convert."""
         if options.get("push_to_hub"):
-            raise ValueError("push_to_hub must be False for a converted model, got True: save it, and upload the folder")
+            raise ValueError(
+                "push_to_hub must be False for a converted model, got True: save it, and upload the folder"
+            )
         super().save_pretrained(save_directory, *args, **options)  # type: ignore[misc]
         path = Path(save_directory, "config.json")
         if path.is_file():
@@ -87,31 +88,38 @@ class _Converted:
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # The class is made here, not found in a module: a pickle names the one it was made of.
-        _, _, state, *others = super().__reduce_ex__(2)
-        return (_blank, (type(self).__mro__[2],), state, *others)
+        _, _, *state = cast(tuple[Any, ...], super().__reduce_ex__(2))
+        return (_blank, (type(self).__mro__[2],), *state)
 
 
-def _blank(cls: type[nn.Module]) -> nn.Module:
+def _blank(cls: type[nn.Module]) -> Any:
     made = _converted_class(cls)
     return made.__new__(made)
 
 
-@functools.cache
-def _converted_class(cls: type[nn.Module]) -> type[nn.Module]:
+def _is_among(names: list[str], name: str, module: nn.Module) -> bool:
+    return name in names
+
+
+_converted_classes: dict[type, Any] = {}
+
+
+def _converted_class(cls: type) -> Any:
     """``cls`` with another ``save_pretrained``, under the same name: transformers goes by names."""
-    return type(cls.__name__, (_Converted, cls), {"__module__": cls.__module__, "__doc__": cls.__doc__})
+    if cls not in _converted_classes:
+        attributes = {"__module__": cls.__module__, "__doc__": cls.__doc__}
+        _converted_classes[cls] = type(cls.__name__, (_Converted, cls), attributes)
+    return _converted_classes[cls]
 
 
-def _loading_class(cls: type[nn.Module], conversions: list[dict[str, Any]]) -> type[Any]:
+def _loading_class(cls: Any, conversions: list[dict[str, Any]]) -> Any:
     """``cls`` that is converted as soon as it is built, before its weights are loaded."""
     from .api import convert
 
     def init(self: Any, config: Any, *args: Any, **options: Any) -> None:
         cls.__init__(self, config, *args, **options)
         for conversion in conversions:
-            modules = set(conversion["modules"])
-            chosen: Callable[[str, nn.Module], bool] = lambda name, module, modules=modules: name in modules  # noqa: E731
-            convert(self, target=chosen, **conversion["arguments"])
+            convert(self, target=partial(_is_among, conversion["modules"]), **conversion["arguments"])
         self.__class__ = loading
 
     loading = type(cls.__name__, (cls,), {"__init__": init, "__module__": cls.__module__})

@@ -1,19 +1,31 @@
 """A study's folder, its queue of runs, which any number of processes may share, and its results."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
+from accelerate.utils.environment import get_int_from_env
 from rich.console import Console
 
-from .files import write_json, write_text
+from .files import read_json, write_json, write_text
+from .schema import SettingsError, read_yaml, shorten
 
-__all__ = ["locked", "share", "take_folder", "write_results"]
+__all__ = [
+    "locked",
+    "read_record",
+    "refuse_launch",
+    "refuse_shared_folders",
+    "share",
+    "take_folder",
+    "write_results",
+]
 
-CONFIG, RESULTS, TABLE, REPORT = "config.yaml", "results.json", "table.md", "report.html"
+CONFIG, DATA, RESULTS, TABLE, REPORT = "config.yaml", "data.json", "results.json", "table.md", "report.html"
+# What launchers such as torchrun and mpirun say of the number of processes.
+_WORLD = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 _POLL_SECONDS = 5.0
 
 Job = TypeVar("Job")
@@ -71,21 +83,53 @@ def locked(path: Path, *, wait: bool = False) -> Iterator[bool]:
         yield True
 
 
-def take_folder(values: Mapping[str, Any], folder: Path) -> None:
-    """Make ``folder`` that of a study, by writing ``config.yaml``; lists of a study that is there may grow.
+def refuse_launch() -> None:
+    """Refuse a launch of several processes, which would wait for each other while one of them has a run's lock.
+
+    Raises:
+        ValueError: If there is more than one.
+    """
+    world = get_int_from_env(_WORLD, 1)
+    if world > 1:
+        raise ValueError(
+            f"a study takes processes that are started one by one, got a launch of {world}: "
+            "start the same command several times, and they share its runs"
+        )
+
+
+def refuse_shared_folders(folders: Iterable[tuple[str, str]]) -> None:
+    """Refuse runs whose folders would be the same.
+
+    Args:
+        folders: Name of each run's folder, and what tells the run apart.
+
+    Raises:
+        SettingsError: If two different runs have the same.
+    """
+    seen: dict[str, str] = {}
+    for name, what in folders:
+        if seen.setdefault(name, what) != what:
+            raise SettingsError(
+                f"{seen[name]} and {what} must differ in the names of their folders, got {name!r} twice"
+            )
+
+
+def take_folder(values: Mapping[str, Any], data: Mapping[str, str], folder: Path) -> None:
+    """Make ``folder`` that of a study, by writing ``config.yaml`` and ``data.json``; lists of it may grow.
 
     Args:
         values: The study's configuration, plain values.
+        data: Hashes of its files and data sets, by name.
         folder: A new or empty folder, or this study's.
 
     Raises:
-        ValueError: If the folder holds another study or other files.
+        ValueError: If the folder holds another study or other files, or data have changed since the study began.
         OSError: If it cannot be written.
     """
     file = folder / CONFIG
     wanted = yaml.safe_load(yaml.safe_dump(dict(values)))
     if file.is_file():
-        kept = yaml.safe_load(file.read_text(encoding="utf-8"))
+        kept = read_yaml(file)
         # More seeds, methods, tasks and trials may be added to a study; what is there must stay what it is.
         changed = [name for name in wanted if not _extends(kept.get(name), wanted[name])]
         if changed:
@@ -93,10 +137,41 @@ def take_folder(values: Mapping[str, Any], folder: Path) -> None:
                 f"output {folder} holds a study with {changed[0]} {kept.get(changed[0])!r} instead of "
                 f"{wanted[changed[0]]!r}: choose another folder, or delete this one"
             )
-    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    # A kill may have left a file on the way to config.yaml.
+    elif folder.exists() and (
+        not folder.is_dir() or any(not path.name.startswith(f".{CONFIG}.") for path in folder.iterdir())
+    ):
         raise ValueError(f"output must be a new or empty folder, or a study's, got {folder} with other files")
+    known = read_json(folder / DATA) if (folder / DATA).is_file() else {}
+    changed = [name for name, sha256 in data.items() if known.get(name, sha256) != sha256]
+    if changed:
+        raise ValueError(
+            f"{changed[0]} must hold what it held when the study in {folder} began, got something else: "
+            "bring that back, or choose another folder"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     write_text(file, yaml.safe_dump(wanted, sort_keys=False))
+    write_json(folder / DATA, {**known, **data})
+
+
+def read_record(file: Path, kinds: Mapping[str, Any]) -> dict[str, Any]:
+    """Read what a finished run recorded.
+
+    Args:
+        file: The record.
+        kinds: Fields that it must have, and their types as ``isinstance`` takes them.
+
+    Raises:
+        ValueError: If it is no such record, as after a full disk.
+    """
+    record = read_json(file)
+    wrong = [name for name, kind in kinds.items() if not isinstance(record.get(name), kind)]
+    if wrong:
+        received = shorten(record[wrong[0]]) if wrong[0] in record else "none"
+        raise ValueError(
+            f"{file} is damaged: it must have {wrong[0]}, got {received}; delete its folder to run it anew"
+        )
+    return record
 
 
 def write_results(results: Mapping[str, Any], table: str, page: str, folder: Path, console: Console) -> None:

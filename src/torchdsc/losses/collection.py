@@ -51,9 +51,9 @@ def regularization(
     """Collect the regularisers of every routed layer in ``model`` that has run since the last collection.
 
     Add ``.total`` to the task loss. Counted are the forward passes in training whose output, or what was computed of
-    it, is still there: nothing can be trained through others. With gradient accumulation or several processes pass ``num_tokens``, the tokens of
-    the whole optimizer step, and add up the losses (under DistributedDataParallel, which averages gradients, times
-    the number of processes): then nothing depends on how the step was cut up.
+    it, is still there: nothing can be trained through others. With gradient accumulation or several processes pass
+    ``num_tokens``, the tokens of the whole optimizer step, and add up the losses (under DistributedDataParallel, which
+    averages gradients, times the number of processes): then L_z and L_frame do not depend on how the step was cut up.
 
     Args:
         model: Any module that holds DSC layers.

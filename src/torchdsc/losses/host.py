@@ -1,15 +1,15 @@
 """The regularisers in the loss of a Hugging Face model, without a line in the training loop.
 
-A model that computes its loss gets the terms added to it. Under transformers' Trainer they are exact whatever the
-accumulation: with ``num_items_in_batch`` they are sums over routed tokens divided by it, as the task's loss is. Some models
-average their loss over each micro-batch although they accept that argument. Trainer is told so, and averages the losses
-of micro-batches; their regularisers follow. A backward pass that reaches the model's output without having come through
-its loss raises.
+A model that computes its loss gets the terms added to it. Under transformers' Trainer they do not depend on how a step
+is accumulated: with ``num_items_in_batch`` they are sums over routed tokens divided by it, as the task's loss is. Some
+models average their loss over each micro-batch although they accept that argument. Trainer is told so, and averages the
+losses of micro-batches; their regularisers follow. A backward pass that reaches the model's output without having come
+through its loss raises.
 """
 
 import inspect
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -33,7 +33,7 @@ def is_pretrained(model: nn.Module) -> bool:
 
 
 def add_regularization(model: nn.Module) -> None:
-    """From now on ``model``, if it is a Hugging Face model, adds the regularisers of its layers to its loss in training."""
+    """Let a Hugging Face ``model`` add the regularisers of its layers to its loss in training; others do not."""
     if not is_pretrained(model) or _HANDLES in model.__dict__:
         return
     if not sums_loss(model) and not hasattr(model, "accepts_loss_kwargs"):
@@ -82,7 +82,7 @@ def sums_loss(model: nn.Module) -> bool:
 
 
 def labelled(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-    """Labels of this call, counted as Trainer counts those of the step: a causal LM shifts them. None without labels."""
+    """Labels of a call, counted as Trainer counts those of the step: a causal LM shifts them. None without any."""
     labels = kwargs.get("shift_labels")
     if labels is None:
         given = {**dict(zip(inspect.signature(model.forward).parameters, args, strict=False)), **kwargs}
@@ -115,10 +115,10 @@ def demand_use(output: Any, loss: Tensor, total: Tensor) -> None:
         if not used:
             raise RuntimeError(UNUSED)
 
-    total.register_hook(lambda _: used.append(True))
+    total.register_hook(lambda _: used.append(True))  # type: ignore[no-untyped-call]
     for value in _tensors(output):
         if value.requires_grad and value is not loss and value is not total:
-            value.register_hook(check)
+            value.register_hook(check)  # type: ignore[no-untyped-call]
 
 
 def _begin(model: nn.Module, args: tuple[Any, ...]) -> None:
@@ -140,10 +140,10 @@ def _add(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output
     collected = [(layer, entry) for layer, entries in left for entry in entries]
     items = kwargs.get("num_items_in_batch") if sums_loss(model) else None
     count = None if items is None else labelled(model, args, kwargs)
-    share = None if count is None else count.to(torch.promote_types(loss.dtype, torch.float32)) / items
-    terms = regularization_of(
-        collected, num_tokens=items, frame_share=share, frame_layers=[layer for layer, _ in left]
-    )
+    share = None
+    if items is not None and count is not None:
+        share = count.to(torch.promote_types(loss.dtype, torch.float32)) / items
+    terms = regularization_of(collected, num_tokens=items, frame_share=share, frame_layers=[layer for layer, _ in left])
     model.__dict__[_TERMS] = Regularization(*(value.detach() for value in vars(terms).values()))
     total = loss + terms.total.to(loss.dtype)
     demand_use(output, loss, total)

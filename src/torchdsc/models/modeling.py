@@ -154,7 +154,7 @@ class DSCGPTModel(DSCGPTPreTrainedModel):
             if output_routing_statistics:
                 collected += statistics
             else:
-                for layer, left in zip(block.routed_layers, statistics, strict=True):
+                for layer, left in zip(cast(DSCGPTBlock, block).routed_layers, statistics, strict=True):
                     layer.leave_statistics(left, hidden_states)
             all_hidden.append(hidden_states)
         hidden_states = self.final_norm(hidden_states)
@@ -312,7 +312,7 @@ class DSCGPTForCausalLM(DSCGPTPreTrainedModel, GenerationMixin):
         layers = self._routed_layers
         if not any(layer.regularizers.any for layer in layers):
             return None
-        collected = [pair for pair in zip(layers, statistics, strict=True) if pair[1] is not None]
+        collected = [(layer, left) for layer, left in zip(layers, statistics, strict=True) if left is not None]
         if num_items_in_batch is None:
             return regularization_of(collected, frame_layers=layers)
         precise = torch.promote_types(self.lm_head.weight.dtype, torch.float32)

@@ -13,13 +13,13 @@ if TYPE_CHECKING:
     from .statistics import RoutingStatistics
 
 _WAYS_OUT = (
-    "Give a Hugging Face model its labels and use the loss it returns; put torchdsc.RegularizedLoss before the class of "
-    "a trainer that computes its loss outside the model; in a loop of your own add "
+    "Give a Hugging Face model its labels and use the loss it returns; put torchdsc.RegularizedLoss before the class "
+    "of a trainer that computes its loss outside the model; in a loop of your own add "
     "torchdsc.regularization(model).total to the loss; or set aux_weight, budget_weight, frame_weight and z_weight to 0"
 )
 UNCOLLECTED = (
-    "the regularisers of a forward pass in training were not collected before its backward pass, so that they are in no "
-    f"loss. {_WAYS_OUT}"
+    "the regularisers of a forward pass in training were not collected before its backward pass, so that they are in "
+    f"no loss. {_WAYS_OUT}"
 )
 UNUSED = (
     "the model's loss, which holds the regularisers, is not in the loss of this backward pass. Use it, or leave labels "
@@ -97,7 +97,7 @@ class StatisticsLog:
         if not output.requires_grad:
             self._without_graph = left
             return
-        output.register_hook(left.check)
+        output.register_hook(left.check)  # type: ignore[no-untyped-call]
         self._left = [*(weakref.ref(other) for other in self._waiting()), weakref.ref(left)]
 
     def take(self, since: int = 0) -> list[RoutingStatistics]:

@@ -81,12 +81,14 @@ def test_text_in_blocks(decoder, reviews):
 
 class TestErrors:
     def test_missing_column(self, encoder, reviews):
-        with pytest.raises(ValueError, match=r"row 1, must have columns \['review', 'label'\], got .*\['review'\]"):
+        with pytest.raises(ValueError, match=r"line 2, must have a column 'review', got \['sentence', 'label'\]"):
             load(encoder, train=str(reviews / "train.tsv"), text=["review"])
 
     def test_label_not_in_train(self, encoder, reviews, tmp_path):
         (tmp_path / "dev.tsv").write_text("sentence\tlabel\ngood\t7\n")
-        with pytest.raises(ValueError, match=r"labels of task 't' must be among .*\['0', '1'\], got '7'"):
+        with pytest.raises(
+            ValueError, match=r"line 2, column 'label', must be a label of train, \['0', '1'\], got '7'"
+        ):
             load(encoder, train=str(reviews / "train.tsv"), evaluation=str(tmp_path / "dev.tsv"))
 
     def test_metric_of_two_labels(self, encoder, tmp_path):
@@ -96,8 +98,19 @@ class TestErrors:
 
     def test_label_no_number(self, encoder, tmp_path):
         (tmp_path / "a.tsv").write_text("sentence\tlabel\n" + "good\tx\n" * 20)
-        with pytest.raises(ValueError, match="labels of task 't' must be numbers, got 'x'"):
+        with pytest.raises(ValueError, match=r"a\.tsv, line 2, column 'label', must be a finite number, got 'x'"):
             load(encoder, train=str(tmp_path / "a.tsv"), kind="regression")
+
+    @pytest.mark.parametrize("kind", ["classification", "regression"])
+    def test_labels_that_are_all_alike(self, encoder, tmp_path, kind):
+        (tmp_path / "a.tsv").write_text("sentence\tlabel\n" + "good\t1\n" * 20)
+        with pytest.raises(ValueError, match="train of task 't' must have two labels or more, got '1"):
+            load(encoder, 2, train=str(tmp_path / "a.tsv"), kind=kind)
+
+    def test_evaluation_without_rows(self, encoder, reviews, tmp_path):
+        (tmp_path / "dev.tsv").write_text("sentence\tlabel\n")
+        with pytest.raises(ValueError, match=r"dev\.tsv must hold at least one row, got none"):
+            load(encoder, train=str(reviews / "train.tsv"), evaluation=str(tmp_path / "dev.tsv"))
 
     def test_too_few_examples(self, encoder, reviews):
         with pytest.raises(ValueError, match="must hold more than 64 held-out examples, got 64"):
@@ -130,4 +143,4 @@ def test_data_set_of_the_hub(encoder, monkeypatch):
     monkeypatch.setattr("datasets.load_dataset", load_dataset)
     data = load(encoder, 4, train="user/reviews/small:train[:20]", evaluation="user/reviews")
     assert asked == [("user/reviews", "small", "train[:20]"), ("user/reviews", "train")]
-    assert (len(data.train), len(data.evaluation), data.sha256) == (16, 20, [])
+    assert (len(data.train), len(data.evaluation), len(data.sha256)) == (16, 20, 2)

@@ -4,6 +4,7 @@ import torch
 from torchdsc.lab.adapt.config import AdaptConfig, Method, Task
 from torchdsc.lab.adapt.data import TaskData
 from torchdsc.lab.adapt.methods import adapter_parameters, build_model, head_parameters, solve_size
+from torchdsc.lab.schema import SettingsError
 
 TARGETS = {"target_modules": ["query", "value"]}
 
@@ -90,5 +91,59 @@ class TestErrors:
             solve_size(method, study(encoder))
 
     def test_unknown_option(self, encoder):
-        with pytest.raises(ValueError, match=r"options of method 'm': .*'atoms'"):
+        with pytest.raises(ValueError, match=r"options of method .m.: atoms must be one of the fields"):
             solve_size(Method("m", "dsc", budget=1000, options={"atoms": 2}), study(encoder))
+
+    @pytest.mark.parametrize(
+        ("kind", "options", "message"),
+        [
+            ("dsc", {"share_bank": "no"}, "share_bank must be true or false, got 'no'"),
+            ("dsc", {"num_atoms": 2.5}, "num_atoms must be an integer, got 2.5"),
+            ("dsc", {"num_atoms": 3, "top_k": 9}, "top_k must be at most num_atoms = 3, got 9"),
+            ("dsc", {"num_atoms": 10**30}, ".*Overflow"),
+            ("dsc", {"target_modules": "(["}, r"target_modules must be a regular expression, got '\(\[': unterminated"),
+            ("lora", {"target_modules": "*x"}, r"target_modules must be a regular expression, got '\*x': nothing to"),
+            ("lora", {"target_modules": 5}, "target_modules must be a list or be text, got 5"),
+            ("lora", {"target_modules": ["nowhere"]}, "No modules were targeted for adaptation"),
+            ("lora", {"r": "x"}, "r must be an integer, got 'x'"),
+            ("lora", {"r": 0}, r".*value passed is 0, got {.*'r': 0"),
+            ("lora", {"lora_dropout": 5.0}, "dropout probability has to be between 0 and 1, but got 5.0"),
+            ("vblora", {"vector_length": 7}, ".*must be divisible by `vector_length` 7"),
+        ],
+    )
+    def test_options_are_refused_before_anything_is_trained(self, encoder, kind, options, message):
+        method = Method("m", kind, options={**TARGETS, **options})
+        with pytest.raises(SettingsError, match=f"^options of method 'm': {message}"):
+            solve_size(method, study(encoder))
+
+    @pytest.mark.parametrize(
+        ("kind", "options"), [("dsc", {"num_atoms": 10**12}), ("lora", {"r": 10**12}), ("vera", {"r": 10**12})]
+    )
+    def test_adapters_beyond_memory(self, encoder, kind, options):
+        with pytest.raises(SettingsError, match=r"^method 'm' must fit in memory, [\d,]+ bytes, got [\d,]+ parameters"):
+            solve_size(Method("m", kind, options={**TARGETS, **options}), study(encoder))
+        if kind != "vera":
+            with pytest.raises(SettingsError, match=r"^method 'm' must fit in memory"):
+                solve_size(Method("m", kind, budget=10**13, options=TARGETS), study(encoder))
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"hidden_dropout_prob": "x"}, "hidden_dropout_prob"),
+            ({"nowhere": 1}, r"base_options must be fields of BertConfig, got \['nowhere'\]"),
+            ({"num_hidden_layers": 2.5}, "num_hidden_layers"),
+            ({"hidden_size": 7}, "not a multiple of the number of attention heads"),
+            ({"attn_implementation": "x"}, '"x"'),
+        ],
+    )
+    def test_options_of_the_base(self, encoder, options, message):
+        method = Method("m", "lora", options=TARGETS)
+        with pytest.raises(SettingsError, match=rf"(?s)^base '.*' with base_options {{.*}}: .*{message}"):
+            solve_size(method, study(encoder, base_options=options))
+
+    def test_base_of_another_size_is_not_initialised_at_random(self, encoder):
+        changed = study(encoder, base_options={"intermediate_size": 64})
+        with pytest.raises(
+            SettingsError, match=r"base_options must keep the sizes of its weights, got another of bert."
+        ):
+            build_model(Method("m", "full"), changed, DATA)

@@ -128,7 +128,7 @@ def test_collate():
 
 class TestErrors:
     def test_head(self, study):
-        with pytest.raises(ValueError, match="head must be None or 'embedding', got 'mean'"):
+        with pytest.raises(ValueError, match="head must be 'embedding', got 'mean'"):
             study(head="mean")
 
     def test_causal_task(self, study, reviews):

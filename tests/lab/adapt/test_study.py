@@ -14,9 +14,11 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trai
 
 import torchdsc.adapters
 from torchdsc.lab.adapt import run as run_module
+from torchdsc.lab.adapt.methods import head_parameters
 from torchdsc.lab.adapt.report import render_report
 from torchdsc.lab.adapt.study import _best_rate, adapt, dry_run
 from torchdsc.lab.adapt.summary import difference, summarize, to_markdown
+from torchdsc.lab.schema import SettingsError
 
 
 @pytest.fixture(scope="module")
@@ -115,6 +117,17 @@ def test_times_are_kept_for_the_same_methods_alone(finished, tmp_path):
     assert all(anew[name]["samples"] != results["timing"][name]["samples"] for name in anew)
 
 
+@pytest.mark.parametrize("damaged", ["all", "a number", "no samples"])
+def test_damaged_times_are_measured_anew(finished, tmp_path, damaged):
+    config, original, results = finished
+    folder = shutil.copytree(original, tmp_path / "copy")
+    dsc = {name: results["timing"]["DSC"][name] for name in ("kind", "options")}
+    content = {"all": {}, "a number": results["timing"] | {"DSC": 5}, "no samples": results["timing"] | {"DSC": dsc}}
+    (folder / "timing.json").write_text(json.dumps(content[damaged]))
+    anew = adapt(config, folder)["timing"]
+    assert anew["DSC"]["options"] == results["timing"]["DSC"]["options"]
+
+
 def test_saved_adapter_scores_what_was_recorded(finished, encoder):
     _, folder, results = finished
     run = results["runs"][1]
@@ -129,8 +142,9 @@ def test_saved_adapter_scores_what_was_recorded(finished, encoder):
     assert run["score"] == pytest.approx(100 * right / 3)
 
 
-def test_more_seeds_may_be_added(finished, study):
-    _, folder, results = finished
+def test_more_seeds_may_be_added(finished, study, tmp_path):
+    _, original, results = finished
+    folder = shutil.copytree(original, tmp_path / "copy")
     more = adapt(study(seeds=[0, 1, 2], learning_rates=[1e-3, 1e-2]), folder)
     assert more["runs"][:4] == results["runs"]
     assert len(more["runs"]) == 6
@@ -153,6 +167,97 @@ class TestErrors:
         record.write_text(json.dumps(changed))
         with pytest.raises(ValueError, match=r"must be a record of this study, got one of options .*'r': 4"):
             adapt(config, tmp_path / "out")
+
+    @pytest.mark.parametrize(
+        ("content", "message"),
+        [
+            ("{}", "is damaged: it must have task, got none; delete its folder"),
+            ("[]", "is damaged: it holds a list"),
+            ('{"task": ', "is damaged: "),
+            ("", "is damaged: "),
+        ],
+    )
+    def test_damaged_record(self, finished, tmp_path, content, message):
+        config, original, _ = finished
+        folder = shutil.copytree(original, tmp_path / "copy")
+        file = next(folder.glob("run-*/record.json"))
+        file.write_text(content)
+        with pytest.raises(ValueError, match=rf"^{re.escape(str(file))} {message}"):
+            adapt(config, folder)
+
+    def test_record_that_lacks_a_part(self, finished, tmp_path):
+        config, original, _ = finished
+        folder = shutil.copytree(original, tmp_path / "copy")
+        file = next(folder.glob("run-*/record.json"))
+        record = json.loads(file.read_text())
+        file.write_text(json.dumps(record | {"score": "high"}))
+        with pytest.raises(ValueError, match=r"record\.json is damaged: it must have score, got 'high'"):
+            adapt(config, folder)
+        file.write_text(json.dumps(record | {"config": {}}))
+        with pytest.raises(ValueError, match=r"record\.json must be a record of this study"):
+            adapt(config, folder)
+
+    @pytest.mark.parametrize("content", ["", "null", "- a", "a: [", "a: 1\na: 2"])
+    def test_damaged_configuration(self, finished, tmp_path, content):
+        config, original, _ = finished
+        folder = shutil.copytree(original, tmp_path / "copy")
+        (folder / "config.yaml").write_text(content)
+        with pytest.raises(ValueError, match=r"config\.yaml must (be YAML|hold settings by name), got"):
+            adapt(config, folder)
+
+    @pytest.mark.parametrize("part", ["train", "evaluation", "retain"])
+    def test_changed_data(self, study, decoder, reviews, tmp_path, monkeypatch, part):
+        task = {"name": "t", "kind": "causal_lm", "text": ["text"]}
+        for name, file in (("train", "prose.txt"), ("evaluation", "old.txt"), ("retain", "old.txt")):
+            task[name] = str(shutil.copy(reviews / file, tmp_path / f"{name}.txt"))
+        methods = [{"name": "m", "kind": "lora", "options": {"r": 2, "target_modules": ["q_proj"]}}]
+        config = study(base=decoder, tasks=[task], methods=methods, validation_examples=4)
+
+        def killed(*arguments):
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patched:
+            patched.setattr(run_module, "build_model", killed)
+            with pytest.raises(KeyboardInterrupt):
+                adapt(config, tmp_path / "out")
+        file = tmp_path / f"{part}.txt"
+        content = file.read_text()
+        file.write_text(content.replace("very", "not"))
+        with pytest.raises(
+            ValueError, match=rf"^{re.escape(str(file))} of task 't' must hold what it held when the stud"
+        ):
+            adapt(config, tmp_path / "out")
+        file.write_text(content)
+        assert len(adapt(config, tmp_path / "out")["runs"]) == 1
+
+    @pytest.mark.parametrize("variable", ["WORLD_SIZE", "OMPI_COMM_WORLD_SIZE"])
+    def test_launch_of_several_processes(self, study, tmp_path, monkeypatch, variable):
+        monkeypatch.setenv(variable, "2")
+        with pytest.raises(ValueError, match=r"takes processes that are started one by one, got a launch of 2: start"):
+            adapt(study(), tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+
+    @pytest.mark.parametrize(
+        "changes",
+        [
+            {"methods": [("a b", [1e-3]), ("a_b", [1e-3])]},
+            {"methods": [("m", [1e-3, 1.00000001e-3])]},
+            {"tasks": ["a b", "a/b"]},
+            {"tasks": ["a", "a-b"], "methods": [("b-m", [1e-3]), ("m", [1e-3])]},
+        ],
+    )
+    def test_runs_that_would_share_a_folder(self, study, tmp_path, changes):
+        values = study().as_dict()
+        tasks = [values["tasks"][0] | {"name": name} for name in changes.get("tasks", ["t"])]
+        method = values["methods"][0]
+        methods = [
+            method | {"name": name, "learning_rates": rates} for name, rates in changes.get("methods", [("m", [1e-3])])
+        ]
+        with pytest.raises(
+            SettingsError, match=r"^\w+ of method .* and \w+ of method .* must differ in the names of their"
+        ):
+            adapt(study(tasks=tasks, methods=methods), tmp_path / "out")
+        assert not (tmp_path / "out").exists()
 
     def test_folder_of_another_study(self, finished, study):
         _, folder, _ = finished
@@ -192,6 +297,64 @@ def test_interrupted_run_goes_on_exactly(study, tmp_path, monkeypatch):
     assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
+@pytest.mark.parametrize(("kind", "eval_every"), [("lora", None), ("dsc", 2), ("full", 2)])
+def test_killed_after_the_last_checkpoint(study, tmp_path, monkeypatch, kind, eval_every):
+    options = {"lora": {"r": 2}, "dsc": {"num_atoms": 8}}.get(kind)
+    method = {"name": "m", "kind": kind} | ({"options": {**options, "target_modules": ["query"]}} if options else {})
+    # Six steps are no whole number of epochs, after which Trainer would stop by itself.
+    config = study(methods=[method], steps=6, eval_every=eval_every, learning_rates=[1e-2])
+    whole = adapt(config, tmp_path / "whole")["runs"][0]
+    seconds = []
+
+    def killed(trainer, *arguments):
+        seconds.append(run_module.noted(trainer.state.log_history)["train_seconds"])
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(run_module, "_evaluate", killed)
+        with pytest.raises(KeyboardInterrupt):
+            adapt(config, tmp_path / "cut")
+    (checkpoint,) = (tmp_path / "cut").glob("run-*/checkpoint-6")
+    with monkeypatch.context() as patched:
+        patched.setattr(run_module.HeadTrainer, "training_step", None)
+        resumed = adapt(config, tmp_path / "cut")["runs"][0]
+    assert not checkpoint.exists()
+    for key in ("steps", "score", "loss", "curve", "regularization"):
+        assert resumed[key] == whole[key]
+    # But for what came after the checkpoint.
+    assert 0.5 * seconds[0] < resumed["train_seconds"] <= seconds[0]
+    first, second = (sorted((tmp_path / name).glob("run-*/adapter/*.safetensors")) for name in ("whole", "cut"))
+    assert [file.read_bytes() for file in first] == [file.read_bytes() for file in second]
+
+
+def test_seconds_and_memory_of_all_calls(study, tmp_path, monkeypatch):
+    method = [{"name": "m", "kind": "lora", "options": {"r": 2, "target_modules": ["query"]}}]
+    config = study(methods=method, steps=6, eval_every=2)
+    made = run_module._trainer
+
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = state.global_step == 4
+
+    def stopping(*arguments, **named):
+        trainer = made(*arguments, **named)
+        trainer.add_callback(Stop())
+        return trainer
+
+    with monkeypatch.context() as patched:
+        patched.setattr(run_module, "_trainer", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            adapt(config, tmp_path)
+    (file,) = tmp_path.glob("run-*/checkpoint-4/trainer_state.json")
+    state = json.loads(file.read_text())
+    for entry in state["log_history"]:
+        entry |= {"train_seconds": 1000.0, "peak_memory_bytes": 2**50}
+    file.write_text(json.dumps(state))
+    (run,) = adapt(config, tmp_path)["runs"]
+    assert 1000 < run["train_seconds"] < 1100
+    assert run["peak_memory_bytes"] == 2**50
+
+
 def test_seeds_of_a_method(study, tmp_path):
     first, second = study().as_dict()["methods"]
     results = adapt(study(methods=[{**first, "seeds": [3, 0, 1]}, second], seeds=[0]), tmp_path / "out")
@@ -210,10 +373,10 @@ def test_head_has_a_rate_of_its_own(study, tmp_path, monkeypatch):
         {"name": "head", "kind": "head"},
     ]
 
-    class Trainer(run_module._HeadTrainer):
+    class Trainer(run_module.HeadTrainer):
         def create_optimizer(self, *args):
             optimizer = super().create_optimizer(*args)
-            head = {id(p) for p in run_module.head_parameters(self.model)}
+            head = {id(p) for p in head_parameters(self.model)}
             rates = {True: set(), False: set()}
             for group in optimizer.param_groups:
                 for parameter in group["params"]:
@@ -223,7 +386,7 @@ def test_head_has_a_rate_of_its_own(study, tmp_path, monkeypatch):
             assert {id(p) for group in optimizer.param_groups for p in group["params"]} == trained
             return optimizer
 
-    monkeypatch.setattr(run_module, "_HeadTrainer", Trainer)
+    monkeypatch.setattr(run_module, "HeadTrainer", Trainer)
     config = study(methods=methods, learning_rates=[1e-2], head_learning_rate=3e-4, weight_decay=0.1)
     results = adapt(config, tmp_path / "out")
     assert seen == {

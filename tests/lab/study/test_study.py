@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from dataclasses import asdict
+from pathlib import Path
 from statistics import fmean
 
 import pytest
@@ -11,6 +12,7 @@ import yaml
 from rich.console import Console
 
 from torchdsc.lab import training
+from torchdsc.lab.schema import SettingsError
 from torchdsc.lab.study.config import StudyConfig
 from torchdsc.lab.study.study import _best, dry_run, run_study
 from torchdsc.lab.study.summary import summarize, to_markdown
@@ -200,31 +202,120 @@ def test_a_trial_that_diverged_is_not_chosen(study):
     assert _best(variant, trials) == 1
 
 
+DSC = {"name": "a", "method": "dsc"}
+
+
 class TestErrors:
     @pytest.mark.parametrize(
         ("changes", "message"),
         [
-            ({"variants": []}, "variants must be one or more of different names, got"),
-            ({"variants": [{"name": "a", "method": "dense", "trial": []}]}, "variants must set fields of Variant"),
-            ({"variants": [{"name": "a", "method": "sparse"}]}, "methods must be among"),
+            ({"variants": []}, "^variants must have at least 1 item"),
+            ({"variants": 5}, "^variants must be a list, got 5$"),
+            ({"variants": [["a"]]}, r"^variants\[0\] must be a mapping, got \['a'\]$"),
+            ({"variants": [{"name": "a", "method": "dense"}] * 2}, "^variants must have different names"),
             (
-                {"variants": [{"name": "a", "method": "dsc", "settings": {"rate": 1}}]},
-                "settings of variant 'a' must be",
+                {"variants": [{"name": "a", "method": "dense", "trial": []}]},
+                r"^variants\['a'\].trial must be one of the",
             ),
-            ({"variants": [{"name": "a", "method": "dsc", "settings": {"corpus": "x"}}]}, "settings of variant 'a'"),
-            ({"variants": [{"name": "a", "method": "dsc", "trials": []}]}, "trials of variant 'a' must be one or more"),
-            ({"variants": [{"name": "a", "method": "dsc", "against": ["b"]}]}, "against of 'a' must be names of other"),
-            ({"variants": [{"name": "a", "method": "dsc", "against": "a"}]}, "against of 'a' must be names of other"),
-            ({"reference": "b"}, "reference must be the name of a variant"),
-            ({"seeds": [1, 1]}, "seeds must be different integers"),
-            ({"seeds": [], "variants": [{"name": "a", "method": "dsc"}]}, "seeds must be one or more where no variant"),
-            ({"settings": {"learning_rate": -1.0}}, "learning_rate must be > 0, got -1.0"),
-            ({"trial_settings": {"feed_forward": 3}}, "feed_forward in trial_settings must be options, got 3"),
+            ({"variants": [{"name": "a", "method": "sparse"}]}, r"^variants\['a'\]: method must be among .*'sparse'$"),
+            ({"variants": [{"name": "a", "method": 5}]}, r"^variants\['a'\].method must be text, got 5$"),
+            (
+                {"variants": [{**DSC, "settings": {"rate": 1}}]},
+                r"^variants\['a'\].settings must be among .*, got 'rate'$",
+            ),
+            ({"variants": [{**DSC, "settings": 5}]}, r"^variants\['a'\].settings must be a mapping, got 5$"),
+            ({"variants": [{**DSC, "settings": {"corpus": "x"}}]}, r"settings must leave corpus, .*, got 'corpus'$"),
+            (
+                {"variants": [{**DSC, "settings": {"steps": 2.5}}]},
+                r"\['a'\].settings: steps must be an integer, got 2.5$",
+            ),
+            (
+                {"variants": [{**DSC, "trials": [{"compile": "no"}]}]},
+                r"trials\[0\]: compile must be true or false, got 'no'",
+            ),
+            ({"variants": [{**DSC, "trials": []}]}, r"^variants\['a'\].trials must have at least 1 item"),
+            ({"variants": [{**DSC, "trials": [{}, {}]}]}, r"^variants\['a'\]: trials must be different, got {} twice$"),
+            ({"variants": [{**DSC, "against": ["b"]}]}, "^against of variant 'a' must be names of other"),
+            ({"variants": [{**DSC, "against": "a"}]}, r"^variants\['a'\].against must be a list, got 'a'$"),
+            ({"reference": "b"}, "^reference must be the name of a variant"),
+            ({"reference": 5}, "^reference must be text, got 5$"),
+            ({"test": "no"}, "^test must be true or false, got 'no'$"),
+            ({"seeds": [1, 1]}, r"^seeds must be different values, got \[1, 1\]$"),
+            ({"seeds": [1.5]}, r"^seeds\[0\] must be an integer, got 1.5$"),
+            ({"seeds": [], "variants": [DSC]}, "^seeds must be one or more where no variant"),
+            (
+                {"settings": {"learning_rate": -1.0}},
+                "^settings of variant 'DSC K 2': learning_rate must be > 0, got -1.0$",
+            ),
+            ({"settings": {"learning_rate": "fast"}}, "^settings: learning_rate must be a number, got 'fast'$"),
+            ({"settings": {"precision": 16}}, "^settings: precision must be 'fp32', 'bf16' or 'fp16', got 16$"),
+            ({"settings": []}, r"^settings must be a mapping, got \[\]$"),
+            ({"trial_settings": {"feed_forward": 3}}, "^trial_settings: feed_forward must be a mapping, got 3$"),
+            ({"stepz": 3}, "^stepz must be one of the fields variants, .*, got 'stepz'$"),
         ],
     )
     def test_config(self, study, changes, message):
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(SettingsError, match=message):
             study(**changes)
+
+    @pytest.mark.parametrize(
+        ("content", "message"),
+        [
+            ("{}", "is damaged: it must have description, got none; delete its folder"),
+            ("null", "is damaged: it holds a NoneType"),
+            ('{"task": ', "is damaged: "),
+        ],
+    )
+    def test_damaged_record(self, finished, study, tmp_path, content, message):
+        folder = shutil.copytree(finished[1], tmp_path / "copy")
+        file = folder / "run-DSC-seed1" / "record.json"
+        file.write_text(content)
+        with pytest.raises(ValueError, match=rf"^{re.escape(str(file))} {message}"):
+            run_study(study(), folder)
+
+    def test_changed_corpus(self, study, tiny, tmp_path, module_cache, monkeypatch):
+        text = tmp_path / "text.txt"
+        text.write_text(Path(tiny.corpus).read_text())
+        settings = study().settings | {"corpus": str(text)}
+        config = study(settings=settings, variants=[{"name": "DSC", "method": "dsc"}])
+
+        def killed(*arguments):
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patched:
+            patched.setattr(training, "build_model", killed)
+            with pytest.raises(KeyboardInterrupt):
+                run_study(config, tmp_path / "out")
+        text.write_text(text.read_text()[::-1])
+        with pytest.raises(
+            ValueError, match=rf"^corpus {re.escape(str(text))} must hold what it held when the study in"
+        ):
+            run_study(config, tmp_path / "out")
+
+    def test_launch_of_several_processes(self, study, tmp_path, monkeypatch):
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        with pytest.raises(ValueError, match="takes processes that are started one by one, got a launch of 2"):
+            run_study(study(), tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+
+    @pytest.mark.parametrize(
+        "variants",
+        [
+            [{**DSC, "name": "a b"}, {**DSC, "name": "a_b"}],
+            [{**DSC, "trials": [{"top_k": 2}, {"feed_forward": {"top_k": 2}}]}],
+        ],
+    )
+    def test_runs_that_would_share_a_folder(self, study, tmp_path, variants):
+        with pytest.raises(
+            SettingsError, match=r"^\w+ of variant .* and \w+ of variant .* must differ in the names of"
+        ):
+            run_study(study(variants=variants), tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+
+    def test_budget_out_of_reach_names_the_variant(self, study, tmp_path, module_cache):
+        variants = [{**DSC, "settings": {"total": 1000, "active": 900}}]
+        with pytest.raises(SettingsError, match=r"^settings of variant 'a': total and active must be"):
+            run_study(study(variants=variants), tmp_path / "out")
 
     def test_folder_of_another_study(self, finished, study):
         _, folder, _ = finished

@@ -2,13 +2,16 @@
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, field
 from importlib import util
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass
 
 from torchdsc.lab.files import expand
-from torchdsc.lab.mappings import from_mapping
+from torchdsc.lab.schema import STRICT, Count, Name, Rate, Seed, Unique, build
 
 __all__ = ["KINDS", "WITHOUT_ADAPTER", "AdaptConfig", "Method", "Task"]
 
@@ -18,6 +21,8 @@ Head = Literal["embedding"] | None
 MethodKind = Literal["dsc", "mixture_of_loras", "lora", "vblora", "vera", "full", "head"]
 KINDS: tuple[str, ...] = get_args(MethodKind)
 WITHOUT_ADAPTER = ("full", "head")
+Rates = Annotated[list[Rate], Field(min_length=1), Unique]
+Seeds = Annotated[list[Seed], Field(min_length=1), Unique]
 # Metrics of each kind of task, the default first.
 _METRICS: dict[str, tuple[Metric, ...]] = {
     "classification": ("accuracy", "matthews", "f1"),
@@ -26,7 +31,7 @@ _METRICS: dict[str, tuple[Metric, ...]] = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class Task:
     """What a base model is adapted to.
 
@@ -48,30 +53,27 @@ class Task:
         steps: Optimizer steps; by default those of the study.
     """
 
-    name: str
-    train: str
-    evaluation: str | None = None
+    name: Name
+    train: Name
+    evaluation: Name | None = None
     kind: TaskKind = "classification"
-    text: list[str] = field(default_factory=lambda: ["text"])
-    label: str = "label"
-    columns: list[str] | None = None
+    text: Annotated[list[Name], Field(min_length=1, max_length=2), Unique] = field(default_factory=lambda: ["text"])
+    label: Name = "label"
+    columns: Annotated[list[Name], Field(min_length=1), Unique] | None = None
     metric: Metric | None = None
-    retain: str | None = None
-    max_train: int | None = None
-    max_evaluation: int | None = None
-    steps: int | None = None
+    retain: Name | None = None
+    max_train: Count | None = None
+    max_evaluation: Count | None = None
+    steps: Count | None = None
 
     def __post_init__(self) -> None:
-        _check(f"kind of task {self.name!r}", self.kind, self.kind in get_args(TaskKind), str(get_args(TaskKind)))
         metrics = _METRICS[self.kind]
-        expected = f"one of {metrics} for kind = {self.kind!r}"
-        _check(f"metric of task {self.name!r}", self.metric, self.metric is None or self.metric in metrics, expected)
-        _check(f"text of task {self.name!r}", self.text, len(self.text) in (1, 2), "one or two columns")
+        if self.metric is not None and self.metric not in metrics:
+            raise ValueError(f"metric must be one of {metrics} for kind = {self.kind!r}, got {self.metric!r}")
         if self.retain is not None and self.kind != "causal_lm":
-            raise ValueError(f"retain of task {self.name!r} must be None for kind = {self.kind!r}, got {self.retain!r}")
-        for name in ("max_train", "max_evaluation", "steps"):
-            value = getattr(self, name)
-            _check(f"{name} of task {self.name!r}", value, value is None or value >= 1, "None or >= 1")
+            raise ValueError(f"retain must be None for kind = {self.kind!r}, got {self.retain!r}")
+        if len(self.text) > 1 and self.kind == "causal_lm":
+            raise ValueError(f"text must be one column for kind = 'causal_lm', got {self.text}")
 
     @property
     def scored_by(self) -> Metric:
@@ -79,7 +81,7 @@ class Task:
         return self.metric or _METRICS[self.kind][0]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class Method:
     """One way to adapt.
 
@@ -95,28 +97,20 @@ class Method:
         seeds: Of its own, where an important comparison wants more; those of the study by default.
     """
 
-    name: str
+    name: Name
     kind: MethodKind
-    budget: int | None = None
-    learning_rates: list[float] | None = None
+    budget: Count | None = None
+    learning_rates: Rates | None = None
     options: dict[str, Any] = field(default_factory=dict)
     against: str | None = None
-    seeds: list[int] | None = None
+    seeds: Seeds | None = None
 
     def __post_init__(self) -> None:
-        _check(f"kind of method {self.name!r}", self.kind, self.kind in KINDS, f"one of {KINDS}")
-        _check(f"budget of method {self.name!r}", self.budget, self.budget is None or self.budget >= 1, "None or >= 1")
-        if self.learning_rates is not None:
-            _check_rates(f"learning_rates of method {self.name!r}", self.learning_rates)
-        if self.seeds is not None:
-            _check_numbers(f"seeds of method {self.name!r}", self.seeds)
         if self.kind in WITHOUT_ADAPTER and (self.budget is not None or self.options):
-            raise ValueError(
-                f"method {self.name!r} must have no budget and options, as kind = {self.kind!r} has no adapter"
-            )
+            raise ValueError(f"budget and options must be left out for kind = {self.kind!r}, which has no adapter")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class AdaptConfig:
     """Methods that adapt a base model to tasks, at equal numbers of tuning trials.
 
@@ -149,61 +143,46 @@ class AdaptConfig:
         reference: Name of the method that others are compared to; the first "lora" by default.
     """
 
-    base: str
-    tasks: list[Task]
-    methods: list[Method]
+    base: Name
+    tasks: Annotated[list[Task], Field(min_length=1)]
+    methods: Annotated[list[Method], Field(min_length=1)]
     base_options: dict[str, Any] | None = None
     head: Head = None
-    seeds: list[int] = field(default_factory=lambda: [0])
-    learning_rates: list[float] = field(default_factory=lambda: [1e-3])
-    head_learning_rate: float | None = None
-    tuning_tasks: list[str] | None = None
-    tuning_seed: int = 1000
-    validation_examples: int = 500
-    steps: int = 200
-    batch_size: int = 16
-    accumulation: int = 1
-    max_length: int = 128
-    warmup_steps: int = 10
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
-    eval_every: int | None = None
+    seeds: Seeds = field(default_factory=lambda: [0])
+    learning_rates: Rates = field(default_factory=lambda: [1e-3])
+    head_learning_rate: Rate | None = None
+    tuning_tasks: Annotated[list[str], Field(min_length=1), Unique] | None = None
+    tuning_seed: Seed = 1000
+    validation_examples: Count = 500
+    steps: Count = 200
+    batch_size: Count = 16
+    accumulation: Count = 1
+    max_length: Count = 128
+    warmup_steps: Annotated[int, Field(ge=0)] = 10
+    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    eval_every: Count | None = None
     precision: Literal["fp32", "bf16"] = "fp32"
-    timing_rounds: int = 8
+    timing_rounds: Annotated[int, Field(ge=2)] = 8
     reference: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("tasks", "methods"):
-            names = [item.name for item in getattr(self, name)]
-            if not names or len(set(names)) != len(names):
-                raise ValueError(f"{name} must be one or more of different names, got {names}")
-        _check_numbers("seeds", self.seeds)
-        _check_rates("learning_rates", self.learning_rates)
-        if self.head_learning_rate is not None:
-            _check_rates("head_learning_rate", [self.head_learning_rate])
-        for name in ("warmup_steps", "timing_rounds", "weight_decay", "max_grad_norm"):
-            _check(name, getattr(self, name), isinstance(getattr(self, name), int | float), "a number")
-        for name in ("steps", "batch_size", "accumulation", "max_length", "validation_examples"):
-            value = getattr(self, name)
-            _check(name, value, isinstance(value, int) and value >= 1, "an int >= 1")
-        _check("head", self.head, self.head in (None, "embedding"), "None or 'embedding'")
+        tasks, methods = ([item.name for item in items] for items in (self.tasks, self.methods))
+        for name, names in (("tasks", tasks), ("methods", methods)):
+            if len(set(names)) != len(names):
+                raise ValueError(f"{name} must have different names, got {names}")
         if self.head is not None and any(task.kind == "causal_lm" for task in self.tasks):
             raise ValueError(f"head must be None for causal_lm tasks, got {self.head!r}")
-        _check("precision", self.precision, self.precision in ("fp32", "bf16"), "fp32 or bf16")
-        _check("timing_rounds", self.timing_rounds, self.timing_rounds >= 2, ">= 2")
-        _check("warmup_steps", self.warmup_steps, 0 <= self.warmup_steps <= self.steps, f"in 0 .. steps = {self.steps}")
-        _check("weight_decay", self.weight_decay, self.weight_decay >= 0, ">= 0")
-        _check("max_grad_norm", self.max_grad_norm, self.max_grad_norm > 0, "> 0")
-        _check("eval_every", self.eval_every, self.eval_every is None or self.eval_every >= 1, "None or >= 1")
+        if self.warmup_steps > self.steps:
+            raise ValueError(f"warmup_steps must be in 0 .. steps = {self.steps}, got {self.warmup_steps}")
         if self.batch_size % self.accumulation:
             raise ValueError(f"accumulation must divide batch_size = {self.batch_size}, got {self.accumulation}")
-        known = {task.name for task in self.tasks}
-        if self.tuning_tasks is not None and (not self.tuning_tasks or set(self.tuning_tasks) - known):
-            raise ValueError(f"tuning_tasks must be among {sorted(known)}, got {self.tuning_tasks}")
-        known_methods = {method.name for method in self.methods}
-        given = [("reference", self.reference), *((f"against of method {m.name!r}", m.against) for m in self.methods)]
-        for name, chosen in given:
-            _check(name, chosen, chosen is None or chosen in known_methods, "the name of a method")
+        if set(self.tuning_tasks or []) - set(tasks):
+            raise ValueError(f"tuning_tasks must be among {tasks}, got {self.tuning_tasks}")
+        given = {"reference": self.reference, **{f"against of method {m.name!r}": m.against for m in self.methods}}
+        for name, chosen in given.items():
+            if chosen is not None and chosen not in methods:
+                raise ValueError(f"{name} must be the name of a method, {methods}, got {chosen!r}")
 
     def rates(self, method: Method) -> list[float]:
         """Learning rates to try."""
@@ -230,15 +209,9 @@ class AdaptConfig:
         """The configuration of plain values, as from YAML.
 
         Raises:
-            ValueError: If a field is unknown or missing, or out of its range.
+            SettingsError: If a field is unknown or missing, of another type or out of its range.
         """
-        values = dict(values)
-        for name, kind in (("tasks", Task), ("methods", Method)):
-            values[name] = [
-                item if isinstance(item, kind) else from_mapping(kind, name, item) for item in values.get(name, [])
-            ]
-        config: AdaptConfig = from_mapping(cls, "config", values)
-        return config
+        return build(cls, values)
 
 
 def resolve_base(base: str) -> str:
@@ -272,20 +245,3 @@ def _converted(base: str) -> str:
         folder.parent.mkdir(parents=True, exist_ok=True)
         convert_llama2c(files[0], files[1], folder)
     return str(folder)
-
-
-def _check_numbers(name: str, values: Any) -> None:
-    numbers = isinstance(values, list) and all(isinstance(value, int | float) for value in values)
-    if not numbers or not values or len(set(values)) != len(values):
-        raise ValueError(f"{name} must be one or more different numbers, got {values!r}")
-
-
-def _check_rates(name: str, rates: Any) -> None:
-    _check_numbers(name, rates)
-    for rate in rates:
-        _check(name, rate, rate > 0, "> 0")
-
-
-def _check(name: str, value: object, holds: bool, expected: str) -> None:
-    if not holds:
-        raise ValueError(f"{name} must be {expected}, got {value!r}")

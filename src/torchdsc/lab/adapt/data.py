@@ -1,14 +1,10 @@
 """Data of a task: rows of files or data sets, split and encoded."""
 
-import csv
-import hashlib
-import json
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
-from pathlib import Path
 from statistics import fmean, pstdev
 from typing import Any
 
@@ -17,14 +13,12 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 from transformers.data.data_collator import DataCollatorWithPadding, default_data_collator
 
-from torchdsc.lab.files import expand
-
 from .config import Head, Task
+from .rows import Example, read_source
 from .sentences import collate_sentences
 
 __all__ = ["TaskData", "load_task"]
 
-Row = dict[str, Any]
 # Splitting a task's rows does not depend on a run's seed.
 _SPLIT_SEED = 1234
 
@@ -52,7 +46,7 @@ class TaskData:
         retain: Blocks of the old domain, or None.
         labels: Names of the classes, by id; one for regression; none for causal LMs.
         scale: Mean and standard deviation of train's labels, which regression standardises them by.
-        sha256: Of the files, in order; empty for data sets on the hub.
+        sha256: Of the sources: train, then the task's evaluation and retain if it has them.
         collate: What makes a batch of examples.
     """
 
@@ -83,13 +77,13 @@ def load_task(
         The examples.
 
     Raises:
-        ValueError: If a column is missing, a label is not one of train's or no number, or train is too small.
+        ValueError: If a source is unusable, train is too small or its labels are all alike, or a label is none of its.
         OSError: If a file cannot be read.
     """
     hashes: list[str] = []
     if task.kind == "causal_lm":
         return _load_text(task, tokenizer, max_length, validation_examples, hashes)
-    rows = list(_rows(task, task.train, hashes))
+    rows = _rows(task, task.train, hashes)
     random.Random(_SPLIT_SEED).shuffle(rows)
     # A score on the examples that chose a rate or a checkpoint would flatter: without a file of their own others are
     # held out for it.
@@ -97,24 +91,25 @@ def load_task(
     if len(rows) <= held:
         raise ValueError(f"train of task {task.name!r} must hold more than {held} held-out examples, got {len(rows)}")
     train = rows[held:][: task.max_train]
-    labels = sorted({str(row[task.label]) for row in rows}) if task.kind == "classification" else [task.label]
-
+    labels = sorted({str(row.label) for row in rows})
+    if len(labels) < 2:
+        raise ValueError(f"train of task {task.name!r} must have two labels or more, got {labels[0]!r} alone")
+    if task.kind == "regression":
+        labels = [task.label]
     if task.scored_by in ("matthews", "f1") and len(labels) != 2:
         raise ValueError(f"metric of task {task.name!r} must be accuracy where labels are not two, got {labels}")
-    scale = _scale(task, train) if task.kind == "regression" else (0.0, 1.0)
+    scale = _scale(train) if task.kind == "regression" else (0.0, 1.0)
 
     tokenize: Callable[..., Any] = partial(tokenizer, truncation=True, max_length=max_length)
     collate: Callable[..., Any] = DataCollatorWithPadding(tokenizer)
     if head == "embedding":
         tokenize, collate = partial(_apart, tokenize), partial(collate_sentences, tokenizer)
 
-    def encode(rows: list[Row]) -> _Examples:
-        texts = ([str(row[name]) for name in task.text] for row in rows)
-        labelled = ({"labels": _label(task, row, labels, scale)} for row in rows)
-        return _Examples([{**tokenize(*text), **label} for text, label in zip(texts, labelled, strict=True)])
+    def encode(rows: Sequence[Example]) -> _Examples:
+        return _Examples([{**tokenize(*row.texts), "labels": _label(task, row, labels, scale)} for row in rows])
 
     validation = _by_length(encode(rows[:validation_examples]))
-    last = rows[validation_examples:held] if task.evaluation is None else list(_rows(task, task.evaluation, hashes))
+    last = rows[validation_examples:held] if task.evaluation is None else _rows(task, task.evaluation, hashes)
     evaluation = _by_length(encode(last[: task.max_evaluation]))
     return TaskData(task, encode(train), validation, evaluation, None, labels, scale, hashes, collate)
 
@@ -124,16 +119,15 @@ def _by_length(examples: _Examples) -> _Examples:
     return _Examples(sorted(examples.rows, key=lambda row: len(row["input_ids"])))
 
 
-def _scale(task: Task, rows: list[Row]) -> tuple[float, float]:
-    values = [_number(task, row[task.label]) for row in rows]
+def _rows(task: Task, source: str, hashes: list[str]) -> list[Example]:
+    found = read_source(task, source)
+    hashes.append(found.sha256)
+    return found.examples
+
+
+def _scale(rows: Sequence[Example]) -> tuple[float, float]:
+    values = [float(row.label or 0.0) for row in rows]
     return fmean(values), pstdev(values) or 1.0
-
-
-def _number(task: Task, value: Any) -> float:
-    try:
-        return float(value)
-    except ValueError as error:
-        raise ValueError(f"labels of task {task.name!r} must be numbers, got {value!r}") from error
 
 
 def _apart(tokenize: Callable[..., Any], *texts: str) -> dict[str, Any]:
@@ -142,18 +136,17 @@ def _apart(tokenize: Callable[..., Any], *texts: str) -> dict[str, Any]:
     return {"input_ids": list(chain.from_iterable(encoded)), "lengths": [len(ids) for ids in encoded]}
 
 
-def _label(task: Task, row: Row, labels: list[str], scale: tuple[float, float]) -> int | float:
-    value = row[task.label]
+def _label(task: Task, row: Example, labels: list[str], scale: tuple[float, float]) -> int | float:
     if task.kind == "regression":
-        return (_number(task, value) - scale[0]) / scale[1]
-    if str(value) not in labels:
-        raise ValueError(f"labels of task {task.name!r} must be among those of train, {labels}, got {value!r}")
-    return labels.index(str(value))
+        return (float(row.label or 0.0) - scale[0]) / scale[1]
+    if row.label not in labels:
+        raise ValueError(f"{row.place}, column {task.label!r}, must be a label of train, {labels}, got {row.label!r}")
+    return labels.index(str(row.label))
 
 
 def _load_text(task: Task, tokenizer: PreTrainedTokenizerBase, length: int, held: int, hashes: list[str]) -> TaskData:
     def blocks(source: str) -> list[dict[str, Any]]:
-        text = "\n".join(str(row[task.text[0]]) for row in _rows(task, source, hashes))
+        text = "\n".join(row.texts[0] for row in _rows(task, source, hashes))
         ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"])
         cut = ids[: len(ids) // length * length].view(-1, length)
         if not len(cut):
@@ -174,46 +167,3 @@ def _load_text(task: Task, tokenizer: PreTrainedTokenizerBase, length: int, held
     retain = None if task.retain is None else _Examples(blocks(task.retain)[: task.max_evaluation])
     examples = (_Examples(train), _Examples(validation), _Examples(evaluation))
     return TaskData(task, *examples, retain, [], (0.0, 1.0), hashes, default_data_collator)
-
-
-def _rows(task: Task, source: str, hashes: list[str]) -> Iterator[Row]:
-    path = Path(expand(source)).expanduser()
-    if path.suffix in (".csv", ".tsv", ".jsonl", ".txt"):
-        hashes.append(hashlib.sha256(path.read_bytes()).hexdigest())
-        rows = _read(path, task)
-    else:
-        rows = _from_hub(source)
-    needed = task.text if task.kind == "causal_lm" else [*task.text, task.label]
-    for number, row in enumerate(rows, 1):
-        missing = [name for name in needed if row.get(name) is None]
-        if missing:
-            raise ValueError(f"{source}, row {number}, must have columns {needed}, got none or nothing in {missing}")
-        yield row
-
-
-def _read(path: Path, task: Task) -> Iterator[Row]:
-    with path.open(encoding="utf-8-sig", newline="" if path.suffix == ".csv" else None) as file:
-        if path.suffix == ".txt":
-            yield {"text": file.read()}
-        elif path.suffix == ".jsonl":
-            for number, line in enumerate(file, 1):
-                try:
-                    yield json.loads(line)
-                except ValueError as error:
-                    raise ValueError(f"{path}, line {number}, must be JSON: {error}") from error
-        elif path.suffix == ".csv":
-            yield from csv.DictReader(file, fieldnames=task.columns)
-        else:
-            # Quotation marks in a tab-separated file are text.
-            yield from csv.DictReader(file, fieldnames=task.columns, delimiter="\t", quoting=csv.QUOTE_NONE)
-
-
-def _from_hub(source: str) -> Iterator[Row]:
-    try:
-        from datasets import load_dataset
-    except ImportError as error:
-        raise ImportError("a data set of the hub needs datasets: pip install 'torchdsc[corpora]'") from error
-    # "user/name", or "user/name/config".
-    name, _, split = source.partition(":")
-    user, *rest = name.split("/")
-    yield from load_dataset("/".join([user, *rest[:1]]), *rest[1:], split=split or "train")

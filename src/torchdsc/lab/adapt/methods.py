@@ -1,10 +1,14 @@
 """Methods as PEFT configurations, their size solved for a budget of trainable parameters."""
 
-from collections.abc import Callable
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
+import psutil
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from peft import LoraConfig, PeftConfig, VBLoRAConfig, VeraConfig, get_peft_model
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
@@ -17,14 +21,15 @@ from transformers import (
 )
 
 from torchdsc.adapters import DSCAdapterConfig, MixtureOfLoRAsConfig
+from torchdsc.lab.schema import SettingsError, check_fields
 
 from .config import WITHOUT_ADAPTER, AdaptConfig, Method, Task, TaskKind, resolve_base
 from .data import TaskData
 from .sentences import SentenceClassifier
 
-__all__ = ["adapter_config", "adapter_parameters", "build_model", "head_parameters", "solve_size"]
+__all__ = ["adapter_config", "adapter_parameters", "build_model", "head_parameters", "naming_base", "solve_size"]
 
-_CONFIGS: dict[str, Callable[..., PeftConfig]] = {
+_CONFIGS: dict[str, type[PeftConfig]] = {
     "dsc": DSCAdapterConfig,
     "mixture_of_loras": MixtureOfLoRAsConfig,
     "lora": LoraConfig,
@@ -42,38 +47,38 @@ def adapter_config(method: Method, kind: TaskKind) -> PeftConfig | None:
     """The PEFT configuration of a method; None for full fine-tuning and for a head alone.
 
     Raises:
-        ValueError: If an option is unknown or out of its range.
+        SettingsError: If an option is unknown, of another type or out of its range.
     """
     if method.kind in WITHOUT_ADAPTER:
         return None
+    check_fields(_CONFIGS[method.kind], method.options, f"options of method {method.name!r}")
     options = dict(method.options)
     if method.kind == "lora":
         # LoRA's usual proportion.
         options.setdefault("lora_alpha", 2 * options.get("r", 8))
-    try:
+    with _naming_options(method):
         return _CONFIGS[method.kind](task_type=_TASK_TYPES[kind], **options)
-    except TypeError as error:
-        raise ValueError(f"options of method {method.name!r}: {error}") from error
 
 
 def solve_size(method: Method, study: AdaptConfig) -> Method:
     """The method with the largest size whose adapter stays within its budget.
 
     Args:
-        method: With a budget; one without is returned as it is.
+        method: With a budget; one without is returned as it is, when its options fit the base model.
         study: With the base model and the first of the tasks.
 
     Returns:
         The method with its size among the options.
 
     Raises:
-        ValueError: If the smallest size is above the budget, or the options give the size already.
+        SettingsError: If the options do not fit the base model or its memory, or not a budget: they give the size
+            already, or the smallest size is above it.
     """
-    if method.budget is None:
+    if method.kind in WITHOUT_ADAPTER:
         return method
     name = _SIZE[method.kind]
-    if name in method.options:
-        raise ValueError(
+    if method.budget is not None and name in method.options:
+        raise SettingsError(
             f"options of method {method.name!r} must leave {name} to its budget, got {method.options[name]}"
         )
     kind = study.tasks[0].kind
@@ -89,17 +94,16 @@ def solve_size(method: Method, study: AdaptConfig) -> Method:
         return replace(method, options=options)
 
     def count(size: int) -> int:
-        with torch.device("meta"):
-            adapted = get_peft_model(model, adapter_config(sized(size), kind))
-        parameters = adapter_parameters(adapted)
-        adapted.unload()
-        return parameters
+        return _count(model, sized(size), kind)
 
+    if method.budget is None:
+        _count(model, method, kind, must_fit=True)
+        return method
     # Sizes that a configuration refuses (a product-key router takes squares) are passed over.
     allowed = (lambda size: size**2) if method.options.get("router") == "product_key" else (lambda size: size)
     low, high = 1, 2
     if count(allowed(low)) > method.budget:
-        raise ValueError(
+        raise SettingsError(
             f"budget of method {method.name!r} must be at least {count(allowed(low))} (size 1), got {method.budget}"
         )
     while count(allowed(high)) <= method.budget:
@@ -107,7 +111,41 @@ def solve_size(method: Method, study: AdaptConfig) -> Method:
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if count(allowed(middle)) <= method.budget else (low, middle)
+    _count(model, sized(allowed(low)), kind, must_fit=True)
     return sized(allowed(low))
+
+
+def _count(model: PreTrainedModel, method: Method, kind: TaskKind, *, must_fit: bool = False) -> int:
+    """Parameters of the method's adapter in a model without storage, which stays as it is."""
+    config = adapter_config(method, kind)
+    with _naming_options(method):
+        with torch.device("meta"):
+            adapted = get_peft_model(model, config)
+        parameters = adapter_parameters(adapted)
+        stored = sum(tensor.numel() for tensor in (*adapted.parameters(), *adapted.buffers()))
+        adapted.unload()
+    # In float32, with gradients and Adam's two moments.
+    needed, memory = 4 * (stored + 3 * parameters), psutil.virtual_memory().total
+    if must_fit and needed > memory:
+        raise SettingsError(
+            f"method {method.name!r} must fit in memory, {memory:,} bytes, got {parameters:,} parameters of its "
+            f"adapter, for which {needed:,} bytes are needed in training"
+        )
+    return parameters
+
+
+@contextmanager
+def _naming_options(method: Method) -> Iterator[None]:
+    """What PEFT and the layers stumble on is an error of the method's options."""
+    try:
+        yield
+    except re.error as error:
+        names = [name for name, value in method.options.items() if value == error.pattern]
+        reason = f"{', '.join(names)} must be a regular expression, got {error.pattern!r}: {error}"
+        raise SettingsError(f"options of method {method.name!r}: {reason}") from error
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        received = "" if "got" in str(error) else f", got {method.options}"
+        raise SettingsError(f"options of method {method.name!r}: {error}{received}") from error
 
 
 def build_model(method: Method, study: AdaptConfig, data: TaskData, pad_token_id: int | None = None) -> nn.Module:
@@ -163,10 +201,38 @@ def _pretrained(study: AdaptConfig, task: Task, num_labels: int, *, weights: boo
     if is_causal:
         auto = AutoModelForCausalLM
     model: PreTrainedModel
-    if weights:
-        # A base model may come with the head of another task.
-        replaced = {} if is_causal else {"ignore_mismatched_sizes": True}
-        model = auto.from_pretrained(path, dtype=torch.float32, **settings, **replaced)
-    else:
-        model = auto.from_config(AutoConfig.from_pretrained(path, **settings))
+    with naming_base(study):
+        if weights:
+            # A base model may come with the head of another task.
+            replaced = {} if is_causal else {"ignore_mismatched_sizes": True}
+            model, info = auto.from_pretrained(
+                path, dtype=torch.float32, output_loading_info=True, **settings, **replaced
+            )
+            other = [key for key, *_ in info["mismatched_keys"] if not _HEADS & set(key.split("."))]
+            if other:
+                raise ValueError(f"base_options must keep the sizes of its weights, got another of {other[0]}")
+        else:
+            config, unknown = AutoConfig.from_pretrained(path, **settings, return_unused_kwargs=True)
+            if unknown:
+                raise ValueError(f"base_options must be fields of {type(config).__name__}, got {sorted(unknown)}")
+            model = auto.from_config(config)
     return SentenceClassifier(model, len(task.text)) if is_embedding else model
+
+
+@contextmanager
+def naming_base(study: AdaptConfig) -> Iterator[None]:
+    """What goes wrong with the base model is an error that names it."""
+    try:
+        yield
+    except (
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        OSError,
+        RuntimeError,
+        StrictDataclassError,
+        TypeError,
+        ValueError,
+    ) as error:
+        options = f" with base_options {study.base_options}" if study.base_options else ""
+        raise SettingsError(f"base {study.base!r}{options}: {error}") from error

@@ -1,40 +1,46 @@
 """One adaptation: a base model, a method, a task, a learning rate and a seed, to a record."""
 
 import re
-import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from torch import nn
-from torch.optim import Optimizer
 from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments, set_seed
 
-from torchdsc.adapters import last_regularization
 from torchdsc.lab.checkpoints import last_checkpoint, remove_checkpoints
 from torchdsc.lab.environment import (
     command_line,
     commit,
     hardware,
-    peak_memory_bytes,
     quiet_transformers,
     reset_peak_memory,
     versions,
 )
-from torchdsc.lab.files import new_folder, read_json, write_json
+from torchdsc.lab.files import new_folder, write_json
+from torchdsc.lab.queue import read_record
 from torchdsc.lab.trainer import show_progress
 
 from .config import AdaptConfig, Method
 from .data import TaskData
-from .methods import adapter_parameters, build_model, head_parameters
+from .methods import adapter_parameters, build_model
 from .metrics import score
+from .trainer import HeadTrainer, Notes, noted
 
 __all__ = ["RECORD", "Job", "adapt_run"]
 
 RECORD, WEIGHTS = "record.json", "adapter"
+# What tables and reports are made from.
+_FIELDS = {
+    **dict.fromkeys(("task", "method", "commit", "command"), str),
+    **dict.fromkeys(("config", "versions", "hardware"), dict),
+    **dict.fromkeys(("score", "loss", "learning_rate", "train_seconds"), int | float),
+    **dict.fromkeys(("seed", "steps", "params_adapter", "params_trainable"), int),
+    **dict.fromkeys(("data_sha256", "curve"), list),
+}
 # Settings of a study that a single run does not depend on.
 _NOT_OF_A_RUN = ("reference", "learning_rates", "tuning_tasks", "tuning_seed", "timing_rounds")
 
@@ -64,6 +70,12 @@ class Job:
         name = f"{phase}-{self.task}-{self.method.name}-lr{self.learning_rate:g}-seed{self.seed}"
         return re.sub(r"[^\w.+-]+", "_", name)
 
+    @property
+    def description(self) -> str:
+        """The run in words, which tell it apart from any other."""
+        rate = f"method {self.method.name!r} at learning rate {self.learning_rate!r} on task {self.task!r}"
+        return f"{'trial' if self.is_trial else 'run'} of {rate}, seed {self.seed}"
+
 
 def adapt_run(
     config: AdaptConfig, job: Job, data: TaskData, tokenizer: PreTrainedTokenizerBase, folder: Path, label: str
@@ -84,11 +96,12 @@ def adapt_run(
         The record.
 
     Raises:
+        ValueError: If the record is damaged, or that of another run.
         KeyboardInterrupt: If the training was stopped; a later call goes on from the last checkpoint.
     """
     file = folder / RECORD
     if file.is_file():
-        record = read_json(file)
+        record = read_record(file, _FIELDS if job.is_trial else {**_FIELDS, "adapter_bytes": int})
         _check_record(record, config, job, data, file)
         remove_checkpoints(folder)
         return record
@@ -101,10 +114,11 @@ def adapt_run(
 
 def _check_record(record: dict[str, Any], config: AdaptConfig, job: Job, data: TaskData, file: Path) -> None:
     """A record under a run's name must be that of this very run."""
-    kept, method = record["config"], record["config"]["method"]
+    kept = record["config"]
+    method = kept["method"] if isinstance(kept.get("method"), dict) else {}
     wanted = {name: value for name, value in _settings(config).items() if name not in _NOT_OF_A_RUN}
     wanted |= {"task": asdict(data.task), "kind": job.method.kind, "options": job.method.options}
-    kept = {**kept, "kind": method["kind"], "options": method["options"]}
+    kept = {**kept, "kind": method.get("kind"), "options": method.get("options")}
     different = [name for name in wanted if kept.get(name) != wanted[name]]
     if different or record["data_sha256"] != data.sha256:
         what = f"{different[0]} {kept.get(different[0])!r}" if different else "other data"
@@ -119,9 +133,8 @@ def _adapt(
     model = build_model(job.method, config, data, tokenizer.pad_token_id)
     trainer = _trainer(config, job, data, model, folder, label)
     retained = None if data.retain is None or job.is_trial else _loss(trainer, data.retain)
-    start, checkpoint = time.perf_counter(), last_checkpoint(folder)
+    checkpoint = last_checkpoint(folder)
     trainer.train(None if checkpoint is None else str(checkpoint))
-    seconds = time.perf_counter() - start
     if trainer.state.global_step < trainer.state.max_steps:
         raise KeyboardInterrupt(f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}")
     metrics = _evaluate(trainer, data, data.validation if job.is_trial else data.evaluation)
@@ -140,9 +153,7 @@ def _adapt(
         "params_trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "steps": trainer.state.max_steps,
         "curve": _curve(trainer),
-        "regularization": last_regularization(model),
-        "train_seconds": seconds,
-        "peak_memory_bytes": peak_memory_bytes(),
+        **noted(trainer.state.log_history),
         "config": {**_settings(config), "task": asdict(data.task), "method": asdict(job.method)},
         "data_sha256": data.sha256,
         "versions": versions(),
@@ -190,7 +201,7 @@ def _trainer(config: AdaptConfig, job: Job, data: TaskData, model: nn.Module, fo
         eval_steps=every,
         save_strategy="steps",
         save_steps=every,
-        save_total_limit=1,
+        save_total_limit=2,
         load_best_model_at_end=evaluates,
         metric_for_best_model=None if not evaluates else "loss" if metric == "loss" else "score",
         greater_is_better=None if not evaluates else metric != "loss",
@@ -207,10 +218,13 @@ def _trainer(config: AdaptConfig, job: Job, data: TaskData, model: nn.Module, fo
         dataloader_pin_memory=torch.cuda.is_available(),
     )
 
+    # More GPUs would silently multiply the batch.
+    arguments._n_gpu = min(1, arguments.n_gpu)
+
     def compute(prediction: Any) -> dict[str, float]:
         return {"score": score(metric, np.asarray(prediction.predictions, float), np.asarray(prediction.label_ids))}
 
-    trainer = _HeadTrainer(
+    trainer = HeadTrainer(
         config.head_learning_rate,
         model=model,
         args=arguments,
@@ -220,26 +234,8 @@ def _trainer(config: AdaptConfig, job: Job, data: TaskData, model: nn.Module, fo
         compute_metrics=None if metric == "loss" else compute,
     )
     show_progress(trainer, label)
+    trainer.add_callback(Notes(model))
     return trainer
-
-
-class _HeadTrainer(Trainer):
-    """Trainer with a learning rate of its own for the head; the schedule is the same."""
-
-    def __init__(self, head_learning_rate: float | None, **kwargs: Any) -> None:
-        self._head_learning_rate = head_learning_rate
-        super().__init__(**kwargs)
-
-    def create_optimizer(self, *args: Any, **kwargs: Any) -> Optimizer:
-        """Trainer's, its groups divided."""
-        optimizer: Optimizer = super().create_optimizer(*args, **kwargs)
-        if self._head_learning_rate is not None:
-            head = {id(parameter) for parameter in head_parameters(cast(nn.Module, self.model))}
-            for group in list(optimizer.param_groups):
-                own = [parameter for parameter in group["params"] if id(parameter) in head]
-                group["params"] = [parameter for parameter in group["params"] if id(parameter) not in head]
-                optimizer.add_param_group({**group, "params": own, "lr": self._head_learning_rate})
-        return optimizer
 
 
 def _evaluate(trainer: Trainer, data: TaskData, part: Any) -> dict[str, float]:

@@ -16,11 +16,11 @@ from torchdsc.lab.dry_run import Work, print_work
 from torchdsc.lab.environment import hardware, peak_memory_bytes, quiet_transformers, reset_peak_memory
 from torchdsc.lab.files import read_json, write_json
 from torchdsc.lab.latency import measure_in_turn
-from torchdsc.lab.queue import locked, share, take_folder, write_results
+from torchdsc.lab.queue import locked, refuse_launch, refuse_shared_folders, share, take_folder, write_results
 
 from .config import AdaptConfig, Method, resolve_base
 from .data import TaskData, load_task
-from .methods import adapter_parameters, build_model, solve_size
+from .methods import adapter_parameters, build_model, naming_base, solve_size
 from .report import render_report
 from .run import RECORD, Job, adapt_run
 from .summary import to_markdown
@@ -33,9 +33,9 @@ TIMING = "timing.json"
 def adapt(config: AdaptConfig, folder: Path, *, console: Console | None = None) -> dict[str, Any]:
     """Run a study, or what is left of it, and write its results.
 
-    ``folder`` ends with ``config.yaml``, one folder a run, ``results.json``, ``table.md`` and ``report.html``. Runs
-    that are there are kept, and one that was interrupted goes on from its last checkpoint. Processes that are given
-    the same folder share the work: each takes runs that no other is at.
+    ``folder`` ends with ``config.yaml``, ``data.json`` (hashes of the data), one folder a run, ``results.json``,
+    ``table.md`` and ``report.html``. Runs that are there are kept, and one that was interrupted goes on from its last
+    checkpoint. Processes that are given the same folder share the work: each takes runs that no other is at.
 
     Args:
         config: The study.
@@ -46,12 +46,16 @@ def adapt(config: AdaptConfig, folder: Path, *, console: Console | None = None) 
         What ``results.json`` holds: "config", "rates", "timing", "trials" and "runs".
 
     Raises:
-        ValueError: If ``folder`` holds another study, data do not suit their task, or a budget is too small.
+        SettingsError: If methods do not fit the base model or their budget, or two runs would share a folder.
+        ValueError: If ``folder`` holds another study, data do not suit their task or have changed since the study
+            began, or several processes were launched together.
         OSError: If a file cannot be read or written.
     """
+    refuse_launch()
     console = console or Console()
+    refuse_shared_folders((job.name, job.description) for job in _possible(config))
     tokenizer, data, methods = _load(config)
-    take_folder(config.as_dict(), folder)
+    take_folder(config.as_dict(), _hashes(data), folder)
     for method in methods:
         console.print(f"{method.name}: {method.kind} {method.options}", markup=False, highlight=False, soft_wrap=True)
 
@@ -126,21 +130,41 @@ def dry_run(config: AdaptConfig, folder: Path, *, console: Console | None = None
 
 def _load(config: AdaptConfig) -> tuple[PreTrainedTokenizerBase, dict[str, TaskData], list[Method]]:
     """Tokenizer, data of each task, and methods with their sizes."""
-    path = resolve_base(config.base)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-    # transformers' own words do not always say which.
-    except (OSError, ValueError) as error:
-        raise OSError(f"base must be a model's folder or hub id, got {config.base!r}: {error}") from error
+    with naming_base(config):
+        tokenizer = AutoTokenizer.from_pretrained(resolve_base(config.base))
     if tokenizer.pad_token is None:
         # Causal LMs often come without one; what is padded is masked.
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    with quiet_transformers():
+        methods = [solve_size(method, config) for method in config.methods]
     shared = ("max_length", "validation_examples", "head")
     settings = {name: getattr(config, name) for name in shared}
     data = {task.name: load_task(task, tokenizer, **settings) for task in config.tasks}
-    with quiet_transformers():
-        methods = [solve_size(method, config) for method in config.methods]
     return tokenizer, data, methods
+
+
+def _hashes(data: dict[str, TaskData]) -> dict[str, str]:
+    """Hashes of all sources, by what they are called in errors."""
+    found: dict[str, str] = {}
+    for name, part in data.items():
+        task = part.task
+        sources = [source for source in (task.train, task.evaluation, task.retain) if source is not None]
+        found |= {f"{source} of task {name!r}": sha256 for source, sha256 in zip(sources, part.sha256, strict=True)}
+    return found
+
+
+def _possible(config: AdaptConfig) -> list[Job]:
+    """All trials, and the runs at any of the rates that they may choose."""
+    return [
+        *(job for method in config.methods for job in _trials(config, method)),
+        *(
+            Job(task.name, method, rate, seed, is_trial=False)
+            for method in config.methods
+            for task in config.tasks
+            for rate in config.rates(method)
+            for seed in config.seeds_of(method)
+        ),
+    ]
 
 
 def _trials(config: AdaptConfig, method: Method) -> list[Job]:
@@ -181,7 +205,7 @@ def _timing(
     file = folder / TIMING
     kept = read_json(file) if file.is_file() else {}
     wanted = {method.name: {"kind": method.kind, "options": method.options} for method in methods}
-    if all(name in kept and wanted[name].items() <= kept[name].items() for name in wanted):
+    if all(_is_of(kept.get(name), wanted[name]) for name in wanted):
         return kept
     task = data[config.tasks[0].name]
     batch = _batch(config, task)
@@ -237,6 +261,15 @@ def _step(config: AdaptConfig, model: nn.Module, batch: dict[str, torch.Tensor])
         optimizer.zero_grad()
 
     return call
+
+
+def _is_of(timing: object, wanted: dict[str, Any]) -> bool:
+    """Whether a whole measurement is that of the method."""
+    return (
+        isinstance(timing, dict)
+        and {"samples", "peak_memory_bytes"} <= timing.keys()
+        and wanted.items() <= timing.items()
+    )
 
 
 def _peak(step: Callable[[], object]) -> int:

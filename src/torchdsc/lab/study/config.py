@@ -1,11 +1,15 @@
 """The configuration of a study: what all runs share, variants with their trials, and seeds."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from dataclasses import asdict, field, fields
+from typing import Annotated, Any
 
+from pydantic import AfterValidator, Field
+from pydantic.dataclasses import dataclass
+
+from torchdsc.lab.budget import METHODS
 from torchdsc.lab.config import ExperimentConfig
-from torchdsc.lab.mappings import from_mapping
+from torchdsc.lab.schema import STRICT, Name, Seed, SettingsError, Unique, build, check_fields, shorten
 
 __all__ = ["StudyConfig", "Variant"]
 
@@ -13,10 +17,32 @@ __all__ = ["StudyConfig", "Variant"]
 _LAYER = "feed_forward"
 # One corpus and its tokens serve all runs.
 _SHARED = ("corpus", "preparation", "max_bytes", "tokenizer", "vocab_size")
-_FIELDS = {f.name for f in fields(ExperimentConfig)} - {"methods", "seeds", "overrides"} | {_LAYER}
+_FIELDS = [f.name for f in fields(ExperimentConfig) if f.name not in ("methods", "seeds", "overrides")]
 
 
-@dataclass(frozen=True)
+def _check_settings(values: dict[str, Any]) -> dict[str, Any]:
+    """Fields of an experiment, and options of the layer, as they were given."""
+    unknown = [name for name in values if name not in (*_FIELDS, _LAYER)]
+    if unknown:
+        raise SettingsError(f"must be among {', '.join([*_FIELDS, _LAYER])}, got {unknown[0]!r}")
+    if not isinstance(values.get(_LAYER, {}), dict):
+        raise SettingsError(f"{_LAYER} must be a mapping, got {shorten(values[_LAYER])}")
+    check_fields(ExperimentConfig, {name: value for name, value in values.items() if name != _LAYER})
+    return values
+
+
+def _leave_out_shared(values: dict[str, Any]) -> dict[str, Any]:
+    shared = [name for name in values if name in _SHARED]
+    if shared:
+        raise SettingsError(f"must leave {', '.join(_SHARED)} to the settings of all runs, got {shared[0]!r}")
+    return values
+
+
+Settings = Annotated[dict[str, Any], AfterValidator(_check_settings)]
+OwnSettings = Annotated[Settings, AfterValidator(_leave_out_shared)]
+
+
+@dataclass(frozen=True, config=STRICT)
 class Variant:
     """A method with settings of its own.
 
@@ -29,20 +55,21 @@ class Variant:
         against: Names of the variants it is compared to, none where it is empty; the study's reference by default.
     """
 
-    name: str
+    name: Name
     method: str
-    settings: dict[str, Any] = field(default_factory=dict)
-    trials: list[dict[str, Any]] = field(default_factory=lambda: [{}])
+    settings: OwnSettings = field(default_factory=dict)
+    trials: Annotated[list[OwnSettings], Field(min_length=1)] = field(default_factory=lambda: [{}])
     against: list[str] | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.trials, list) or not self.trials:
-            raise ValueError(f"trials of variant {self.name!r} must be one or more settings, got {self.trials!r}")
-        for what, values in (("settings", self.settings), *(("trials", trial) for trial in self.trials)):
-            _check_settings(f"{what} of variant {self.name!r}", values, _FIELDS - set(_SHARED))
+        if self.method not in METHODS:
+            raise ValueError(f"method must be among {', '.join(METHODS)}, got {self.method!r}")
+        for index, trial in enumerate(self.trials):
+            if trial in self.trials[:index]:
+                raise ValueError(f"trials must be different, got {trial!r} twice")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class StudyConfig:
     """Variants at equal budgets.
 
@@ -56,41 +83,40 @@ class StudyConfig:
         test: Whether runs end with a look at the test part: not in a study that others are chosen by.
     """
 
-    variants: list[Variant]
-    settings: dict[str, Any] = field(default_factory=dict)
-    trial_settings: dict[str, Any] = field(default_factory=dict)
-    seeds: list[int] = field(default_factory=lambda: [0])
-    tuning_seed: int = 1000
+    variants: Annotated[list[Variant], Field(min_length=1)]
+    settings: Settings = field(default_factory=dict)
+    trial_settings: OwnSettings = field(default_factory=dict)
+    seeds: Annotated[list[Seed], Unique] = field(default_factory=lambda: [0])
+    tuning_seed: Seed = 1000
     reference: str | None = None
     test: bool = True
 
     def __post_init__(self) -> None:
         names = [variant.name for variant in self.variants]
-        if not names or len(set(names)) != len(names):
-            raise ValueError(f"variants must be one or more of different names, got {names}")
+        if len(set(names)) != len(names):
+            raise ValueError(f"variants must have different names, got {names}")
         if self.reference is not None and self.reference not in names:
             raise ValueError(f"reference must be the name of a variant, {names}, got {self.reference!r}")
         for variant in self.variants:
-            others = variant.against
-            if others is not None and not (isinstance(others, list) and set(others) <= set(names) - {variant.name}):
+            if not set(variant.against or []) <= set(names) - {variant.name}:
                 raise ValueError(
-                    f"against of {variant.name!r} must be names of other variants, {names}, got {others!r}"
+                    f"against of variant {variant.name!r} must be names of other variants, {names}, "
+                    f"got {variant.against}"
                 )
-        if len(set(self.seeds)) != len(self.seeds):
-            raise ValueError(f"seeds must be different integers, got {self.seeds}")
         if not self.seeds and all(len(variant.trials) == 1 for variant in self.variants):
             raise ValueError("seeds must be one or more where no variant has trials to choose from, got []")
-        _check_settings("settings", self.settings, _FIELDS)
-        _check_settings("trial_settings", self.trial_settings, _FIELDS - set(_SHARED))
         # What an experiment refuses is refused before the first run.
         for variant in self.variants:
             for trial in variant.trials:
-                for seed in self.seeds or [self.tuning_seed]:
-                    self.experiment(variant, trial, seed, is_trial=False)
-                self.experiment(variant, trial, self.tuning_seed, is_trial=True)
+                for is_trial in (False, True):
+                    self.experiment(variant, trial, self.tuning_seed, is_trial=is_trial)
 
     def experiment(self, variant: Variant, trial: Mapping[str, Any], seed: int, *, is_trial: bool) -> ExperimentConfig:
-        """The configuration of one run."""
+        """The configuration of one run.
+
+        Raises:
+            SettingsError: If its settings do not fit each other; names the variant.
+        """
         layers = [self.settings, self.trial_settings if is_trial else {}, variant.settings, trial]
         values: dict[str, Any] = {}
         options: dict[str, Any] = {}
@@ -100,7 +126,10 @@ class StudyConfig:
         values.pop(_LAYER, None)
         if options:
             values["overrides"] = {variant.method: {_LAYER: options}}
-        return ExperimentConfig(**values, methods=[variant.method], seeds=[seed])
+        try:
+            return ExperimentConfig(**values, methods=[variant.method], seeds=[seed])
+        except ValueError as error:
+            raise SettingsError(f"settings of variant {variant.name!r}: {error}") from error
 
     def as_dict(self) -> dict[str, Any]:
         """The fields, for YAML and JSON."""
@@ -111,18 +140,6 @@ class StudyConfig:
         """The configuration of plain values, as from YAML.
 
         Raises:
-            ValueError: If a field is unknown or missing, or out of its range.
+            SettingsError: If a field is unknown or missing, of another type or out of its range.
         """
-        variants = [from_mapping(Variant, "variants", item) for item in values.get("variants", [])]
-        config: StudyConfig = from_mapping(cls, "study", {**values, "variants": variants})
-        return config
-
-
-def _check_settings(name: str, values: Any, known: set[str]) -> None:
-    if not isinstance(values, Mapping):
-        raise ValueError(f"{name} must be a mapping, got {values!r}")
-    unknown = sorted(set(values) - known)
-    if unknown:
-        raise ValueError(f"{name} must be among {sorted(known)}, got {unknown}")
-    if not isinstance(values.get(_LAYER, {}), Mapping):
-        raise ValueError(f"{_LAYER} in {name} must be options, got {values[_LAYER]!r}")
+        return build(cls, values)

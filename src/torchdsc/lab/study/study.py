@@ -13,8 +13,15 @@ from torchdsc.lab.budget import Plan, describe_misses
 from torchdsc.lab.config import ExperimentConfig
 from torchdsc.lab.dry_run import Work, measure_cost, print_work
 from torchdsc.lab.experiment import load_data
-from torchdsc.lab.files import read_json
-from torchdsc.lab.queue import share, take_folder, write_results
+from torchdsc.lab.queue import (
+    read_record,
+    refuse_launch,
+    refuse_shared_folders,
+    share,
+    take_folder,
+    write_results,
+)
+from torchdsc.lab.schema import SettingsError
 from torchdsc.lab.training import RECORD, Data, make_plans, train_run
 
 from .config import StudyConfig, Variant
@@ -22,6 +29,16 @@ from .report import render_report
 from .summary import to_markdown
 
 __all__ = ["dry_run", "run_study"]
+
+# What tables and reports are made from.
+_FIELDS = {
+    **dict.fromkeys(("description", "commit", "command"), str),
+    **dict.fromkeys(("config", "corpus", "versions", "hardware"), dict),
+    **dict.fromkeys(("params_total", "params_active", "seed", "steps"), int),
+    "val_loss_final": int | float,
+    "test_loss": int | float | None,
+    "curve": list,
+}
 
 
 @dataclass(frozen=True)
@@ -39,14 +56,20 @@ class _Job:
         name = "-".join(part for part in (phase, self.variant.name, settings, f"seed{self.seed}") if part)
         return re.sub(r"[^\w.+-]+", "_", name)
 
+    @property
+    def description(self) -> str:
+        """The run in words, which tell it apart from any other."""
+        phase = "trial" if self.is_trial else "run"
+        return f"{phase} of variant {self.variant.name!r} with {self.variant.trials[self.trial]}, seed {self.seed}"
+
 
 def run_study(config: StudyConfig, folder: Path, *, console: Console | None = None) -> dict[str, Any]:
     """Run a study, or what is left of it, and write its results.
 
-    ``folder`` ends with ``config.yaml``, one folder a run, ``results.json``, ``table.md`` and ``report.html``. Runs
-    that are there are kept, and one that was interrupted goes on from its last checkpoint. Processes that are given
-    the same folder share the work. Trials see the validation part alone; the test part is for the runs, and for them
-    where ``config.test`` says so.
+    ``folder`` ends with ``config.yaml``, ``data.json`` (the corpus' hash), one folder a run, ``results.json``,
+    ``table.md`` and ``report.html``. Runs that are there are kept, and one that was interrupted goes on from its last
+    checkpoint. Processes that are given the same folder share the work. Trials see the validation part alone; the test
+    part is for the runs, and for them where ``config.test`` says so.
 
     Args:
         config: The study.
@@ -57,12 +80,16 @@ def run_study(config: StudyConfig, folder: Path, *, console: Console | None = No
         What ``results.json`` holds: "config", "chosen", "trials" and "runs".
 
     Raises:
-        ValueError: If ``folder`` holds another study, a budget is infeasible, or the corpus unusable.
+        SettingsError: If a budget is infeasible, or two runs would share a folder.
+        ValueError: If ``folder`` holds another study, the corpus is unusable or has changed since the study began, or
+            several processes were launched together.
         OSError: If ``folder`` cannot be written.
     """
+    refuse_launch()
     console = console or Console()
+    refuse_shared_folders((job.name, job.description) for job in _possible(config))
     data, _ = _look(config, console)
-    take_folder(config.as_dict(), folder)
+    take_folder(config.as_dict(), {f"corpus {_first(config).corpus}": data.corpus.sha256}, folder)
 
     def run(jobs: list[_Job]) -> list[dict[str, Any]]:
         return share(jobs, lambda job: _run(config, job, data, folder), lambda job: folder / job.name / RECORD, console)
@@ -110,15 +137,17 @@ def dry_run(config: StudyConfig, folder: Path, *, console: Console | None = None
 
 def _look(config: StudyConfig, console: Console) -> tuple[Data, dict[str, Plan]]:
     """The data, and plans of the variants as their first trials have them, which are printed."""
-    first = config.variants[0]
-    data = load_data(config.experiment(first, first.trials[0], config.tuning_seed, is_trial=False))
+    data = load_data(_first(config))
     plans = {}
     for variant in config.variants:
         experiments = [
             config.experiment(variant, trial, config.tuning_seed, is_trial=False) for trial in variant.trials
         ]
         # Budgets that a trial cannot meet are refused before the first run.
-        plan, *_ = (make_plans(experiment, data.vocab_size)[variant.method] for experiment in experiments)
+        try:
+            plan, *_ = [make_plans(experiment, data.vocab_size)[variant.method] for experiment in experiments]
+        except ValueError as error:
+            raise SettingsError(f"settings of variant {variant.name!r}: {error}") from error
         plans[variant.name] = plan
         console.print(f"{variant.name}: {plan}", markup=False, highlight=False, soft_wrap=True)
         budget = experiments[0].budget(data.vocab_size)
@@ -129,6 +158,25 @@ def _look(config: StudyConfig, console: Console) -> tuple[Data, dict[str, Plan]]
 
 def _experiment(config: StudyConfig, job: _Job) -> ExperimentConfig:
     return config.experiment(job.variant, job.variant.trials[job.trial], job.seed, is_trial=job.is_trial)
+
+
+def _first(config: StudyConfig) -> ExperimentConfig:
+    """Settings of the first variant: the data are the same for all."""
+    variant = config.variants[0]
+    return config.experiment(variant, variant.trials[0], config.tuning_seed, is_trial=False)
+
+
+def _possible(config: StudyConfig) -> list[_Job]:
+    """All trials, and the runs as any of them may turn out best."""
+    return [
+        *(_Job(v, index, config.tuning_seed, True) for v in config.variants for index in _tried(v)),
+        *(
+            _Job(v, index, seed, False)
+            for v in config.variants
+            for index in range(len(v.trials))
+            for seed in config.seeds
+        ),
+    ]
 
 
 def _tried(variant: Variant) -> range:
@@ -145,7 +193,7 @@ def _run(config: StudyConfig, job: _Job, data: Data, folder: Path) -> dict[str, 
     experiment = _experiment(config, job)
     file = folder / job.name / RECORD
     if file.is_file():
-        _check_record(read_json(file), experiment, data, file)
+        _check_record(read_record(file, _FIELDS), experiment, data, file)
     plan = make_plans(experiment, data.vocab_size)[job.variant.method]
     place = folder / job.name
     is_trial = job.is_trial or not config.test
@@ -157,7 +205,7 @@ def _check_record(record: Mapping[str, Any], experiment: ExperimentConfig, data:
     """A record under a run's name must be that of this very run."""
     kept, wanted = record["config"], experiment.as_dict()
     different = [name for name in wanted if kept.get(name) != wanted[name]]
-    if different or record["corpus"]["sha256"] != data.corpus.sha256:
+    if different or record["corpus"].get("sha256") != data.corpus.sha256:
         what = f"{different[0]} {kept.get(different[0])!r}" if different else "another corpus"
         raise ValueError(f"{file} must be a record of this study, got one of {what}: delete its folder to run it anew")
 
