@@ -11,11 +11,12 @@ import torchdsc
 
 PACKAGE = Path(torchdsc.__file__).parent
 # Every part, and the parts of the package that it may import: ops <- nn, losses <- {...} <- lab <- cli.
-CORE = {"ops", "nn", "losses"}
+CORE = {"arguments", "ops", "nn", "losses"}
 ALLOWED = {
+    "arguments": set(),
     "ops": set(),
-    "nn": {"ops"},
-    "losses": {"ops", "nn"},
+    "nn": {"arguments", "ops"},
+    "losses": {"arguments", "ops", "nn"},
     "baselines": CORE,
     "bounds": CORE,
     "convert": CORE,
@@ -27,7 +28,7 @@ ALLOWED = {
     "torchdsc": CORE | {"bounds", "convert"},
 }
 # The core may import torch and the standard library; the parts for an extra import the extra's packages at their top.
-TORCH_ONLY = ("ops", "nn", "losses", "bounds", "convert", "baselines", "diagnostics", "torchdsc")
+TORCH_ONLY = ("arguments", "ops", "nn", "losses", "bounds", "convert", "baselines", "diagnostics", "torchdsc")
 OPTIONAL = {"accelerate", "datasets", "jsonargparse", "matplotlib", "numpy", "peft", "rich", "safetensors"}
 OPTIONAL |= {"tensorboard", "tokenizers", "tqdm", "transformers", "yaml"}
 MODULES = sorted(PACKAGE.rglob("*.py"))

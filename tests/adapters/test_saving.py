@@ -219,7 +219,7 @@ class TestConfig:
         [
             ({"target_modules": "all-linear", "layers_to_transform": [0]}, "layers_to_transform must be None"),
             ({"target_modules": ["q_proj"], "layers_pattern": "h"}, "layers_to_transform must be given"),
-            ({"method": "molora", "num_experts": 0}, "num_experts must be an int >= 1"),
+            ({"method": "molora", "num_experts": 0}, "num_experts must be >= 1, got 0"),
             ({"method": "molora", "top_k": 5}, "top_k must be at most num_experts = 4, got 5"),
             ({"method": "molora", "aux_weight": -1.0}, "aux_weight must be finite and >= 0"),
             ({"method": "molora", "impl": "fast"}, "impl must be one of"),

@@ -85,8 +85,8 @@ def test_routes_in_float32_also_under_autocast(dtype):
     [
         ({"top_k": 0}, r"top_k must be in \[1, num_experts = 5\], got 0"),
         ({"top_k": 6}, r"top_k must be in \[1, num_experts = 5\], got 6"),
-        ({"jitter": -0.1}, "jitter must be >= 0, got -0.1"),
-        ({"jitter": float("nan")}, "jitter must be >= 0"),
+        ({"jitter": -0.1}, "jitter must be finite and >= 0, got -0.1"),
+        ({"jitter": float("nan")}, "jitter must be finite and >= 0"),
     ],
 )
 def test_errors(options, match):

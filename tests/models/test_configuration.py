@@ -35,6 +35,33 @@ def test_round_trip_through_json(kind, make_config, tmp_path):
     assert {**loaded.to_dict(), "_name_or_path": ""} == {**config.to_dict(), "_name_or_path": ""}
 
 
+def test_options_stay_those_that_a_model_was_built_with(tmp_path):
+    options = {"num_atoms": 8, "top_k": 2}
+    sizes = {"vocab_size": 9, "hidden_size": 4, "num_hidden_layers": 1, "num_attention_heads": 1}
+    model = DSCGPTForCausalLM(DSCGPTConfig(feed_forward_options=options, intermediate_size=4, **sizes)).eval()
+    # A sweep that goes on to the next model.
+    options["num_atoms"], options["gate"] = 6, "mean"
+    model.config.to_dict()["feed_forward_options"]["gate"] = "mean"
+    with pytest.raises(TypeError, match="does not support item assignment"):
+        model.config.feed_forward_options["gate"] = "mean"
+    model.save_pretrained(tmp_path)
+    ids = torch.arange(9).unsqueeze(0)
+    loaded = DSCGPTForCausalLM.from_pretrained(tmp_path)
+    assert loaded.config.feed_forward_options == {"num_atoms": 8, "top_k": 2}
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
+
+
+def test_other_options_are_checked_when_they_are_assigned(make_config):
+    config = make_config("dsc")
+    options = {**config.feed_forward_options, "gate": "mean"}
+    config.feed_forward_options = options
+    options["gate"] = "none"
+    assert config.feed_forward_options["gate"] == "mean"
+    with pytest.raises(ValueError, match="feed_forward='dsc': .*colour"):
+        config.feed_forward_options = {**options, "colour": 1}
+    assert config.feed_forward_options["gate"] == "mean"
+
+
 @pytest.mark.parametrize(
     ("changes", "match"),
     [
@@ -46,7 +73,7 @@ def test_round_trip_through_json(kind, make_config, tmp_path):
         ({"dropout": 1.0}, r"dropout must be in \[0, 1\), got 1.0"),
         ({"residual_init": "small"}, r"residual_init must be one of .*'none'\), got 'small'"),
         ({"intermediate_size": -1}, "intermediate_size must be >= 0, got -1"),
-        ({"initializer_range": -0.1}, "initializer_range must be >= 0, got -0.1"),
+        ({"initializer_range": -0.1}, "initializer_range must be finite and >= 0, got -0.1"),
     ],
 )
 def test_errors(changes, match, make_config):

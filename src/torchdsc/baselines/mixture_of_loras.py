@@ -1,11 +1,11 @@
 """Mixture-of-LoRAs: DSC without unit norms and magnitude gate, with atoms bound together in experts of rank r."""
 
 import math
-from typing import get_args
 
 import torch
 from torch import Tensor, nn
 
+from torchdsc.arguments import check_at_least, check_positive, check_types
 from torchdsc.nn import RegularizerWeights, RoutedLayer, RoutingStatistics
 from torchdsc.nn.options import RouterNorm
 from torchdsc.nn.statistics import check_token_mask
@@ -40,6 +40,7 @@ class MixtureOfLoRAs(RoutedLayer):
         up: B, of shape (N r, d_out), zero at the start as in LoRA.
 
     Raises:
+        TypeError: If an argument has another type.
         ValueError: On an argument out of its range.
     """
 
@@ -61,12 +62,10 @@ class MixtureOfLoRAs(RoutedLayer):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        check_types(MixtureOfLoRAs.__init__, locals())
         out_features = in_features if out_features is None else out_features
-        for name, size in (("in_features", in_features), ("out_features", out_features), ("rank", rank)):
-            if size < 1:
-                raise ValueError(f"{name} must be >= 1, got {size}")
-        if impl not in get_args(Implementation):
-            raise ValueError(f"impl must be one of {get_args(Implementation)}, got {impl!r}")
+        check_at_least(1, in_features=in_features, out_features=out_features, rank=rank)
+        check_positive(scale=scale)
         self.in_features, self.out_features = in_features, out_features
         self.rank, self.scale, self.impl = rank, scale, impl
         self.regularizers = RegularizerWeights(aux=aux_weight, z=z_weight)

@@ -1,12 +1,13 @@
 """Standard Mixture-of-Experts on the fastest expert kernel that transformers has."""
 
 from collections.abc import Callable
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from torchdsc.arguments import check_at_least, check_types
 from torchdsc.nn import RegularizerWeights, RoutedLayer, RoutingStatistics
 from torchdsc.nn.options import RouterNorm
 from torchdsc.nn.statistics import check_token_mask
@@ -44,6 +45,7 @@ class StandardMoE(RoutedLayer):
         dtype: Their dtype.
 
     Raises:
+        TypeError: If an argument has another type.
         ValueError: On an argument out of its range; in a forward pass of float64 through "grouped_mm", which has none.
     """
 
@@ -65,13 +67,9 @@ class StandardMoE(RoutedLayer):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        for name, size in (("in_features", in_features), ("hidden_features", hidden_features)):
-            if size < 1:
-                raise ValueError(f"{name} must be >= 1, got {size}")
-        if shared_experts < 0:
-            raise ValueError(f"shared_experts must be >= 0, got {shared_experts}")
-        if impl not in get_args(ExpertKernel):
-            raise ValueError(f"impl must be one of {get_args(ExpertKernel)}, got {impl!r}")
+        check_types(StandardMoE.__init__, locals())
+        check_at_least(1, in_features=in_features, hidden_features=hidden_features)
+        check_at_least(0, shared_experts=shared_experts)
         self.in_features, self.impl = in_features, impl
         self.regularizers = RegularizerWeights(aux=aux_weight, z=z_weight)
         self.router = SoftmaxRouter(

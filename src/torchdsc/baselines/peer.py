@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torchdsc.arguments import check_at_least, check_types
 from torchdsc.nn import ProductKeyRouter, RegularizerWeights, RoutedLayer, RoutingStatistics
 from torchdsc.nn.options import RouterNorm
 from torchdsc.nn.statistics import check_token_mask, sum_statistics
@@ -38,6 +39,7 @@ class PEER(RoutedLayer):
         up: Rows v, of shape (N, d_out), likewise.
 
     Raises:
+        TypeError: If an argument has another type.
         ValueError: On an argument out of its range.
     """
 
@@ -62,7 +64,9 @@ class PEER(RoutedLayer):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        check_types(PEER.__init__, locals())
         out_features = in_features if out_features is None else out_features
+        check_at_least(1, in_features=in_features, out_features=out_features)
         if heads < 1 or top_k < heads or top_k % heads:
             raise ValueError(f"top_k must be a multiple of heads = {heads}, got {top_k}")
         factory: dict[str, Any] = {"device": device, "dtype": dtype}

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from torchdsc.arguments import check_not_negative, check_types
 from torchdsc.nn import LinearRouter, RoutingStatistics
 from torchdsc.nn.options import RouterNorm
 from torchdsc.nn.statistics import sum_statistics
@@ -32,7 +33,8 @@ class SoftmaxRouter(nn.Module):
         dtype: Their dtype.
 
     Raises:
-        ValueError: If ``top_k`` is outside [1, num_experts] or ``jitter`` negative.
+        TypeError: If an argument has another type.
+        ValueError: If ``top_k`` is outside [1, num_experts] or ``jitter`` negative or not finite.
     """
 
     def __init__(
@@ -48,10 +50,10 @@ class SoftmaxRouter(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        check_types(SoftmaxRouter.__init__, locals())
         if not 1 <= top_k <= num_experts:
             raise ValueError(f"top_k must be in [1, num_experts = {num_experts}], got {top_k}")
-        if not jitter >= 0:
-            raise ValueError(f"jitter must be >= 0, got {jitter}")
+        check_not_negative(jitter=jitter)
         self.top_k, self.normalize_weights, self.jitter = top_k, normalize_weights, jitter
         self.linear = LinearRouter(in_features, num_experts, norm=norm, device=device, dtype=dtype)
 

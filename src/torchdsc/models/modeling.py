@@ -67,6 +67,7 @@ class DSCGPTModel(DSCGPTPreTrainedModel):
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(DSCGPTBlock(config, i) for i in range(config.num_hidden_layers))
         self.final_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.embeddings_are_seen = config.model_options.embeddings_are_seen
         self._share_banks()
         self.gradient_checkpointing = False
         self.post_init()
@@ -131,7 +132,7 @@ class DSCGPTModel(DSCGPTPreTrainedModel):
         causal_mask, token_mask = self._masks(inputs_embeds, attention_mask, past_key_values, position_ids)
         hidden_states = self.dropout(inputs_embeds + self.embed_positions(position_ids))
         embeddings = None
-        if self.config.model_options.embeddings_are_seen:
+        if self.embeddings_are_seen:
             size, eps = self.config.hidden_size, self.config.layer_norm_eps
             embeddings = functional.layer_norm(inputs_embeds, (size,), eps=eps)
         collected: list[RoutingStatistics | None] = []

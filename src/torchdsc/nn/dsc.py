@@ -5,6 +5,7 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor, nn
 
+from torchdsc.arguments import check_at_least, check_types
 from torchdsc.ops import compose, gate, latents
 
 from .bank import BasisBank
@@ -50,6 +51,7 @@ class DSC(RoutedLayer):
         gamma: Learned output scale of shape (d_out,), or () for Algorithm 1.
 
     Raises:
+        TypeError: If an argument has another type, or an option is unknown or missing.
         ValueError: On an option out of its range, or a ``bank`` of another size.
     """
 
@@ -67,6 +69,8 @@ class DSC(RoutedLayer):
         **options: Any,
     ) -> None:
         super().__init__()
+        check_types(DSC.__init__, locals())
+        check_at_least(1, in_features=in_features, out_features=out_features)
         self.options = DSCOptions(**options)
         self.regularizers = self.options.regularizers
         self.in_features = in_features

@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from torchdsc.arguments import check_at_least, check_not_negative, check_positive, check_types
+
 # Forward passes without collection after which a layer warns: more than any gradient accumulation in use.
 _UNCOLLECTED_LIMIT = 256
 
@@ -35,7 +37,8 @@ class RegularizerWeights:
     """Weights of equation (13) and the constants of its terms; see :class:`torchdsc.DSCOptions`.
 
     Raises:
-        ValueError: If a weight is negative or not finite, by the name that layers give it.
+        TypeError: If a value has another type.
+        ValueError: If a weight is negative or not finite, by the name that layers give it, or a constant out of range.
     """
 
     aux: float = 0.0
@@ -48,9 +51,11 @@ class RegularizerWeights:
     eps: float = 1e-6
 
     def __post_init__(self) -> None:
-        for name in ("aux", "budget", "frame", "z"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise ValueError(f"{name}_weight must be finite and >= 0, got {getattr(self, name)}")
+        check_types(RegularizerWeights, vars(self))
+        check_not_negative(aux_weight=self.aux, budget_weight=self.budget, frame_weight=self.frame, z_weight=self.z)
+        check_not_negative(budget_target=self.budget_target)
+        check_at_least(2, frame_samples=self.frame_samples)
+        check_positive(eps=self.eps)
 
     @property
     def need_logits(self) -> bool:

@@ -7,6 +7,7 @@ from importlib import util
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from torchdsc.arguments import own_copies
 from torchdsc.lab.files import expand
 from torchdsc.lab.mappings import from_mapping
 
@@ -62,6 +63,7 @@ class Task:
     steps: int | None = None
 
     def __post_init__(self) -> None:
+        own_copies(self)
         _check(f"kind of task {self.name!r}", self.kind, self.kind in get_args(TaskKind), str(get_args(TaskKind)))
         metrics = _METRICS[self.kind]
         expected = f"one of {metrics} for kind = {self.kind!r}"
@@ -104,6 +106,7 @@ class Method:
     seeds: list[int] | None = None
 
     def __post_init__(self) -> None:
+        own_copies(self)
         _check(f"kind of method {self.name!r}", self.kind, self.kind in KINDS, f"one of {KINDS}")
         _check(f"budget of method {self.name!r}", self.budget, self.budget is None or self.budget >= 1, "None or >= 1")
         if self.learning_rates is not None:
@@ -173,6 +176,7 @@ class AdaptConfig:
     reference: str | None = None
 
     def __post_init__(self) -> None:
+        own_copies(self)
         for name in ("tasks", "methods"):
             names = [item.name for item in getattr(self, name)]
             if not names or len(set(names)) != len(names):

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
+from torchdsc.arguments import own_copies
 from torchdsc.lab.config import ExperimentConfig
 from torchdsc.lab.mappings import from_mapping
 
@@ -36,6 +37,7 @@ class Variant:
     against: list[str] | None = None
 
     def __post_init__(self) -> None:
+        own_copies(self)
         if not isinstance(self.trials, list) or not self.trials:
             raise ValueError(f"trials of variant {self.name!r} must be one or more settings, got {self.trials!r}")
         for what, values in (("settings", self.settings), *(("trials", trial) for trial in self.trials)):
@@ -65,6 +67,7 @@ class StudyConfig:
     test: bool = True
 
     def __post_init__(self) -> None:
+        own_copies(self)
         names = [variant.name for variant in self.variants]
         if not names or len(set(names)) != len(names):
             raise ValueError(f"variants must be one or more of different names, got {names}")
