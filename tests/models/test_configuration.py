@@ -57,7 +57,7 @@ def test_other_options_are_checked_when_they_are_assigned(make_config):
     config.feed_forward_options = options
     options["gate"] = "none"
     assert config.feed_forward_options["gate"] == "mean"
-    with pytest.raises(ValueError, match="feed_forward='dsc': .*colour"):
+    with pytest.raises(ValueError, match=r"feed_forward='dsc': .*colour"):
         config.feed_forward_options = {**options, "colour": 1}
     assert config.feed_forward_options["gate"] == "mean"
 

@@ -67,8 +67,8 @@ def regularization(
 
     Raises:
         TypeError: If an argument has another type.
-        ValueError: If a number is out of its range, ``model`` has no regularised layer, or none has run in training since
-            the last collection.
+        ValueError: If a number is out of its range, ``model`` has no regularised layer, or none has run in training
+            since the last collection.
         RuntimeError: If a layer's statistics carry no gradient although its parameters want one, as under reentrant
             checkpointing or ``torch.no_grad``.
     """
