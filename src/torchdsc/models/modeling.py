@@ -11,15 +11,19 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.utils import can_return_tuple
+from transformers.utils import can_return_tuple, logging
+from transformers.utils.output_capturing import capture_outputs
 
 from torchdsc.losses import Regularization, regularization_of
 from torchdsc.nn import DSC, RoutedLayer, RoutingStatistics
 from torchdsc.nn.host import refer
 
+from .attention import DSCGPTAttention
 from .block import DSCGPTBlock, Statistics
 from .configuration import DSCGPTConfig
 from .initialization import initialize
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -51,6 +55,7 @@ class DSCGPTPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
+    _can_record_outputs = {"hidden_states": DSCGPTBlock, "attentions": DSCGPTAttention}  # noqa: RUF012
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -90,7 +95,7 @@ class DSCGPTModel(DSCGPTPreTrainedModel):
         """Replace the token embedding."""
         self.embed_tokens = value  # type: ignore[assignment]
 
-    @can_return_tuple
+    @capture_outputs
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -99,7 +104,6 @@ class DSCGPTModel(DSCGPTPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
-        output_hidden_states: bool | None = None,
         **kwargs: Any,
     ) -> DSCGPTModelOutput:
         """Tokens (B, T) to hidden states (B, T, d).
@@ -111,9 +115,11 @@ class DSCGPTModel(DSCGPTPreTrainedModel):
             position_ids: Shape (B, T) or (1, T); counted from the cache by default.
             past_key_values: Key-value cache.
             inputs_embeds: Embeddings of shape (B, T, d) in place of ``input_ids``.
-            use_cache: Whether to return a cache.
-            output_hidden_states: Whether to return the hidden states before each block and after the last.
-            **kwargs: Passed on to the attention function.
+            use_cache: Whether to make a cache where none is given; by default what the config says, in training none.
+                Under gradient checkpointing there is none.
+            **kwargs: ``output_hidden_states`` for the hidden states before each block and after the last,
+                ``output_attentions`` for the attention weights of each block (of eager attention, which alone has
+                them), and ``return_dict``; by default what the config says. All go on to the attention function.
 
         Raises:
             ValueError: If not exactly one of ``input_ids`` and ``inputs_embeds`` is given, or a sequence is longer
@@ -123,7 +129,7 @@ class DSCGPTModel(DSCGPTPreTrainedModel):
             raise ValueError("exactly one of input_ids and inputs_embeds must be given")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
-        use_cache = not self.training and (self.config.use_cache if use_cache is None else use_cache)
+        use_cache = self._wants_cache(use_cache)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         # Those that are given may tell sequences packed in one apart.
@@ -136,7 +142,6 @@ class DSCGPTModel(DSCGPTPreTrainedModel):
             size, eps = self.config.hidden_size, self.config.layer_norm_eps
             embeddings = functional.layer_norm(inputs_embeds, (size,), eps=eps)
         collected: list[RoutingStatistics | None] = []
-        all_hidden = [hidden_states]
         for block in self.blocks:
             hidden_states, statistics = block(
                 hidden_states,
@@ -148,14 +153,20 @@ class DSCGPTModel(DSCGPTPreTrainedModel):
                 **kwargs,
             )
             collected += statistics
-            all_hidden.append(hidden_states)
         hidden_states = self.final_norm(hidden_states)
         return DSCGPTModelOutput(
             last_hidden_state=hidden_states,
-            past_key_values=past_key_values if use_cache else None,
-            hidden_states=(*all_hidden[:-1], hidden_states) if output_hidden_states else None,
+            past_key_values=past_key_values,
             routing_statistics=tuple(collected) if self.training else None,
         )
+
+    def _wants_cache(self, use_cache: bool | None) -> bool:
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training
+        if use_cache and self.training and self.gradient_checkpointing:
+            logger.warning_once("use_cache=True does not go with gradient checkpointing: no cache is made")
+            return False
+        return bool(use_cache)
 
     def _masks(
         self,
@@ -232,7 +243,6 @@ class DSCGPTForCausalLM(DSCGPTPreTrainedModel, GenerationMixin):
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
-        output_hidden_states: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         num_items_in_batch: Tensor | int | None = None,
         **kwargs: Any,
@@ -247,11 +257,10 @@ class DSCGPTForCausalLM(DSCGPTPreTrainedModel, GenerationMixin):
             inputs_embeds: See there.
             labels: Shape (B, T), shifted inside; -100 does not count.
             use_cache: See :meth:`DSCGPTModel.forward`.
-            output_hidden_states: See :meth:`DSCGPTModel.forward`.
             logits_to_keep: Positions, from the end, whose logits are computed; 0 for all.
             num_items_in_batch: Labelled tokens of the whole optimizer step, as Trainer passes them.
             **kwargs: ``shift_labels`` of shape (B, T), shifted already, the token that follows each position: used
-                before ``labels``. Others are passed on to the attention function.
+                before ``labels``. Others go to :meth:`DSCGPTModel.forward`.
 
         Raises:
             ValueError: If ``num_items_in_batch`` comes without labels: something took them out of the model (label
@@ -272,7 +281,6 @@ class DSCGPTForCausalLM(DSCGPTPreTrainedModel, GenerationMixin):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
-            output_hidden_states=output_hidden_states,
             return_dict=True,
             **kwargs,
         )
@@ -290,7 +298,11 @@ class DSCGPTForCausalLM(DSCGPTPreTrainedModel, GenerationMixin):
             for layer, statistics in collected:
                 layer.statistics_log.add(statistics)
         return DSCGPTOutput(
-            logits=logits, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states, **losses
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            **losses,
         )
 
     def _losses(
