@@ -22,6 +22,7 @@ from .attention import DSCGPTAttention
 from .block import DSCGPTBlock, Statistics
 from .configuration import DSCGPTConfig
 from .initialization import initialize
+from .packing import check_positions, number_sequences, separate
 
 logger = logging.get_logger(__name__)
 
@@ -112,8 +113,9 @@ class DSCGPTModel(DSCGPTPreTrainedModel):
             input_ids: Tokens of shape (B, T).
             attention_mask: Shape (B, past + T); 0 is padding, which does not count in the regularisers either, nor as
                 context of a layer or router. Or masks of transformers by name, as generation makes them.
-            position_ids: Shape (B, T) or (1, T); counted from the cache by default.
-            past_key_values: Key-value cache.
+            position_ids: Shape (B, T) or (1, T); counted from the cache by default. A row may hold several sequences,
+                packed: positions that do not go on begin another, and tokens see nothing of other sequences.
+            past_key_values: Key-value cache. It goes on with one sequence a row.
             inputs_embeds: Embeddings of shape (B, T, d) in place of ``input_ids``.
             use_cache: Whether to make a cache where none is given; by default what the config says, in training none.
                 Under gradient checkpointing there is none.
@@ -122,8 +124,9 @@ class DSCGPTModel(DSCGPTPreTrainedModel):
                 them), and ``return_dict``; by default what the config says. All go on to the attention function.
 
         Raises:
-            ValueError: If not exactly one of ``input_ids`` and ``inputs_embeds`` is given, or a sequence is longer
-                than the positions.
+            ValueError: If not exactly one of ``input_ids`` and ``inputs_embeds`` is given, a position is not in
+                [0, ``max_position_embeddings``) (on an accelerator, or compiled, the embedding's own assertion may come
+                first), or sequences are packed where a cache holds tokens already.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("exactly one of input_ids and inputs_embeds must be given")
@@ -135,7 +138,7 @@ class DSCGPTModel(DSCGPTPreTrainedModel):
         # Those that are given may tell sequences packed in one apart.
         given_positions = position_ids
         position_ids = self._positions(inputs_embeds, position_ids, past_key_values)
-        causal_mask, token_mask = self._masks(inputs_embeds, attention_mask, past_key_values, position_ids)
+        causal_mask, token_mask = self._masks(inputs_embeds, attention_mask, past_key_values, given_positions)
         hidden_states = self.dropout(inputs_embeds + self.embed_positions(position_ids))
         embeddings = None
         if self.embeddings_are_seen:
@@ -173,13 +176,16 @@ class DSCGPTModel(DSCGPTPreTrainedModel):
         inputs_embeds: Tensor,
         attention_mask: Tensor | dict[str, Tensor | None] | None,
         cache: Cache | None,
-        position_ids: Tensor,
+        position_ids: Tensor | None,
     ) -> tuple[Tensor | None, Tensor | None]:
         """What attention is masked with, and which of the T tokens are no padding, None where nothing says it."""
         if isinstance(attention_mask, dict):
             # Generation with a static cache makes them beforehand, by name where there are several.
             tokens = attention_mask.get("linear_attention")
             return attention_mask["full_attention"], None if tokens is None else tokens.bool()
+        if isinstance(cache, DynamicCache) and cache.get_seq_length() == 0:
+            # It changes no mask, and transformers tells packed sequences apart only without one.
+            cache = None
         causal_mask: Tensor | None = create_causal_mask(
             config=self.config,
             inputs_embeds=inputs_embeds,
@@ -187,22 +193,47 @@ class DSCGPTModel(DSCGPTPreTrainedModel):
             past_key_values=cache,
             position_ids=position_ids,
         )
-        length = inputs_embeds.shape[1]
-        if attention_mask is None or attention_mask.dim() != 2 or attention_mask.shape[1] < length:
-            return causal_mask, None
-        return causal_mask, attention_mask[:, attention_mask.shape[1] - length :].bool()
+        length, token_mask = inputs_embeds.shape[1], None
+        if attention_mask is not None and attention_mask.dim() == 2 and attention_mask.shape[1] >= length:
+            token_mask = attention_mask[:, attention_mask.shape[1] - length :].bool()
+        if position_ids is not None and length > 1:
+            causal_mask = self._separated(causal_mask, attention_mask, token_mask, cache, position_ids)
+        return causal_mask, token_mask
+
+    @staticmethod
+    def _separated(
+        causal_mask: Tensor | None,
+        attention_mask: Tensor | None,
+        token_mask: Tensor | None,
+        cache: Cache | None,
+        position_ids: Tensor,
+    ) -> Tensor | None:
+        """The mask, also between packed sequences where transformers does not tell those apart."""
+        if cache is None:
+            # Without padding transformers has done it; masks of four dimensions are the caller's own.
+            if token_mask is None or attention_mask is None or attention_mask.shape != token_mask.shape:
+                return causal_mask
+            sequences = number_sequences(position_ids, token_mask)
+            return causal_mask if sequences is None else separate(causal_mask, sequences)
+        is_own = attention_mask is not None and token_mask is None
+        if not is_own and not torch.compiler.is_compiling() and number_sequences(position_ids, token_mask) is not None:
+            raise ValueError(
+                "position_ids must go on from token to token with past_key_values that hold some, got sequences packed "
+                "in one: a cache goes on with one a row"
+            )
+        return causal_mask
 
     def _positions(self, inputs_embeds: Tensor, position_ids: Tensor | None, cache: Cache | None) -> Tensor:
-        """Those given, or counted from the cache; refused where the sequence is longer than there are any."""
+        """Those given, or counted from the cache; refused where there are no such positions."""
         length, most = inputs_embeds.shape[1], self.config.max_position_embeddings
         seen = cache.get_seq_length() if cache is not None else 0
-        if isinstance(seen, int) and seen + length > most:
-            raise ValueError(
-                f"a sequence must have at most max_position_embeddings = {most} tokens, got {seen + length}"
-            )
-        if position_ids is not None:
-            return position_ids
-        return (torch.arange(length, device=inputs_embeds.device) + seen).unsqueeze(0)
+        total = seen + length if isinstance(seen, int) else None
+        if position_ids is None:
+            if total is not None and total > most:
+                raise ValueError(f"a sequence must have at most max_position_embeddings = {most} tokens, got {total}")
+            position_ids = (torch.arange(length, device=inputs_embeds.device) + seen).unsqueeze(0)
+        check_positions(position_ids, total, most)
+        return position_ids
 
 
 class DSCGPTForCausalLM(DSCGPTPreTrainedModel, GenerationMixin):
