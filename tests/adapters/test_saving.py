@@ -247,3 +247,12 @@ class TestConfig:
         assert make_config(eps=1e-3, scale=2.0).options() == DSCOptions(
             **{**vars(make_config().options()), "eps": 1e-3, "scale": 2.0}
         )
+
+
+def test_weights_of_one_expert_are_its_probabilities_by_default(make_config):
+    config = make_config("molora", top_k=1)
+    assert config.normalize_weights is False
+    assert config.to_dict()["normalize_weights"] is False
+    assert make_config("molora", top_k=2).normalize_weights is True
+    # As saved before: evaluated with a weight of 1.
+    assert make_config("molora", top_k=1, normalize_weights=True).normalize_weights is True

@@ -1,3 +1,5 @@
+import json
+
 import pytest
 import torch
 from transformers import AutoConfig
@@ -49,6 +51,25 @@ def test_options_stay_those_that_a_model_was_built_with(tmp_path):
     loaded = DSCGPTForCausalLM.from_pretrained(tmp_path)
     assert loaded.config.feed_forward_options == {"num_atoms": 8, "top_k": 2}
     assert torch.equal(loaded(ids).logits, model(ids).logits)
+
+
+@pytest.mark.parametrize("kind", ["moe", "mixture_of_loras"])
+def test_models_of_one_expert_are_evaluated_as_they_were_trained(kind, make_model, tmp_path):
+    """Saved before their weight was the raw probability, they were trained with a weight of 1."""
+    ids = torch.arange(20).unsqueeze(0)
+    model = make_model(kind, feed_forward_options={"top_k": 1})
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["feed_forward_options"].pop("normalize_weights") is False
+    loaded = DSCGPTForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
+    loaded.train()(ids, labels=ids).loss.backward()
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    old = DSCGPTForCausalLM.from_pretrained(tmp_path)
+    assert old.config.feed_forward_options["normalize_weights"] is True
+    assert not torch.allclose(old(ids).logits, model(ids).logits, atol=1e-2)
+    with pytest.raises(ValueError, match="normalize_weights must be False to train with top_k = 1"):
+        old.train()(ids)
 
 
 def test_other_options_are_checked_when_they_are_assigned(make_config):

@@ -287,6 +287,7 @@ def test_export():
     ("options", "error", "match"),
     [
         ({"top_k": 12}, ValueError, "top_k must be at most num_atoms = 11, got 12"),
+        ({"top_k": 1, "gate": "none"}, ValueError, "gate must be .* for top_k = 1, got 'none'"),
         ({"top_k": 0}, ValueError, "top_k must be >= 1, got 0"),
         ({"top_k": 2.0}, TypeError, "top_k must be an int"),
         ({"num_atoms": 0}, ValueError, "num_atoms must be >= 1, got 0"),

@@ -153,7 +153,9 @@ class MixtureOfLoRAsConfig(AdapterConfig):
         rank: r of each expert.
         top_k: Experts per token.
         scale: Constant factor of the update, LoRA's alpha / r.
-        normalize_weights: Divide the selected softmax weights by their sum.
+        normalize_weights: Divide the selected softmax weights by their sum; by default where there are several. A
+            single one would always be 1, and the router get no gradient from the task: with ``top_k=1`` True is for
+            evaluating what was trained so, and training raises.
         router_norm: LayerNorm before the router.
         aux_weight: Weight of the load balance.
         z_weight: Weight of the router z-loss.
@@ -170,7 +172,7 @@ class MixtureOfLoRAsConfig(AdapterConfig):
     rank: int = field(default=1, metadata={"help": "r of each expert."})
     top_k: int = field(default=2, metadata={"help": "Experts per token."})
     scale: float = field(default=2.0, metadata={"help": "Factor of the update, LoRA's alpha / r."})
-    normalize_weights: bool = True
+    normalize_weights: bool | None = None
     router_norm: RouterNorm = "none"
     aux_weight: float = field(default=0.01, metadata={"help": "Weight of the load balance."})
     z_weight: float = field(default=1e-4, metadata={"help": "Weight of the router z-loss."})
@@ -183,6 +185,9 @@ class MixtureOfLoRAsConfig(AdapterConfig):
             raise ValueError(f"top_k must be at most num_experts = {self.num_experts}, got {self.top_k}")
         check_positive(scale=self.scale)
         RegularizerWeights(aux=self.aux_weight, z=self.z_weight)
+        if self.normalize_weights is None:
+            # Saved by value, so that later defaults change nothing.
+            self.normalize_weights = self.top_k > 1
 
     def arguments(self) -> dict[str, Any]:
         """The arguments of :class:`torchdsc.baselines.MixtureOfLoRAs`."""

@@ -27,7 +27,9 @@ class MixtureOfLoRAs(RoutedLayer):
         rank: r >= 1.
         top_k: Experts per token.
         scale: Constant factor, LoRA's alpha / r.
-        normalize_weights: Divide the selected softmax weights by their sum.
+        normalize_weights: Divide the selected softmax weights by their sum; by default where there are several. A
+            single one would always be 1, and the router get no gradient from the task: with ``top_k=1`` True is for
+            evaluating what was trained so, and training raises.
         router_norm: LayerNorm before the router.
         aux_weight: Weight of the load balance N sum_j P_j f_j.
         z_weight: Weight of the router z-loss.
@@ -53,7 +55,7 @@ class MixtureOfLoRAs(RoutedLayer):
         rank: int,
         top_k: int = 2,
         scale: float = 1.0,
-        normalize_weights: bool = True,
+        normalize_weights: bool | None = None,
         router_norm: RouterNorm = "none",
         aux_weight: float = 0.01,
         z_weight: float = 1e-4,

@@ -33,7 +33,9 @@ class StandardMoE(RoutedLayer):
         hidden_features: Width h of an expert.
         num_experts: N.
         top_k: Experts per token.
-        normalize_weights: Divide the selected softmax weights by their sum (the published run leaves them raw).
+        normalize_weights: Divide the selected softmax weights by their sum; by default where there are several. A
+            single one would always be 1, and the router get no gradient from the task: with ``top_k=1`` True is for
+            evaluating what was trained so, and training raises. The published run leaves them raw.
         jitter: Standard deviation of noise on the router's logits in training.
         router_norm: LayerNorm before the router.
         aux_weight: Weight of the load balance.
@@ -56,7 +58,7 @@ class StandardMoE(RoutedLayer):
         num_experts: int,
         top_k: int = 2,
         *,
-        normalize_weights: bool = True,
+        normalize_weights: bool | None = None,
         jitter: float = 0.0,
         router_norm: RouterNorm = "none",
         aux_weight: float = 0.01,

@@ -24,7 +24,8 @@ class PEER(RoutedLayer):
         in_features: d_in.
         out_features: d_out; ``in_features`` by default.
         num_experts: N, a square.
-        top_k: Experts per token K, a multiple of ``heads``.
+        top_k: Experts per token K, a multiple of ``heads``; in training more than one for each, whose weight would
+            always be 1.
         heads: Queries, each with keys of its own.
         query_features: Of each head, even; d_in / 2 by default, rounded down to an even number.
         router_norm: What the queries see of x: "layer" its LayerNorm, "layer_affine", or "none".
@@ -93,6 +94,11 @@ class PEER(RoutedLayer):
         self, x: Tensor, token_mask: Tensor | None = None, router_input: Tensor | None = None
     ) -> tuple[Tensor, RoutingStatistics | None]:
         """See :class:`torchdsc.nn.RoutedLayer`."""
+        if self.training and torch.is_grad_enabled() and self.top_k == self.router.heads:
+            raise ValueError(
+                f"top_k must be at least 2 a head to train, got {self.top_k} for heads = {self.router.heads}: the "
+                "weight of one would always be 1, and the router get no gradient from the task"
+            )
         flat = self._flatten(x, self.in_features, self.down.dtype)
         mask = check_token_mask(token_mask, x)
         collect = self.training and self.regularizers.need_tokens

@@ -26,7 +26,9 @@ class SoftmaxRouter(nn.Module):
         in_features: d.
         num_experts: N.
         top_k: Experts per token, 1 <= k <= N.
-        normalize_weights: Divide the selected weights by their sum.
+        normalize_weights: Divide the selected weights by their sum; by default where there are several. A single
+            one would always be 1, and the router get no gradient from the task: with ``top_k=1`` True is for evaluating
+            what was trained so, and training raises.
         jitter: Standard deviation of normal noise added to logits in training.
         norm: LayerNorm before the router: "none", "layer" (parameter-free) or "layer_affine".
         device: Where the parameters live.
@@ -43,7 +45,7 @@ class SoftmaxRouter(nn.Module):
         num_experts: int,
         top_k: int,
         *,
-        normalize_weights: bool = True,
+        normalize_weights: bool | None = None,
         jitter: float = 0.0,
         norm: RouterNorm = "none",
         device: torch.device | str | None = None,
@@ -54,11 +56,21 @@ class SoftmaxRouter(nn.Module):
         if not 1 <= top_k <= num_experts:
             raise ValueError(f"top_k must be in [1, num_experts = {num_experts}], got {top_k}")
         check_not_negative(jitter=jitter)
-        self.top_k, self.normalize_weights, self.jitter = top_k, normalize_weights, jitter
+        self.top_k, self.jitter = top_k, jitter
+        self.normalize_weights = top_k > 1 if normalize_weights is None else normalize_weights
         self.linear = LinearRouter(in_features, num_experts, norm=norm, device=device, dtype=dtype)
 
     def forward(self, x: Tensor, token_mask: Tensor | None = None, collect: bool = False) -> ExpertChoice:
-        """Route tokens x of shape (T, d); weights and statistics are float32 (float64 for float64 input)."""
+        """Route tokens x of shape (T, d); weights and statistics are float32 (float64 for float64 input).
+
+        Raises:
+            ValueError: In training, if the weights are always 1.
+        """
+        if self.training and torch.is_grad_enabled() and self.normalize_weights and self.top_k == 1:
+            raise ValueError(
+                "normalize_weights must be False to train with top_k = 1, got True: the weight would always be 1, and "
+                "the router get no gradient from the task"
+            )
         logits: Tensor = self.linear(x)
         if self.training and self.jitter > 0:
             logits = logits + self.jitter * torch.randn_like(logits)

@@ -103,6 +103,18 @@ class DSCGPTConfig(PretrainedConfig):
             kwargs["layer_types"] = ["hybrid"] * num_hidden_layers
         super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """See ``PretrainedConfig``.
+
+        Where one expert is taken, whether its weight is normalised is saved with the model. Models saved without that
+        were trained with a weight of 1, and are evaluated with it.
+        """
+        options = config_dict.get("feed_forward_options") or {}
+        if _takes_one_expert(config_dict.get("feed_forward"), options):
+            config_dict = {**config_dict, "feed_forward_options": {"normalize_weights": True, **options}}
+        return super().from_dict(config_dict, **kwargs)
+
     @property
     def feed_forward_options(self) -> Mapping[str, Any]:
         """Options of the layers, read-only: what was built of them would not follow."""
@@ -111,6 +123,8 @@ class DSCGPTConfig(PretrainedConfig):
     @feed_forward_options.setter
     def feed_forward_options(self, options: Mapping[str, Any]) -> None:
         options = copy.deepcopy(dict(options))
+        if _takes_one_expert(self.feed_forward, options):
+            options = {"normalize_weights": False, **options}
         check_feed_forward(self.feed_forward, self.hidden_size, self.intermediate_size, options)
         self.__dict__["feed_forward_options"] = options
 
@@ -118,3 +132,7 @@ class DSCGPTConfig(PretrainedConfig):
     def model_options(self) -> ModelOptions:
         """Those of ``feed_forward_options`` that concern the model around the layers."""
         return split_options(self.feed_forward, self.feed_forward_options)[0]
+
+
+def _takes_one_expert(kind: Any, options: Mapping[str, Any]) -> bool:
+    return kind in ("moe", "mixture_of_loras") and options.get("top_k") == 1
