@@ -91,7 +91,8 @@ class TestOneExpert:
     def test_routers_learn_from_the_task(self, x, make_layer):
         layer = make_layer()
         layer(x).square().sum().backward()
-        assert layer.router.linear.weight.grad.any()
+        # Not rounding of a weight of 1.
+        assert layer.router.linear.weight.grad.abs().max() > 1e-6
 
     def test_a_weight_of_one_is_not_trained(self, x, make_layer):
         layer = make_layer(normalize_weights=True)

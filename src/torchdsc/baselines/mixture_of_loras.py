@@ -95,11 +95,12 @@ class MixtureOfLoRAs(RoutedLayer):
         """See :class:`torchdsc.nn.RoutedLayer`."""
         flat = self._flatten(x, self.in_features, self.down.dtype)
         collect = self.training and self.regularizers.need_tokens
-        routed = self._flatten_router_input(router_input, x, flat)
-        choice = self.router(routed, check_token_mask(token_mask, x), collect)
+        mask = check_token_mask(token_mask, x)
+        flat, routed, with_lost = self._shut_out(flat, self._flatten_router_input(router_input, x, flat), mask)
+        choice = self.router(routed, mask, collect)
         # Expert e is the atoms e r ... e r + r - 1.
         offsets = torch.arange(self.rank, device=flat.device)
         indices = (choice.indices.unsqueeze(-1) * self.rank + offsets).flatten(1)
         coefficients = (choice.weights * self.scale).repeat_interleave(self.rank, dim=1)
-        y = compose(flat, self.down, self.up, indices, coefficients, eps=None, impl=self.impl)
+        y = with_lost(compose(flat, self.down, self.up, indices, coefficients, eps=None, impl=self.impl))
         return y.to(x.dtype).reshape(*x.shape[:-1], self.out_features), choice.statistics

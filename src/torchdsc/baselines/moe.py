@@ -95,11 +95,13 @@ class StandardMoE(RoutedLayer):
         """See :class:`torchdsc.nn.RoutedLayer`."""
         flat = self._flatten(x, self.in_features, self.experts.up_proj.dtype)
         collect = self.training and self.regularizers.need_tokens
-        routed = self._flatten_router_input(router_input, x, flat)
-        choice = self.router(routed, check_token_mask(token_mask, x), collect)
+        mask = check_token_mask(token_mask, x)
+        flat, routed, with_lost = self._shut_out(flat, self._flatten_router_input(router_input, x, flat), mask)
+        choice = self.router(routed, mask, collect)
         y = self.experts(flat, choice.indices, choice.weights.to(flat.dtype), self._kernel(flat, choice.indices))
         if self.shared is not None:
             y = y + self.shared(flat)
+        y = with_lost(y)
         return y.to(x.dtype).reshape(x.shape), choice.statistics
 
     def _kernel(self, x: Tensor, indices: Tensor) -> str:

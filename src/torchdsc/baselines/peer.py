@@ -102,7 +102,7 @@ class PEER(RoutedLayer):
         flat = self._flatten(x, self.in_features, self.down.dtype)
         mask = check_token_mask(token_mask, x)
         collect = self.training and self.regularizers.need_tokens
-        routed = self._flatten_router_input(router_input, x, flat)
+        flat, routed, with_lost = self._shut_out(flat, self._flatten_router_input(router_input, x, flat), mask)
         found = self.router.select(
             routed, self.top_k, logit_clamp=self.logit_clamp, token_mask=mask, statistics=collect
         )
@@ -111,7 +111,7 @@ class PEER(RoutedLayer):
         latent = (flat @ self.down.t()).gather(1, indices).to(weights.dtype)
         # gelu(a) is a times the normal distribution's function at a; compose brings the other a.
         coefficients = weights * 0.5 * torch.erfc(-latent / math.sqrt(2))
-        y = compose(flat, self.down, self.up, indices, coefficients, eps=None, impl=self.impl)
+        y = with_lost(compose(flat, self.down, self.up, indices, coefficients, eps=None, impl=self.impl))
         y = y.to(x.dtype).reshape(*x.shape[:-1], self.out_features)
         if not collect:
             return y, None

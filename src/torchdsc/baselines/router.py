@@ -85,11 +85,13 @@ class SoftmaxRouter(nn.Module):
         if not collect:
             return ExpertChoice(indices, weights, None)
         counted = torch.ones_like(strength) if token_mask is None else token_mask.to(strength.dtype)
+        if token_mask is not None:
+            # What does not count need not be finite.
+            probabilities = probabilities.masked_fill(~token_mask.unsqueeze(1), 0.0)
         load = counted.new_zeros(probabilities.shape[-1]).index_add(
             0, indices.reshape(-1), counted.unsqueeze(1).expand_as(weights).reshape(-1)
         )
-        # A product would run in half precision under autocast.
-        probability_sum = (probabilities * counted.unsqueeze(1)).sum(0)
+        probability_sum = probabilities.sum(0)
         return ExpertChoice(
             indices, weights, sum_statistics(strength, log_normalizer, probability_sum, token_mask, load)
         )

@@ -133,8 +133,9 @@ class DSC(RoutedLayer):
         options = self.options
         flat, mask = self._tokens(x), check_token_mask(token_mask, x)
         collect = self.training and self.regularizers.need_tokens
+        flat, routed, with_lost = self._shut_out(flat, self._flatten_router_input(router_input, x, flat), mask)
         selection = self.router.select(
-            self._flatten_router_input(router_input, x, flat),
+            routed,
             options.top_k,
             logit_clamp=options.logit_clamp,
             token_mask=mask,
@@ -148,7 +149,7 @@ class DSC(RoutedLayer):
         # In inference in place: what compose returns is new.
         inference = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
         scale = self.output_scale
-        y = y.mul_(scale) if inference and y.dtype == scale.dtype else y * scale
+        y = with_lost(y.mul_(scale) if inference and y.dtype == scale.dtype else y * scale)
         if y.dtype != x.dtype:
             y = y.to(x.dtype)
         if x.dim() != 2:

@@ -1,6 +1,7 @@
 """What one forward pass of a routed layer leaves for the regularisers, and the log a layer keeps of it."""
 
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -145,7 +146,9 @@ class RoutedLayer(nn.Module):
 
         Args:
             x: Tokens of shape (..., d_in), in the dtype of the parameters (any under autocast). Zero tokens are valid.
-            token_mask: Optional, of shape (...): tokens that are False (padding) do not count in the regularisers.
+            token_mask: Optional, of shape (...): tokens that are False (padding) do not count in the regularisers,
+                whatever they hold. Where they are not finite and the loss does not look at them, they leave no trace in
+                the layer's gradients either.
             router_input: What the router sees in place of ``x``, of its shape: tokens mixed with those before them
                 (:class:`CausalContext`), say. The update is still composed of ``x``.
 
@@ -195,6 +198,24 @@ class RoutedLayer(nn.Module):
             )
         return self._flatten(router_input, flat.shape[-1], flat.dtype)
 
+    def _shut_out(
+        self, flat: Tensor, routed: Tensor, mask: Tensor | None
+    ) -> tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]:
+        """Tokens, and what the router sees of them, for a forward pass whose gradients masked tokens cannot spoil.
+
+        In training, masked tokens that are not finite become zeros, because a gradient of zero times NaN is NaN in the
+        sums over tokens that parameters get. The function returned puts NaN into their rows of the output.
+        """
+        if mask is None or not self.training:
+            return flat, routed, lambda y: y
+        finite = flat.isfinite().all(-1)
+        if routed is not flat:
+            finite = finite & routed.isfinite().all(-1)
+        lost = ~(mask | finite).unsqueeze(-1)
+        cleaned = flat.masked_fill(lost, 0.0)
+        routed = cleaned if routed is flat else routed.masked_fill(lost, 0.0)
+        return cleaned, routed, lambda y: y.masked_fill(lost, torch.nan)
+
 
 def sum_statistics(
     strength: Tensor, log_normalizer: Tensor, probability_sum: Tensor, mask: Tensor | None, load: Tensor | None = None
@@ -214,9 +235,9 @@ def sum_statistics(
     squared = log_normalizer.square() if log_normalizer.dim() == 1 else log_normalizer.square().mean(1)
     num_tokens = strength.new_full((), strength.shape[0])
     if mask is not None:
-        counted = mask.to(strength.dtype)
-        num_tokens, strength = counted.sum(), strength * counted
-        squared = squared * counted if squared.shape[0] else squared
+        # Not by products: what does not count need not be finite.
+        num_tokens, strength = mask.sum(dtype=strength.dtype), strength.masked_fill(~mask, 0.0)
+        squared = squared.masked_fill(~mask, 0.0) if squared.shape[0] else squared
     return RoutingStatistics(num_tokens, probability_sum, strength.sum(), squared.sum(), load)
 
 
