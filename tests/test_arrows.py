@@ -20,15 +20,16 @@ ALLOWED = {
     "baselines": CORE,
     "bounds": CORE,
     "convert": CORE,
+    "optim": CORE,
     "diagnostics": CORE | {"bounds"},
     "models": CORE | {"baselines"},
     "adapters": CORE | {"baselines"},
-    "lab": CORE | {"baselines", "bounds", "convert", "diagnostics", "models", "adapters", "torchdsc"},
-    "cli": CORE | {"baselines", "bounds", "convert", "diagnostics", "models", "adapters", "lab", "torchdsc"},
-    "torchdsc": CORE | {"bounds", "convert"},
+    "lab": CORE | {"baselines", "bounds", "convert", "diagnostics", "models", "adapters", "optim", "torchdsc"},
+    "cli": CORE | {"baselines", "bounds", "convert", "diagnostics", "models", "adapters", "lab", "optim", "torchdsc"},
+    "torchdsc": CORE | {"bounds", "convert", "optim"},
 }
 # The core may import torch and the standard library; the parts for an extra import the extra's packages at their top.
-TORCH_ONLY = ("arguments", "ops", "nn", "losses", "bounds", "convert", "baselines", "diagnostics", "torchdsc")
+TORCH_ONLY = ("arguments", "ops", "nn", "losses", "bounds", "convert", "optim", "baselines", "diagnostics", "torchdsc")
 OPTIONAL = {"accelerate", "datasets", "jsonargparse", "matplotlib", "numpy", "peft", "rich", "safetensors"}
 OPTIONAL |= {"tensorboard", "tokenizers", "tqdm", "transformers", "yaml"}
 MODULES = sorted(PACKAGE.rglob("*.py"))

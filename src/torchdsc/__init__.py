@@ -4,6 +4,7 @@ from .bounds import certified_spectral_bound, spectral_norm
 from .convert import convert
 from .losses import Regularization, frame_regularization, regularization
 from .nn import DSC, BasisBank, CausalContext, DSCOptions, DSCResidual
+from .optim import build_optimizer, decay_parameter_names, parameter_groups
 
 __version__ = "0.1.0.dev0"
 
@@ -14,9 +15,12 @@ __all__ = [
     "DSCOptions",
     "DSCResidual",
     "Regularization",
+    "build_optimizer",
     "certified_spectral_bound",
     "convert",
+    "decay_parameter_names",
     "frame_regularization",
+    "parameter_groups",
     "regularization",
     "spectral_norm",
 ]

@@ -27,6 +27,7 @@ from torchdsc.lab.environment import (
 )
 from torchdsc.lab.files import read_json, write_json
 from torchdsc.lab.trainer import QuietProgress
+from torchdsc.optim import decay_parameter_names
 
 from .config import AdaptConfig, Method
 from .data import TaskData
@@ -233,6 +234,11 @@ class _HeadTrainer(Trainer):
     def __init__(self, head_learning_rate: float | None, **kwargs: Any) -> None:
         self._head_learning_rate = head_learning_rate
         super().__init__(**kwargs)
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """Trainer's, without gamma and routers."""
+        decayed = set(decay_parameter_names(model))
+        return [name for name in super().get_decay_parameter_names(model) if name in decayed]
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Optimizer:
         """Trainer's, its groups divided."""
