@@ -2,14 +2,16 @@
 
 import copy
 from collections.abc import Mapping
+from os import PathLike
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from transformers import PretrainedConfig
 
 from torchdsc.arguments import check_at_least, check_not_negative, check_positive, check_types
 
 from .feed_forward import check_feed_forward
+from .loading import AUTO_MAP, write_module
 from .options import FeedForwardKind, ModelOptions, split_options
 
 ResidualInit = Literal["gpt2", "published", "none"]
@@ -53,6 +55,7 @@ class DSCGPTConfig(PretrainedConfig):
     """
 
     model_type = "dsc_gpt"
+    _saves_module: ClassVar[bool] = False
     keys_to_ignore_at_inference = ["past_key_values", "regularization", "task_loss"]  # noqa: RUF012 (a contract of transformers)
 
     def __init__(
@@ -102,6 +105,26 @@ class DSCGPTConfig(PretrainedConfig):
         if self.model_options.past_tokens > 0:
             kwargs["layer_types"] = ["hybrid"] * num_hidden_layers
         super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = "AutoConfig") -> None:
+        """Save with every model from now on a file by which Auto classes find it, given ``trust_remote_code=True``.
+
+        It imports from torchdsc, which must be installed, and holds no code of the model.
+
+        Args:
+            auto_class: The file serves all that there are.
+        """
+        cls._saves_module = True
+
+    def save_pretrained(self, save_directory: str | PathLike[str], push_to_hub: bool = False, **kwargs: Any) -> None:
+        """See ``PretrainedConfig``; with a file for Auto classes after :meth:`register_for_auto_class`, or where the
+        folder that this was loaded from had one.
+        """
+        if self._saves_module or getattr(self, "auto_map", None):
+            self.auto_map = dict(AUTO_MAP)
+            write_module(save_directory)
+        super().save_pretrained(save_directory, push_to_hub, **kwargs)
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:

@@ -58,6 +58,11 @@ class DSCGPTPreTrainedModel(PreTrainedModel):
     _can_compile_fullgraph = True
     _can_record_outputs = {"hidden_states": DSCGPTBlock, "attentions": DSCGPTAttention}  # noqa: RUF012
 
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = "AutoModel") -> None:
+        """See :meth:`DSCGPTConfig.register_for_auto_class`."""
+        DSCGPTConfig.register_for_auto_class()
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         initialize(module, self.config)
