@@ -131,6 +131,11 @@ class DSC(RoutedLayer):
     ) -> tuple[Tensor, RoutingStatistics | None]:
         """See :class:`RoutedLayer`."""
         options = self.options
+        if self.training and torch.is_grad_enabled() and options.gate == "none" and options.top_k == 1:
+            raise ValueError(
+                "gate must be 'sum' or 'mean' to train with top_k = 1, got 'none': the coefficient would always be 1, "
+                "and the router get no gradient from the task"
+            )
         flat, mask = self._tokens(x), check_token_mask(token_mask, x)
         collect = self.training and self.regularizers.need_tokens
         flat, routed, with_lost = self._shut_out(flat, self._flatten_router_input(router_input, x, flat), mask)

@@ -42,7 +42,7 @@ class DSCOptions:
         eps: Stability constant of norms and of the gate, > 0.
         activation: Of the latent values x . u_k: "none", equation (14), or "relu", which leaves out the atoms that a
             token is on the negative side of. It is 1-Lipschitz, and the bound on dW holds as it is.
-        gate: "sum" for tanh(S), equation (5); "mean" for tanh(S / K); "none", for more than one atom.
+        gate: "sum" for tanh(S), equation (5); "mean" for tanh(S / K); "none", which cannot be trained with one atom.
         z_loss_on_raw_logits: Take equation (12) on unclamped logits, whose gradient can bring a clamped one back.
         frame_normalized: Take equation (11) per pair of atoms, so that its weight does not depend on M.
         aux_weight: Weight of L_aux, equation (9).
@@ -101,11 +101,6 @@ class DSCOptions:
         check_finite(gamma_init=self.gamma_init)
         if self.sparse_gradients and self.frame_weight > 0 and self.frame_samples is None:
             raise ValueError("frame_samples must be given for sparse_gradients with frame_weight > 0, got None")
-        if self.gate == "none" and self.top_k == 1:
-            raise ValueError(
-                "gate must be 'sum' or 'mean' for top_k = 1, got 'none': the coefficient would always be 1, and the "
-                "router get no gradient from the task"
-            )
         self._check_router()
 
     def _check_router(self) -> None:
