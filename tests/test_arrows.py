@@ -11,24 +11,26 @@ import torchdsc
 
 PACKAGE = Path(torchdsc.__file__).parent
 # Every part, and the parts of the package that it may import: ops <- nn, losses <- {...} <- lab <- cli.
-CORE = {"ops", "nn", "losses"}
+CORE = {"arguments", "ops", "nn", "losses"}
 ALLOWED = {
+    "arguments": set(),
     "ops": set(),
-    "nn": {"ops"},
-    "losses": {"ops", "nn"},
+    "nn": {"arguments", "ops"},
+    "losses": {"arguments", "ops", "nn"},
     "baselines": CORE,
     "bounds": CORE,
     "convert": CORE,
+    "optim": CORE,
     "diagnostics": CORE | {"bounds"},
     "models": CORE | {"baselines"},
     "adapters": CORE | {"baselines"},
-    "lab": CORE | {"baselines", "bounds", "convert", "diagnostics", "models", "adapters", "torchdsc"},
-    "cli": CORE | {"baselines", "bounds", "convert", "diagnostics", "models", "adapters", "lab", "torchdsc"},
-    "torchdsc": CORE | {"bounds", "convert"},
+    "lab": CORE | {"baselines", "bounds", "convert", "diagnostics", "models", "adapters", "optim", "torchdsc"},
+    "cli": CORE | {"baselines", "bounds", "convert", "diagnostics", "models", "adapters", "lab", "optim", "torchdsc"},
+    "torchdsc": CORE | {"bounds", "convert", "optim"},
     "__main__": {"cli"},
 }
 # The core may import torch and the standard library; the parts for an extra import the extra's packages at their top.
-TORCH_ONLY = ("ops", "nn", "losses", "bounds", "convert", "baselines", "diagnostics", "torchdsc")
+TORCH_ONLY = ("arguments", "ops", "nn", "losses", "bounds", "convert", "optim", "baselines", "diagnostics", "torchdsc")
 OPTIONAL = {"accelerate", "datasets", "jsonargparse", "matplotlib", "numpy", "peft", "rich", "safetensors"}
 OPTIONAL |= {"tensorboard", "tokenizers", "tqdm", "transformers", "yaml"}
 MODULES = sorted(PACKAGE.rglob("*.py"))

@@ -17,7 +17,9 @@ COMMANDS = re.findall(r"^    (torchdsc .*)$", TEXT, re.MULTILINE)
 
 
 @pytest.mark.parametrize("block", BLOCKS, ids=range(len(BLOCKS)))
-def test_code(block):
+def test_code(block, tmp_path, monkeypatch):
+    # Some of it saves files.
+    monkeypatch.chdir(tmp_path)
     exec(compile(block, "README.md", "exec"), {})
 
 

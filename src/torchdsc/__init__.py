@@ -4,6 +4,7 @@ from .bounds import certified_spectral_bound, spectral_norm
 from .convert import convert, load_converted
 from .losses import Regularization, RegularizedLoss, frame_regularization, last_regularization, regularization
 from .nn import DSC, BasisBank, CausalContext, DSCOptions, DSCResidual
+from .optim import build_optimizer, decay_parameter_names, parameter_groups
 
 __version__ = "0.1.0.dev0"
 
@@ -15,11 +16,14 @@ __all__ = [
     "DSCResidual",
     "Regularization",
     "RegularizedLoss",
+    "build_optimizer",
     "certified_spectral_bound",
     "convert",
+    "decay_parameter_names",
     "frame_regularization",
     "last_regularization",
     "load_converted",
+    "parameter_groups",
     "regularization",
     "spectral_norm",
 ]

@@ -219,7 +219,7 @@ class TestConfig:
         [
             ({"target_modules": "all-linear", "layers_to_transform": [0]}, "layers_to_transform must be None"),
             ({"target_modules": ["q_proj"], "layers_pattern": "h"}, "layers_to_transform must be given"),
-            ({"method": "molora", "num_experts": 0}, "num_experts must be an int >= 1"),
+            ({"method": "molora", "num_experts": 0}, "num_experts must be >= 1, got 0"),
             ({"method": "molora", "top_k": 5}, "top_k must be at most num_experts = 4, got 5"),
             ({"method": "molora", "aux_weight": -1.0}, "aux_weight must be finite and >= 0"),
             ({"method": "molora", "impl": "fast"}, "impl must be one of"),
@@ -247,3 +247,12 @@ class TestConfig:
         assert make_config(eps=1e-3, scale=2.0).options() == DSCOptions(
             **{**vars(make_config().options()), "eps": 1e-3, "scale": 2.0}
         )
+
+
+def test_weights_of_one_expert_are_its_probabilities_by_default(make_config):
+    config = make_config("molora", top_k=1)
+    assert config.normalize_weights is False
+    assert config.to_dict()["normalize_weights"] is False
+    assert make_config("molora", top_k=2).normalize_weights is True
+    # As saved before: evaluated with a weight of 1.
+    assert make_config("molora", top_k=1, normalize_weights=True).normalize_weights is True

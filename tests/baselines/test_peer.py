@@ -38,7 +38,7 @@ def literal(layer, x):
 )
 @pytest.mark.parametrize("impl", ["reference", "gather", "dense", "auto"])
 def test_equals_literal_loop(impl, options, equal_with_gradients):
-    layer = make(impl=impl, **options)
+    layer = make(impl=impl, **options).eval()
     x = torch.randn(2, 7, 6, dtype=torch.float64)
     equal_with_gradients(layer, lambda x: literal(layer, x), layer.parameters(), x, 1e-10)
 
@@ -62,6 +62,18 @@ def test_padding_does_not_count():
     padded = regularization(layer).as_dict()
     _y = layer(x)
     assert padded == pytest.approx(regularization(layer).as_dict(), rel=1e-12)
+
+
+@pytest.mark.parametrize("heads", [1, 2])
+def test_one_expert_a_head_is_not_trained(heads):
+    """Its weight would always be 1, and the queries get no gradient from the task."""
+    layer, x = make(heads=heads, top_k=heads), torch.randn(9, 6, dtype=torch.float64)
+    with pytest.raises(ValueError, match=f"top_k must be at least 2 a head to train, got {heads} for heads = {heads}"):
+        layer(x)
+    assert layer.eval()(x).isfinite().all()
+    layer = make(heads=heads, top_k=2 * heads)
+    layer(x).square().sum().backward()
+    assert all(parameter.grad.any() for parameter in layer.router.parameters())
 
 
 @pytest.mark.parametrize(

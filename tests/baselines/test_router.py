@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from torchdsc.baselines import SoftmaxRouter
+from torchdsc.baselines import MixtureOfLoRAs, SoftmaxRouter, StandardMoE
 
 
 def make(num_experts=5, top_k=2, **options):
@@ -70,6 +70,42 @@ def test_weights_of_tokens_that_are_not_finite_are_nan_and_only_those(x, normali
     assert weights.isnan().any(1).sum() == 2
 
 
+class TestOneExpert:
+    """A weight that is divided by itself is always 1: the router would learn nothing from the task."""
+
+    @pytest.fixture(params=["moe", "mixture"])
+    def make_layer(self, request):
+        def build(**options):
+            if request.param == "moe":
+                return StandardMoE(4, 6, 5, 1, dtype=torch.float64, **options)
+            layer = MixtureOfLoRAs(4, num_experts=5, rank=2, top_k=1, dtype=torch.float64, **options)
+            torch.nn.init.normal_(layer.up)
+            return layer
+
+        return build
+
+    def test_its_weight_is_its_probability(self, x):
+        router = make(top_k=1)
+        torch.testing.assert_close(router(x).weights, router.linear(x).softmax(-1).amax(-1, keepdim=True))
+
+    def test_routers_learn_from_the_task(self, x, make_layer):
+        layer = make_layer()
+        layer(x).square().sum().backward()
+        # Not rounding of a weight of 1.
+        assert layer.router.linear.weight.grad.abs().max() > 1e-6
+
+    def test_a_weight_of_one_is_not_trained(self, x, make_layer):
+        layer = make_layer(normalize_weights=True)
+        with pytest.raises(ValueError, match="normalize_weights must be False to train with top_k = 1, got True"):
+            layer(x)
+        assert (layer.eval().router(x).weights == 1).all()
+        assert layer(x).isfinite().all()
+
+
+def test_several_are_normalised_by_default(x):
+    torch.testing.assert_close(make(top_k=2)(x).weights.sum(-1), torch.ones(9, dtype=torch.float64))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_routes_in_float32_also_under_autocast(dtype):
     router = SoftmaxRouter(4, 5, 2, dtype=dtype)
@@ -85,8 +121,8 @@ def test_routes_in_float32_also_under_autocast(dtype):
     [
         ({"top_k": 0}, r"top_k must be in \[1, num_experts = 5\], got 0"),
         ({"top_k": 6}, r"top_k must be in \[1, num_experts = 5\], got 6"),
-        ({"jitter": -0.1}, "jitter must be >= 0, got -0.1"),
-        ({"jitter": float("nan")}, "jitter must be >= 0"),
+        ({"jitter": -0.1}, "jitter must be finite and >= 0, got -0.1"),
+        ({"jitter": float("nan")}, "jitter must be finite and >= 0"),
     ],
 )
 def test_errors(options, match):

@@ -277,7 +277,7 @@ def test_compiles_to_one_graph(input_ids):
 @pytest.mark.parametrize(
     ("changes", "match"),
     [
-        ({"mode": "add"}, "mode must be 'wrap' or 'replace', got 'add'"),
+        ({"mode": "add"}, r"mode must be one of \('wrap', 'replace'\), got 'add'"),
         ({"target": "attention"}, "target must match a module of model, got 'attention', which matches none"),
         ({"target": r"ffn\.1$"}, r"in_features and out_features must be given for 'blocks.0.ffn.1'"),
         ({"top_k": 21}, "top_k must be at most num_atoms = 20, got 21"),

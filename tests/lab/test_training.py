@@ -19,12 +19,11 @@ from torchdsc.lab import trainer as lab_trainer
 from torchdsc.lab.budget import METHODS
 from torchdsc.lab.checkpoints import checkpoint_step
 from torchdsc.lab.generation import generate
-from torchdsc.lab.sparse import DenseAndSparseAdam, clip_grad_norm
 from torchdsc.lab.summaries import REQUIRED_KEYS
 from torchdsc.lab.tokens import FixedWindows
-from torchdsc.lab.trainer import parameter_groups
 from torchdsc.lab.training import build_model, make_plans, train_run
 from torchdsc.models import DSCGPTForCausalLM
+from torchdsc.optim import DenseAndSparseAdam, clip_grad_norm, parameter_groups
 
 # What two equal runs need not share; somebody may commit between them.
 VARYING = {"train_seconds", "peak_memory_bytes", "commit"}
@@ -127,7 +126,7 @@ class TestParameterGroups:
     @pytest.mark.parametrize("value", [0, -1, math.nan])
     def test_multiplier(self, value):
         for name in ("router_lr_multiplier", "atom_lr_multiplier"):
-            with pytest.raises(ValueError, match=f"{name} must be > 0"):
+            with pytest.raises(ValueError, match=f"{name} must be finite and > 0"):
                 parameter_groups(torch.nn.Linear(1, 1), learning_rate=1, weight_decay=0, **{name: value})
 
     def test_routers_keep_their_rate_throughout(self, train, tmp_path):

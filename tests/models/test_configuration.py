@@ -1,3 +1,5 @@
+import json
+
 import pytest
 import torch
 from transformers import AutoConfig
@@ -35,6 +37,52 @@ def test_round_trip_through_json(kind, make_config, tmp_path):
     assert {**loaded.to_dict(), "_name_or_path": ""} == {**config.to_dict(), "_name_or_path": ""}
 
 
+def test_options_stay_those_that_a_model_was_built_with(tmp_path):
+    options = {"num_atoms": 8, "top_k": 2}
+    sizes = {"vocab_size": 9, "hidden_size": 4, "num_hidden_layers": 1, "num_attention_heads": 1}
+    model = DSCGPTForCausalLM(DSCGPTConfig(feed_forward_options=options, intermediate_size=4, **sizes)).eval()
+    # A sweep that goes on to the next model.
+    options["num_atoms"], options["gate"] = 6, "mean"
+    model.config.to_dict()["feed_forward_options"]["gate"] = "mean"
+    with pytest.raises(TypeError, match="does not support item assignment"):
+        model.config.feed_forward_options["gate"] = "mean"
+    model.save_pretrained(tmp_path)
+    ids = torch.arange(9).unsqueeze(0)
+    loaded = DSCGPTForCausalLM.from_pretrained(tmp_path)
+    assert loaded.config.feed_forward_options == {"num_atoms": 8, "top_k": 2}
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
+
+
+@pytest.mark.parametrize("kind", ["moe", "mixture_of_loras"])
+def test_models_of_one_expert_are_evaluated_as_they_were_trained(kind, make_model, tmp_path):
+    """Saved before their weight was the raw probability, they were trained with a weight of 1."""
+    ids = torch.arange(20).unsqueeze(0)
+    model = make_model(kind, feed_forward_options={"top_k": 1})
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["feed_forward_options"].pop("normalize_weights") is False
+    loaded = DSCGPTForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
+    loaded.train()(ids, labels=ids).loss.backward()
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    old = DSCGPTForCausalLM.from_pretrained(tmp_path)
+    assert old.config.feed_forward_options["normalize_weights"] is True
+    assert not torch.allclose(old(ids).logits, model(ids).logits, atol=1e-2)
+    with pytest.raises(ValueError, match="normalize_weights must be False to train with top_k = 1"):
+        old.train()(ids)
+
+
+def test_other_options_are_checked_when_they_are_assigned(make_config):
+    config = make_config("dsc")
+    options = {**config.feed_forward_options, "gate": "mean"}
+    config.feed_forward_options = options
+    options["gate"] = "none"
+    assert config.feed_forward_options["gate"] == "mean"
+    with pytest.raises(ValueError, match=r"feed_forward='dsc': .*colour"):
+        config.feed_forward_options = {**options, "colour": 1}
+    assert config.feed_forward_options["gate"] == "mean"
+
+
 @pytest.mark.parametrize(
     ("changes", "match"),
     [
@@ -46,7 +94,7 @@ def test_round_trip_through_json(kind, make_config, tmp_path):
         ({"dropout": 1.0}, r"dropout must be in \[0, 1\), got 1.0"),
         ({"residual_init": "small"}, r"residual_init must be one of .*'none'\), got 'small'"),
         ({"intermediate_size": -1}, "intermediate_size must be >= 0, got -1"),
-        ({"initializer_range": -0.1}, "initializer_range must be >= 0, got -0.1"),
+        ({"initializer_range": -0.1}, "initializer_range must be finite and >= 0, got -0.1"),
     ],
 )
 def test_errors(changes, match, make_config):

@@ -194,17 +194,6 @@ class TestForward:
         padded = model(input_ids, attention_mask=mask, position_ids=positions).logits
         torch.testing.assert_close(padded[:, 4:], model(input_ids[:, 4:]).logits, **CLOSE)
 
-    def test_hidden_states(self, make_model, input_ids):
-        model = make_model("dsc")
-        assert model(input_ids).hidden_states is None
-        output = model.model(input_ids, output_hidden_states=True)
-        assert len(output.hidden_states) == 3
-        assert all(state.shape == (3, 12, 16) for state in output.hidden_states)
-        embedded = model.model.embed_tokens(input_ids) + model.model.embed_positions.weight[:12]
-        assert torch.equal(output.hidden_states[0], embedded)
-        assert output.hidden_states[-1] is output.last_hidden_state
-        assert len(model(input_ids, output_hidden_states=True).hidden_states) == 3
-
     def test_without_a_static_layer(self, make_model, input_ids):
         model = make_model("dsc", intermediate_size=0)
         model(input_ids, labels=input_ids).loss.backward()

@@ -285,6 +285,14 @@ def test_export():
     torch.testing.assert_close(program.module()(x), layer(x))
 
 
+def test_one_atom_without_a_gate_is_not_trained():
+    """Its coefficient would always be 1, and the router get no gradient from the task."""
+    layer = DSC(8, num_atoms=16, top_k=1, gate="none")
+    with pytest.raises(ValueError, match="gate must be 'sum' or 'mean' to train with top_k = 1, got 'none'"):
+        layer(torch.randn(3, 8))
+    assert layer.eval()(torch.randn(3, 8)).isfinite().all()
+
+
 @pytest.mark.parametrize(
     ("options", "error", "match"),
     [

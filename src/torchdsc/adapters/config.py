@@ -2,11 +2,12 @@
 
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, ClassVar, get_args
+from typing import Any, ClassVar
 
 from peft import PeftConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 
+from torchdsc.arguments import check_at_least, check_positive, check_types, own_copies
 from torchdsc.nn import DSCOptions, RegularizerWeights
 from torchdsc.nn.options import Activation, RouterKind, RouterNorm
 from torchdsc.ops.compose.api import Implementation
@@ -27,6 +28,10 @@ class AdapterConfig(PeftConfig):
         layers_to_transform: Indices of the layers to adapt; all by default.
         layers_pattern: Name of the list of layers, where ``layers_to_transform`` is given and it has no usual name.
         modules_to_save: Other modules to train and save, such as a new head.
+
+    Raises:
+        TypeError: If a field has another type.
+        ValueError: If one is out of its range, or does not go with the others.
     """
 
     METHOD: ClassVar[str]
@@ -40,8 +45,11 @@ class AdapterConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = peft_type(self.METHOD)
+        own = {f.name for f in fields(self)} - {f.name for f in fields(PeftConfig)}
+        check_types(type(self), {name: getattr(self, name) for name in own})
+        own_copies(self)
         for name in ("target_modules", "exclude_modules"):
-            if isinstance(getattr(self, name), list):
+            if isinstance(getattr(self, name), list | tuple):
                 setattr(self, name, set(getattr(self, name)))
         for name in ("layers_to_transform", "layers_pattern"):
             if isinstance(self.target_modules, str) and getattr(self, name) is not None:
@@ -92,6 +100,7 @@ class DSCAdapterConfig(AdapterConfig):
         **options: See :class:`torchdsc.DSCOptions`.
 
     Raises:
+        TypeError: If a field has another type.
         ValueError: On an option out of its range.
     """
 
@@ -144,13 +153,16 @@ class MixtureOfLoRAsConfig(AdapterConfig):
         rank: r of each expert.
         top_k: Experts per token.
         scale: Constant factor of the update, LoRA's alpha / r.
-        normalize_weights: Divide the selected softmax weights by their sum.
+        normalize_weights: Divide the selected softmax weights by their sum; by default where there are several. A
+            single one would always be 1, and the router get no gradient from the task: with ``top_k=1`` True is for
+            evaluating what was trained so, and training raises.
         router_norm: LayerNorm before the router.
         aux_weight: Weight of the load balance.
         z_weight: Weight of the router z-loss.
         impl: Implementation of the composition.
 
     Raises:
+        TypeError: If a field has another type.
         ValueError: On an option out of its range.
     """
 
@@ -160,7 +172,7 @@ class MixtureOfLoRAsConfig(AdapterConfig):
     rank: int = field(default=1, metadata={"help": "r of each expert."})
     top_k: int = field(default=2, metadata={"help": "Experts per token."})
     scale: float = field(default=2.0, metadata={"help": "Factor of the update, LoRA's alpha / r."})
-    normalize_weights: bool = True
+    normalize_weights: bool | None = None
     router_norm: RouterNorm = "none"
     aux_weight: float = field(default=0.01, metadata={"help": "Weight of the load balance."})
     z_weight: float = field(default=1e-4, metadata={"help": "Weight of the router z-loss."})
@@ -168,17 +180,14 @@ class MixtureOfLoRAsConfig(AdapterConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("num_experts", "rank", "top_k"):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                raise ValueError(f"{name} must be an int >= 1, got {getattr(self, name)!r}")
+        check_at_least(1, num_experts=self.num_experts, rank=self.rank, top_k=self.top_k)
         if self.top_k > self.num_experts:
             raise ValueError(f"top_k must be at most num_experts = {self.num_experts}, got {self.top_k}")
-        if not 0 < self.scale < float("inf"):
-            raise ValueError(f"scale must be finite and > 0, got {self.scale}")
-        for name, choices in (("router_norm", RouterNorm), ("impl", Implementation)):
-            if getattr(self, name) not in get_args(choices):
-                raise ValueError(f"{name} must be one of {get_args(choices)}, got {getattr(self, name)!r}")
+        check_positive(scale=self.scale)
         RegularizerWeights(aux=self.aux_weight, z=self.z_weight)
+        if self.normalize_weights is None:
+            # Saved by value, so that later defaults change nothing.
+            self.normalize_weights = self.top_k > 1
 
     def arguments(self) -> dict[str, Any]:
         """The arguments of :class:`torchdsc.baselines.MixtureOfLoRAs`."""

@@ -4,6 +4,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from torchdsc.arguments import check_at_least, check_types
+
 
 class DenseFFN(nn.Module):
     """``y = gelu(x W_1) W_2``, without biases.
@@ -15,7 +17,8 @@ class DenseFFN(nn.Module):
         dtype: Their dtype.
 
     Raises:
-        ValueError: If a size is below 1.
+        TypeError: If a size is no int.
+        ValueError: If it is below 1.
     """
 
     def __init__(
@@ -27,9 +30,8 @@ class DenseFFN(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        for name, size in (("in_features", in_features), ("hidden_features", hidden_features)):
-            if size < 1:
-                raise ValueError(f"{name} must be >= 1, got {size}")
+        check_types(DenseFFN.__init__, locals())
+        check_at_least(1, in_features=in_features, hidden_features=hidden_features)
         self.up = nn.Linear(in_features, hidden_features, bias=False, device=device, dtype=dtype)
         self.down = nn.Linear(hidden_features, in_features, bias=False, device=device, dtype=dtype)
 

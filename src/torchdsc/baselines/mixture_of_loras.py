@@ -1,11 +1,11 @@
 """Mixture-of-LoRAs: DSC without unit norms and magnitude gate, with atoms bound together in experts of rank r."""
 
 import math
-from typing import get_args
 
 import torch
 from torch import Tensor, nn
 
+from torchdsc.arguments import check_at_least, check_positive, check_types
 from torchdsc.nn import RegularizerWeights, RoutedLayer, RoutingStatistics
 from torchdsc.nn.options import RouterNorm
 from torchdsc.nn.statistics import check_token_mask
@@ -27,7 +27,9 @@ class MixtureOfLoRAs(RoutedLayer):
         rank: r >= 1.
         top_k: Experts per token.
         scale: Constant factor, LoRA's alpha / r.
-        normalize_weights: Divide the selected softmax weights by their sum.
+        normalize_weights: Divide the selected softmax weights by their sum; by default where there are several. A
+            single one would always be 1, and the router get no gradient from the task: with ``top_k=1`` True is for
+            evaluating what was trained so, and training raises.
         router_norm: LayerNorm before the router.
         aux_weight: Weight of the load balance N sum_j P_j f_j.
         z_weight: Weight of the router z-loss.
@@ -40,6 +42,7 @@ class MixtureOfLoRAs(RoutedLayer):
         up: B, of shape (N r, d_out), zero at the start as in LoRA.
 
     Raises:
+        TypeError: If an argument has another type.
         ValueError: On an argument out of its range.
     """
 
@@ -52,7 +55,7 @@ class MixtureOfLoRAs(RoutedLayer):
         rank: int,
         top_k: int = 2,
         scale: float = 1.0,
-        normalize_weights: bool = True,
+        normalize_weights: bool | None = None,
         router_norm: RouterNorm = "none",
         aux_weight: float = 0.01,
         z_weight: float = 1e-4,
@@ -61,12 +64,10 @@ class MixtureOfLoRAs(RoutedLayer):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        check_types(MixtureOfLoRAs.__init__, locals())
         out_features = in_features if out_features is None else out_features
-        for name, size in (("in_features", in_features), ("out_features", out_features), ("rank", rank)):
-            if size < 1:
-                raise ValueError(f"{name} must be >= 1, got {size}")
-        if impl not in get_args(Implementation):
-            raise ValueError(f"impl must be one of {get_args(Implementation)}, got {impl!r}")
+        check_at_least(1, in_features=in_features, out_features=out_features, rank=rank)
+        check_positive(scale=scale)
         self.in_features, self.out_features = in_features, out_features
         self.rank, self.scale, self.impl = rank, scale, impl
         self.regularizers = RegularizerWeights(aux=aux_weight, z=z_weight)
@@ -94,11 +95,12 @@ class MixtureOfLoRAs(RoutedLayer):
         """See :class:`torchdsc.nn.RoutedLayer`."""
         flat = self._flatten(x, self.in_features, self.down.dtype)
         collect = self.training and self.regularizers.need_tokens
-        routed = self._flatten_router_input(router_input, x, flat)
-        choice = self.router(routed, check_token_mask(token_mask, x), collect)
+        mask = check_token_mask(token_mask, x)
+        flat, routed, with_lost = self._shut_out(flat, self._flatten_router_input(router_input, x, flat), mask)
+        choice = self.router(routed, mask, collect)
         # Expert e is the atoms e r ... e r + r - 1.
         offsets = torch.arange(self.rank, device=flat.device)
         indices = (choice.indices.unsqueeze(-1) * self.rank + offsets).flatten(1)
         coefficients = (choice.weights * self.scale).repeat_interleave(self.rank, dim=1)
-        y = compose(flat, self.down, self.up, indices, coefficients, eps=None, impl=self.impl)
+        y = with_lost(compose(flat, self.down, self.up, indices, coefficients, eps=None, impl=self.impl))
         return y.to(x.dtype).reshape(*x.shape[:-1], self.out_features), choice.statistics

@@ -1,12 +1,13 @@
 """Standard Mixture-of-Experts on the fastest expert kernel that transformers has."""
 
 from collections.abc import Callable
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from torchdsc.arguments import check_at_least, check_types
 from torchdsc.nn import RegularizerWeights, RoutedLayer, RoutingStatistics
 from torchdsc.nn.options import RouterNorm
 from torchdsc.nn.statistics import check_token_mask
@@ -32,7 +33,9 @@ class StandardMoE(RoutedLayer):
         hidden_features: Width h of an expert.
         num_experts: N.
         top_k: Experts per token.
-        normalize_weights: Divide the selected softmax weights by their sum (the published run leaves them raw).
+        normalize_weights: Divide the selected softmax weights by their sum; by default where there are several. A
+            single one would always be 1, and the router get no gradient from the task: with ``top_k=1`` True is for
+            evaluating what was trained so, and training raises. The published run leaves them raw.
         jitter: Standard deviation of noise on the router's logits in training.
         router_norm: LayerNorm before the router.
         aux_weight: Weight of the load balance.
@@ -44,6 +47,7 @@ class StandardMoE(RoutedLayer):
         dtype: Their dtype.
 
     Raises:
+        TypeError: If an argument has another type.
         ValueError: On an argument out of its range; in a forward pass of float64 through "grouped_mm", which has none.
     """
 
@@ -54,7 +58,7 @@ class StandardMoE(RoutedLayer):
         num_experts: int,
         top_k: int = 2,
         *,
-        normalize_weights: bool = True,
+        normalize_weights: bool | None = None,
         jitter: float = 0.0,
         router_norm: RouterNorm = "none",
         aux_weight: float = 0.01,
@@ -65,13 +69,9 @@ class StandardMoE(RoutedLayer):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        for name, size in (("in_features", in_features), ("hidden_features", hidden_features)):
-            if size < 1:
-                raise ValueError(f"{name} must be >= 1, got {size}")
-        if shared_experts < 0:
-            raise ValueError(f"shared_experts must be >= 0, got {shared_experts}")
-        if impl not in get_args(ExpertKernel):
-            raise ValueError(f"impl must be one of {get_args(ExpertKernel)}, got {impl!r}")
+        check_types(StandardMoE.__init__, locals())
+        check_at_least(1, in_features=in_features, hidden_features=hidden_features)
+        check_at_least(0, shared_experts=shared_experts)
         self.in_features, self.impl = in_features, impl
         self.regularizers = RegularizerWeights(aux=aux_weight, z=z_weight)
         self.router = SoftmaxRouter(
@@ -95,11 +95,13 @@ class StandardMoE(RoutedLayer):
         """See :class:`torchdsc.nn.RoutedLayer`."""
         flat = self._flatten(x, self.in_features, self.experts.up_proj.dtype)
         collect = self.training and self.regularizers.need_tokens
-        routed = self._flatten_router_input(router_input, x, flat)
-        choice = self.router(routed, check_token_mask(token_mask, x), collect)
+        mask = check_token_mask(token_mask, x)
+        flat, routed, with_lost = self._shut_out(flat, self._flatten_router_input(router_input, x, flat), mask)
+        choice = self.router(routed, mask, collect)
         y = self.experts(flat, choice.indices, choice.weights.to(flat.dtype), self._kernel(flat, choice.indices))
         if self.shared is not None:
             y = y + self.shared(flat)
+        y = with_lost(y)
         return y.to(x.dtype).reshape(x.shape), choice.statistics
 
     def _kernel(self, x: Tensor, indices: Tensor) -> str:

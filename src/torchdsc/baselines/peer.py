@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torchdsc.arguments import check_at_least, check_types
 from torchdsc.nn import ProductKeyRouter, RegularizerWeights, RoutedLayer, RoutingStatistics
 from torchdsc.nn.options import RouterNorm
 from torchdsc.nn.statistics import check_token_mask, sum_statistics
@@ -23,7 +24,8 @@ class PEER(RoutedLayer):
         in_features: d_in.
         out_features: d_out; ``in_features`` by default.
         num_experts: N, a square.
-        top_k: Experts per token K, a multiple of ``heads``.
+        top_k: Experts per token K, a multiple of ``heads``; in training more than one for each, whose weight would
+            always be 1.
         heads: Queries, each with keys of its own.
         query_features: Of each head, even; d_in / 2 by default, rounded down to an even number.
         router_norm: What the queries see of x: "layer" its LayerNorm, "layer_affine", or "none".
@@ -38,6 +40,7 @@ class PEER(RoutedLayer):
         up: Rows v, of shape (N, d_out), likewise.
 
     Raises:
+        TypeError: If an argument has another type.
         ValueError: On an argument out of its range.
     """
 
@@ -62,7 +65,9 @@ class PEER(RoutedLayer):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        check_types(PEER.__init__, locals())
         out_features = in_features if out_features is None else out_features
+        check_at_least(1, in_features=in_features, out_features=out_features)
         if heads < 1 or top_k < heads or top_k % heads:
             raise ValueError(f"top_k must be a multiple of heads = {heads}, got {top_k}")
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
@@ -89,10 +94,15 @@ class PEER(RoutedLayer):
         self, x: Tensor, token_mask: Tensor | None = None, router_input: Tensor | None = None
     ) -> tuple[Tensor, RoutingStatistics | None]:
         """See :class:`torchdsc.nn.RoutedLayer`."""
+        if self.training and torch.is_grad_enabled() and self.top_k == self.router.heads:
+            raise ValueError(
+                f"top_k must be at least 2 a head to train, got {self.top_k} for heads = {self.router.heads}: the "
+                "weight of one would always be 1, and the router get no gradient from the task"
+            )
         flat = self._flatten(x, self.in_features, self.down.dtype)
         mask = check_token_mask(token_mask, x)
         collect = self.training and self.regularizers.need_tokens
-        routed = self._flatten_router_input(router_input, x, flat)
+        flat, routed, with_lost = self._shut_out(flat, self._flatten_router_input(router_input, x, flat), mask)
         found = self.router.select(
             routed, self.top_k, logit_clamp=self.logit_clamp, token_mask=mask, statistics=collect
         )
@@ -101,7 +111,7 @@ class PEER(RoutedLayer):
         latent = (flat @ self.down.t()).gather(1, indices).to(weights.dtype)
         # gelu(a) is a times the normal distribution's function at a; compose brings the other a.
         coefficients = weights * 0.5 * torch.erfc(-latent / math.sqrt(2))
-        y = compose(flat, self.down, self.up, indices, coefficients, eps=None, impl=self.impl)
+        y = with_lost(compose(flat, self.down, self.up, indices, coefficients, eps=None, impl=self.impl))
         y = y.to(x.dtype).reshape(*x.shape[:-1], self.out_features)
         if not collect:
             return y, None

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from torchdsc.arguments import check_not_negative, check_types
 from torchdsc.nn import LinearRouter, RoutingStatistics
 from torchdsc.nn.options import RouterNorm
 from torchdsc.nn.statistics import sum_statistics
@@ -25,14 +26,17 @@ class SoftmaxRouter(nn.Module):
         in_features: d.
         num_experts: N.
         top_k: Experts per token, 1 <= k <= N.
-        normalize_weights: Divide the selected weights by their sum.
+        normalize_weights: Divide the selected weights by their sum; by default where there are several. A single
+            one would always be 1, and the router get no gradient from the task: with ``top_k=1`` True is for evaluating
+            what was trained so, and training raises.
         jitter: Standard deviation of normal noise added to logits in training.
         norm: LayerNorm before the router: "none", "layer" (parameter-free) or "layer_affine".
         device: Where the parameters live.
         dtype: Their dtype.
 
     Raises:
-        ValueError: If ``top_k`` is outside [1, num_experts] or ``jitter`` negative.
+        TypeError: If an argument has another type.
+        ValueError: If ``top_k`` is outside [1, num_experts] or ``jitter`` negative or not finite.
     """
 
     def __init__(
@@ -41,22 +45,32 @@ class SoftmaxRouter(nn.Module):
         num_experts: int,
         top_k: int,
         *,
-        normalize_weights: bool = True,
+        normalize_weights: bool | None = None,
         jitter: float = 0.0,
         norm: RouterNorm = "none",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        check_types(SoftmaxRouter.__init__, locals())
         if not 1 <= top_k <= num_experts:
             raise ValueError(f"top_k must be in [1, num_experts = {num_experts}], got {top_k}")
-        if not jitter >= 0:
-            raise ValueError(f"jitter must be >= 0, got {jitter}")
-        self.top_k, self.normalize_weights, self.jitter = top_k, normalize_weights, jitter
+        check_not_negative(jitter=jitter)
+        self.top_k, self.jitter = top_k, jitter
+        self.normalize_weights = top_k > 1 if normalize_weights is None else normalize_weights
         self.linear = LinearRouter(in_features, num_experts, norm=norm, device=device, dtype=dtype)
 
     def forward(self, x: Tensor, token_mask: Tensor | None = None, collect: bool = False) -> ExpertChoice:
-        """Route tokens x of shape (T, d); weights and statistics are float32 (float64 for float64 input)."""
+        """Route tokens x of shape (T, d); weights and statistics are float32 (float64 for float64 input).
+
+        Raises:
+            ValueError: In training, if the weights are always 1.
+        """
+        if self.training and torch.is_grad_enabled() and self.normalize_weights and self.top_k == 1:
+            raise ValueError(
+                "normalize_weights must be False to train with top_k = 1, got True: the weight would always be 1, and "
+                "the router get no gradient from the task"
+            )
         logits: Tensor = self.linear(x)
         if self.training and self.jitter > 0:
             logits = logits + self.jitter * torch.randn_like(logits)
@@ -71,11 +85,13 @@ class SoftmaxRouter(nn.Module):
         if not collect:
             return ExpertChoice(indices, weights, None)
         counted = torch.ones_like(strength) if token_mask is None else token_mask.to(strength.dtype)
+        if token_mask is not None:
+            # What does not count need not be finite.
+            probabilities = probabilities.masked_fill(~token_mask.unsqueeze(1), 0.0)
         load = counted.new_zeros(probabilities.shape[-1]).index_add(
             0, indices.reshape(-1), counted.unsqueeze(1).expand_as(weights).reshape(-1)
         )
-        # A product would run in half precision under autocast.
-        probability_sum = (probabilities * counted.unsqueeze(1)).sum(0)
+        probability_sum = probabilities.sum(0)
         return ExpertChoice(
             indices, weights, sum_statistics(strength, log_normalizer, probability_sum, token_mask, load)
         )

@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from torchdsc.arguments import check_at_least, check_types
 from torchdsc.losses import add_regularization
 from torchdsc.nn import DSC, BasisBank, DSCResidual
 from torchdsc.nn.host import TokenMasked, feature_sizes, leave_fused_encoder, pass_attention_mask
@@ -46,10 +47,11 @@ def convert(
         Names of the converted modules, in order.
 
     Raises:
+        TypeError: If an argument has another type.
         ValueError: If nothing matches, ``mode`` is unknown, sizes cannot be told, or a shared bank does not fit.
     """
-    if mode not in ("wrap", "replace"):
-        raise ValueError(f"mode must be 'wrap' or 'replace', got {mode!r}")
+    check_types(convert, locals())
+    check_at_least(1, in_features=in_features, out_features=out_features)
     names = _matches(model, target)
     if not names:
         raise ValueError(f"target must match a module of model, got {target!r}, which matches none")

@@ -5,6 +5,8 @@ from dataclasses import asdict, dataclass, field, fields
 from math import inf
 from typing import Any, Literal, get_args
 
+from torchdsc.arguments import own_copies
+
 from .budget import METHODS, Budget
 from .presets import preset_names, read_preset
 
@@ -121,6 +123,7 @@ class ExperimentConfig:
     overrides: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        own_copies(self)
         _check_methods("methods", self.methods)
         if not self.methods or len(set(self.methods)) != len(self.methods):
             raise ValueError(f"methods must be one or more different names, got {self.methods}")

@@ -7,80 +7,21 @@ from statistics import fmean
 from typing import Any
 
 from torch import nn
-from torch.optim import AdamW, Optimizer
+from torch.optim import Optimizer
 from transformers import Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerState
 
 from torchdsc.diagnostics import LayerRouting, RoutingMonitor
-from torchdsc.nn import BasisBank, CausalContext, Router
+from torchdsc.optim import DenseAndSparseAdam, build_optimizer, clip_grad_norm
 
 from .environment import peak_memory_bytes
-from .sparse import DenseAndSparseAdam, clip_grad_norm, sparse_parameters
 
-__all__ = ["LabTrainer", "QuietProgress", "parameter_groups", "show_progress"]
-
-
-def parameter_groups(
-    model: nn.Module,
-    *,
-    learning_rate: float,
-    weight_decay: float,
-    router_lr_multiplier: float = 1.0,
-    atom_lr_multiplier: float = 1.0,
-) -> list[dict[str, Any]]:
-    """The paper's groups: routers at their own rate without decay, other matrices with decay, the rest without.
-
-    Embeddings, gamma, contexts and banks with row-sparse gradients are not decayed; those banks are a group of their
-    own.
-
-    Args:
-        model: The model.
-        learning_rate: Base rate.
-        weight_decay: Of matrices.
-        router_lr_multiplier: Factor on the routers' rate.
-        atom_lr_multiplier: Factor on that of the banks' atoms.
-
-    Returns:
-        Groups for an optimizer; every trainable parameter is in exactly one.
-
-    Raises:
-        ValueError: If a factor is not positive.
-    """
-    for name, factor in (("router_lr_multiplier", router_lr_multiplier), ("atom_lr_multiplier", atom_lr_multiplier)):
-        if not factor > 0:
-            raise ValueError(f"{name} must be > 0, got {factor}")
-    routers = {id(p) for module in model.modules() if isinstance(module, Router) for p in module.parameters()}
-    embeddings = {id(p) for module in model.modules() if isinstance(module, nn.Embedding) for p in module.parameters()}
-    atoms = {id(p) for module in model.modules() if isinstance(module, BasisBank) for p in module.parameters()}
-    contexts = {id(p) for module in model.modules() if isinstance(module, CausalContext) for p in module.parameters()}
-    sparse = sparse_parameters(model)
-    groups: dict[str, list[nn.Parameter]] = {"router": [], "atoms": [], "decay": [], "no_decay": [], "sparse": []}
-    for parameter in model.parameters():
-        if not parameter.requires_grad:
-            continue
-        if id(parameter) in routers:
-            groups["router"].append(parameter)
-        elif id(parameter) in sparse:
-            groups["sparse"].append(parameter)
-        elif id(parameter) in atoms:
-            groups["atoms"].append(parameter)
-        elif parameter.dim() >= 2 and id(parameter) not in embeddings | contexts:
-            groups["decay"].append(parameter)
-        else:
-            groups["no_decay"].append(parameter)
-    settings = {
-        "router": {"lr": learning_rate * router_lr_multiplier, "weight_decay": 0.0},
-        "atoms": {"lr": learning_rate * atom_lr_multiplier, "weight_decay": weight_decay},
-        "decay": {"lr": learning_rate, "weight_decay": weight_decay},
-        "no_decay": {"lr": learning_rate, "weight_decay": 0.0},
-        "sparse": {"lr": learning_rate * atom_lr_multiplier, "weight_decay": 0.0},
-    }
-    return [{"params": members, **settings[name]} for name, members in groups.items() if members]
+__all__ = ["LabTrainer", "QuietProgress", "show_progress"]
 
 
 class LabTrainer(Trainer):
-    """Trainer with :func:`parameter_groups`, and a log that a record is made from.
+    """Trainer with :func:`torchdsc.parameter_groups`, and a log that a record is made from.
 
     Beside transformers' entries the log holds the task loss without regularisers, the seconds of training (evaluations
     left out) and the peak memory so far, and the routing at every evaluation. It is part of a checkpoint, so all of
@@ -125,21 +66,14 @@ class LabTrainer(Trainer):
     def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
         """AdamW over the parameter groups, and SparseAdam for banks with row-sparse gradients."""
         if self.optimizer is None:
-            groups = parameter_groups(
+            self.optimizer = build_optimizer(
                 self.model if model is None else model,
                 learning_rate=self.args.learning_rate,
                 weight_decay=self.args.weight_decay,
                 router_lr_multiplier=self.router_lr_multiplier,
                 atom_lr_multiplier=self.atom_lr_multiplier,
-            )
-            betas, eps = (self.args.adam_beta1, self.args.adam_beta2), self.args.adam_epsilon
-            held = sparse_parameters(self.model if model is None else model)
-            sparse = [group for group in groups if id(group["params"][0]) in held]
-            dense = [group for group in groups if id(group["params"][0]) not in held]
-            self.optimizer = (
-                DenseAndSparseAdam(dense, sparse, betas=betas, eps=eps)
-                if sparse
-                else AdamW(dense, betas=betas, eps=eps, fused=True)
+                betas=(self.args.adam_beta1, self.args.adam_beta2),
+                eps=self.args.adam_epsilon,
             )
         return self.optimizer
 

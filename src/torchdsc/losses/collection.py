@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from torchdsc.arguments import check_not_negative, check_positive, check_types
 from torchdsc.nn import BasisBank, RoutedLayer, RoutingStatistics
 from torchdsc.nn.statistics_log import WITHOUT_GRADIENT
 
@@ -67,10 +68,13 @@ def regularization(
         The weighted total and the terms.
 
     Raises:
-        ValueError: If ``model`` has no regularised layer, or no forward pass in training waits to be collected.
+        TypeError: If an argument has another type.
+        ValueError: If a number is out of its range, ``model`` has no regularised layer, or no forward pass in training
+            waits to be collected.
         RuntimeError: If a layer's statistics carry no gradient although its parameters want one, as under reentrant
             checkpointing or ``torch.no_grad``.
     """
+    _check_arguments(model, num_tokens, frame_share, synchronize)
     layers = list(_regularized_layers(model))
     if not layers:
         raise ValueError("model must hold a DSC or other routed layer with a regulariser of positive weight, got none")
@@ -83,6 +87,17 @@ def regularization(
     return regularization_of(
         collected, num_tokens=num_tokens, frame_share=frame_share, synchronize=synchronize, frame_layers=layers
     )
+
+
+def _check_arguments(
+    model: nn.Module, num_tokens: Tensor | float | None, frame_share: Tensor | float | None, synchronize: bool
+) -> None:
+    if torch.compiler.is_compiling():
+        return
+    check_types(_check_arguments, locals())
+    # Values of tensors are not waited for.
+    check_positive(num_tokens=None if isinstance(num_tokens, Tensor) else num_tokens)
+    check_not_negative(frame_share=None if isinstance(frame_share, Tensor) else frame_share)
 
 
 def regularization_of(

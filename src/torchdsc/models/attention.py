@@ -37,8 +37,10 @@ class DSCGPTAttention(nn.Module):
         token_mask: Tensor | None,
         past_key_values: Cache | None,
         **kwargs: Any,
-    ) -> tuple[Tensor, RoutingStatistics | None]:
-        """Hidden states (B, T, d) to (B, T, d), and the statistics of the update."""
+    ) -> tuple[Tensor, Tensor | None, RoutingStatistics | None]:
+        """Hidden states (B, T, d) to (B, T, d); attention weights (B, heads, T, keys) where the implementation gives
+        them; and the statistics of the update.
+        """
         shape = (*hidden_states.shape[:-1], -1, self.head_dim)
         query, key, value = (t.view(shape).transpose(1, 2) for t in self.qkv_proj(hidden_states).chunk(3, dim=-1))
         if past_key_values is not None:
@@ -47,12 +49,14 @@ class DSCGPTAttention(nn.Module):
             self.config._attn_implementation, eager_attention_forward
         )
         dropout = self.config.dropout if self.training else 0.0
-        output, _ = attend(self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs)
+        output, weights = attend(
+            self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
+        )
         output = output.reshape(hidden_states.shape)
         if self.update is None:
-            return self.out_proj(output), None
+            return self.out_proj(output), weights, None
         update, statistics = self.update.forward_with_statistics(output, token_mask)
-        return self.out_proj(output) + update, statistics
+        return self.out_proj(output) + update, weights, statistics
 
 
 def eager_attention_forward(

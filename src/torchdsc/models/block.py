@@ -64,7 +64,7 @@ class DSCGPTBlock(GradientCheckpointingLayer):
 
         ``embeddings``, (B, T, d), are those of the tokens where a layer or a router sees them.
         """
-        attended, of_attention = self.attention(
+        attended, _, of_attention = self.attention(
             self.attention_norm(hidden_states), attention_mask, token_mask, past_key_values, **kwargs
         )
         hidden_states = hidden_states + self.dropout(attended)

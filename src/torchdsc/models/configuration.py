@@ -1,10 +1,17 @@
 """Configuration of DSCGPT."""
 
-from typing import Any, Literal, get_args
+import copy
+from collections.abc import Mapping
+from os import PathLike
+from types import MappingProxyType
+from typing import Any, ClassVar, Literal
 
 from transformers import PretrainedConfig
 
+from torchdsc.arguments import check_at_least, check_not_negative, check_positive, check_types
+
 from .feed_forward import check_feed_forward
+from .loading import AUTO_MAP, write_module
 from .options import FeedForwardKind, ModelOptions, split_options
 
 ResidualInit = Literal["gpt2", "published", "none"]
@@ -31,7 +38,8 @@ class DSCGPTConfig(PretrainedConfig):
             :class:`torchdsc.baselines.MixtureOfLoRAs` ("num_experts" and "rank"). Any of them takes "router_input",
             "embeddings" for routers that see those of the tokens in place of what the layers do; "router_context", of
             how many tokens they see the mix (:class:`torchdsc.CausalContext`); and "input_context", of how many tokens
-            embeddings are mixed into what a layer sees, which a dense one takes as well.
+            embeddings are mixed into what a layer sees, which a dense one takes as well. The config keeps a copy, which
+            is read-only: other options are assigned as a whole.
         dropout: Of embeddings, attention weights and residual branches.
         layer_norm_eps: Of every LayerNorm.
         initializer_range: Standard deviation of initial weights.
@@ -42,10 +50,12 @@ class DSCGPTConfig(PretrainedConfig):
         **kwargs: See ``PretrainedConfig``.
 
     Raises:
-        ValueError: On a value out of its range, or an unknown or missing feed-forward option.
+        TypeError: If a value has another type.
+        ValueError: On a value out of its range, or an unknown, missing or wrong feed-forward option.
     """
 
     model_type = "dsc_gpt"
+    _saves_module: ClassVar[bool] = False
     keys_to_ignore_at_inference = ["past_key_values", "regularization", "task_loss"]  # noqa: RUF012 (a contract of transformers)
 
     def __init__(
@@ -68,26 +78,16 @@ class DSCGPTConfig(PretrainedConfig):
     ) -> None:
         if feed_forward_options is None:
             feed_forward_options = {"num_atoms": 1523, "top_k": 4} if feed_forward == "dsc" else {}
-        for name, value in (
-            ("vocab_size", vocab_size),
-            ("hidden_size", hidden_size),
-            ("num_hidden_layers", num_hidden_layers),
-            ("num_attention_heads", num_attention_heads),
-            ("max_position_embeddings", max_position_embeddings),
-        ):
-            if value < 1:
-                raise ValueError(f"{name} must be >= 1, got {value}")
+        check_types(DSCGPTConfig.__init__, locals())
+        check_at_least(1, vocab_size=vocab_size, hidden_size=hidden_size, num_hidden_layers=num_hidden_layers)
+        check_at_least(1, num_attention_heads=num_attention_heads, max_position_embeddings=max_position_embeddings)
+        check_at_least(0, intermediate_size=intermediate_size)
+        check_positive(layer_norm_eps=layer_norm_eps)
+        check_not_negative(initializer_range=initializer_range)
         if hidden_size % num_attention_heads:
             raise ValueError(f"num_attention_heads must divide hidden_size = {hidden_size}, got {num_attention_heads}")
-        if intermediate_size < 0:
-            raise ValueError(f"intermediate_size must be >= 0, got {intermediate_size}")
-        if not initializer_range >= 0:
-            raise ValueError(f"initializer_range must be >= 0, got {initializer_range}")
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), got {dropout}")
-        if residual_init not in get_args(ResidualInit):
-            raise ValueError(f"residual_init must be one of {get_args(ResidualInit)}, got {residual_init!r}")
-        check_feed_forward(feed_forward, hidden_size, intermediate_size, feed_forward_options)
         self.vocab_size = vocab_size
         self.hidden_size = hidden_size
         self.num_hidden_layers = num_hidden_layers
@@ -106,7 +106,56 @@ class DSCGPTConfig(PretrainedConfig):
             kwargs["layer_types"] = ["hybrid"] * num_hidden_layers
         super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
 
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = "AutoConfig") -> None:
+        """Save with every model from now on a file by which Auto classes find it, given ``trust_remote_code=True``.
+
+        It imports from torchdsc, which must be installed, and holds no code of the model.
+
+        Args:
+            auto_class: The file serves all that there are.
+        """
+        cls._saves_module = True
+
+    def save_pretrained(self, save_directory: str | PathLike[str], push_to_hub: bool = False, **kwargs: Any) -> None:
+        """See ``PretrainedConfig``; with a file for Auto classes after :meth:`register_for_auto_class`, or where the
+        folder that this was loaded from had one.
+        """
+        if self._saves_module or getattr(self, "auto_map", None):
+            self.auto_map = dict(AUTO_MAP)
+            write_module(save_directory)
+        super().save_pretrained(save_directory, push_to_hub, **kwargs)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """See ``PretrainedConfig``.
+
+        Where one expert is taken, whether its weight is normalised is saved with the model. Models saved without that
+        were trained with a weight of 1, and are evaluated with it.
+        """
+        options = config_dict.get("feed_forward_options") or {}
+        if _takes_one_expert(config_dict.get("feed_forward"), options):
+            config_dict = {**config_dict, "feed_forward_options": {"normalize_weights": True, **options}}
+        return super().from_dict(config_dict, **kwargs)
+
+    @property
+    def feed_forward_options(self) -> Mapping[str, Any]:
+        """Options of the layers, read-only: what was built of them would not follow."""
+        return MappingProxyType(self.__dict__["feed_forward_options"])
+
+    @feed_forward_options.setter
+    def feed_forward_options(self, options: Mapping[str, Any]) -> None:
+        options = copy.deepcopy(dict(options))
+        if _takes_one_expert(self.feed_forward, options):
+            options = {"normalize_weights": False, **options}
+        check_feed_forward(self.feed_forward, self.hidden_size, self.intermediate_size, options)
+        self.__dict__["feed_forward_options"] = options
+
     @property
     def model_options(self) -> ModelOptions:
         """Those of ``feed_forward_options`` that concern the model around the layers."""
         return split_options(self.feed_forward, self.feed_forward_options)[0]
+
+
+def _takes_one_expert(kind: Any, options: Mapping[str, Any]) -> bool:
+    return kind in ("moe", "mixture_of_loras") and options.get("top_k") == 1

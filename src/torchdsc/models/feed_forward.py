@@ -1,5 +1,6 @@
 """The feed-forward layers that a DSCGPT chooses from."""
 
+from collections.abc import Mapping
 from typing import Any, get_args
 
 import torch
@@ -12,7 +13,7 @@ from .options import FeedForwardKind, split_options
 
 
 def build_feed_forward(
-    kind: FeedForwardKind, hidden_size: int, intermediate_size: int, options: dict[str, Any]
+    kind: FeedForwardKind, hidden_size: int, intermediate_size: int, options: Mapping[str, Any]
 ) -> nn.Module:
     """Build one feed-forward layer.
 
@@ -28,8 +29,8 @@ def build_feed_forward(
     Raises:
         ValueError: On an unknown kind, or options that the layer refuses.
     """
-    _, options = split_options(kind, options)
     try:
+        _, options = split_options(kind, options)
         if kind == "dense":
             return DenseFFN(hidden_size, intermediate_size, **options)
         if kind == "moe":
@@ -45,7 +46,7 @@ def build_feed_forward(
     raise ValueError(f"feed_forward must be one of {get_args(FeedForwardKind)}, got {kind!r}")
 
 
-def build_attention_update(kind: FeedForwardKind, options: dict[str, Any], bank: BasisBank) -> DSC | None:
+def build_attention_update(kind: FeedForwardKind, options: Mapping[str, Any], bank: BasisBank) -> DSC | None:
     """The update of a block's attention output from its own ``bank``; None where none is asked for."""
     model, layer_options = split_options(kind, options)
     if not model.attention_rank:
@@ -55,7 +56,7 @@ def build_attention_update(kind: FeedForwardKind, options: dict[str, Any], bank:
 
 
 def check_feed_forward(
-    kind: FeedForwardKind, hidden_size: int, intermediate_size: int, options: dict[str, Any]
+    kind: FeedForwardKind, hidden_size: int, intermediate_size: int, options: Mapping[str, Any]
 ) -> None:
     """Raise what :func:`build_feed_forward` would, at no cost."""
     with torch.device("meta"):

@@ -11,16 +11,21 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.utils import can_return_tuple
+from transformers.utils import can_return_tuple, logging
+from transformers.utils.output_capturing import capture_outputs
 
 from torchdsc.losses import Regularization, regularization_of
 from torchdsc.losses.host import demand_use
 from torchdsc.nn import DSC, RoutedLayer, RoutingStatistics
 from torchdsc.nn.host import refer
 
+from .attention import DSCGPTAttention
 from .block import DSCGPTBlock, Statistics
 from .configuration import DSCGPTConfig
 from .initialization import initialize
+from .packing import check_positions, number_sequences, separate
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -52,6 +57,12 @@ class DSCGPTPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
+    _can_record_outputs = {"hidden_states": DSCGPTBlock, "attentions": DSCGPTAttention}  # noqa: RUF012
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = "AutoModel") -> None:
+        """See :meth:`DSCGPTConfig.register_for_auto_class`."""
+        DSCGPTConfig.register_for_auto_class()
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -68,6 +79,7 @@ class DSCGPTModel(DSCGPTPreTrainedModel):
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(DSCGPTBlock(config, i) for i in range(config.num_hidden_layers))
         self.final_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.embeddings_are_seen = config.model_options.embeddings_are_seen
         self._share_banks()
         self.gradient_checkpointing = False
         self.post_init()
@@ -90,7 +102,7 @@ class DSCGPTModel(DSCGPTPreTrainedModel):
         """Replace the token embedding."""
         self.embed_tokens = value  # type: ignore[assignment]
 
-    @can_return_tuple
+    @capture_outputs
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -99,7 +111,6 @@ class DSCGPTModel(DSCGPTPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
-        output_hidden_states: bool | None = None,
         output_routing_statistics: bool = False,
         **kwargs: Any,
     ) -> DSCGPTModelOutput:
@@ -109,38 +120,41 @@ class DSCGPTModel(DSCGPTPreTrainedModel):
             input_ids: Tokens of shape (B, T).
             attention_mask: Shape (B, past + T); 0 is padding, which does not count in the regularisers either, nor as
                 context of a layer or router. Or masks of transformers by name, as generation makes them.
-            position_ids: Shape (B, T) or (1, T); counted from the cache by default.
-            past_key_values: Key-value cache.
+            position_ids: Shape (B, T) or (1, T); counted from the cache by default. A row may hold several sequences,
+                packed: positions that do not go on begin another, and tokens see nothing of other sequences.
+            past_key_values: Key-value cache. It goes on with one sequence a row.
             inputs_embeds: Embeddings of shape (B, T, d) in place of ``input_ids``.
-            use_cache: Whether to return a cache.
-            output_hidden_states: Whether to return the hidden states before each block and after the last.
+            use_cache: Whether to make a cache where none is given; by default what the config says, in training none.
+                Under gradient checkpointing there is none.
             output_routing_statistics: Whether to return the statistics of each routed layer in training, for
                 :func:`torchdsc.losses.regularization_of`, rather than to leave them for
                 :func:`torchdsc.regularization`.
-            **kwargs: Passed on to the attention function.
+            **kwargs: ``output_hidden_states`` for the hidden states before each block and after the last,
+                ``output_attentions`` for the attention weights of each block (of eager attention, which alone has
+                them), and ``return_dict``; by default what the config says. All go on to the attention function.
 
         Raises:
-            ValueError: If not exactly one of ``input_ids`` and ``inputs_embeds`` is given, or a sequence is longer
-                than the positions.
+            ValueError: If not exactly one of ``input_ids`` and ``inputs_embeds`` is given, a position is not in
+                [0, ``max_position_embeddings``) (on an accelerator, or compiled, the embedding's own assertion may come
+                first), or sequences are packed where a cache holds tokens already.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("exactly one of input_ids and inputs_embeds must be given")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
-        use_cache = not self.training and (self.config.use_cache if use_cache is None else use_cache)
+        use_cache = self._wants_cache(use_cache)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         # Those that are given may tell sequences packed in one apart.
         given_positions = position_ids
         position_ids = self._positions(inputs_embeds, position_ids, past_key_values)
-        causal_mask, token_mask = self._masks(inputs_embeds, attention_mask, past_key_values, position_ids)
+        causal_mask, token_mask = self._masks(inputs_embeds, attention_mask, past_key_values, given_positions)
         hidden_states = self.dropout(inputs_embeds + self.embed_positions(position_ids))
         embeddings = None
-        if self.config.model_options.embeddings_are_seen:
+        if self.embeddings_are_seen:
             size, eps = self.config.hidden_size, self.config.layer_norm_eps
             embeddings = functional.layer_norm(inputs_embeds, (size,), eps=eps)
         collected: list[RoutingStatistics | None] = []
-        all_hidden = [hidden_states]
         for block in self.blocks:
             hidden_states, statistics = block(
                 hidden_states,
@@ -156,27 +170,36 @@ class DSCGPTModel(DSCGPTPreTrainedModel):
             else:
                 for layer, left in zip(cast(DSCGPTBlock, block).routed_layers, statistics, strict=True):
                     layer.leave_statistics(left, hidden_states)
-            all_hidden.append(hidden_states)
         hidden_states = self.final_norm(hidden_states)
         return DSCGPTModelOutput(
             last_hidden_state=hidden_states,
-            past_key_values=past_key_values if use_cache else None,
-            hidden_states=(*all_hidden[:-1], hidden_states) if output_hidden_states else None,
+            past_key_values=past_key_values,
             routing_statistics=tuple(collected) if output_routing_statistics else None,
         )
+
+    def _wants_cache(self, use_cache: bool | None) -> bool:
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training
+        if use_cache and self.training and self.gradient_checkpointing:
+            logger.warning_once("use_cache=True does not go with gradient checkpointing: no cache is made")
+            return False
+        return bool(use_cache)
 
     def _masks(
         self,
         inputs_embeds: Tensor,
         attention_mask: Tensor | dict[str, Tensor | None] | None,
         cache: Cache | None,
-        position_ids: Tensor,
+        position_ids: Tensor | None,
     ) -> tuple[Tensor | None, Tensor | None]:
         """What attention is masked with, and which of the T tokens are no padding, None where nothing says it."""
         if isinstance(attention_mask, dict):
             # Generation with a static cache makes them beforehand, by name where there are several.
             tokens = attention_mask.get("linear_attention")
             return attention_mask["full_attention"], None if tokens is None else tokens.bool()
+        if isinstance(cache, DynamicCache) and cache.get_seq_length() == 0:
+            # It changes no mask, and transformers tells packed sequences apart only without one.
+            cache = None
         causal_mask: Tensor | None = create_causal_mask(
             config=self.config,
             inputs_embeds=inputs_embeds,
@@ -184,22 +207,47 @@ class DSCGPTModel(DSCGPTPreTrainedModel):
             past_key_values=cache,
             position_ids=position_ids,
         )
-        length = inputs_embeds.shape[1]
-        if attention_mask is None or attention_mask.dim() != 2 or attention_mask.shape[1] < length:
-            return causal_mask, None
-        return causal_mask, attention_mask[:, attention_mask.shape[1] - length :].bool()
+        length, token_mask = inputs_embeds.shape[1], None
+        if attention_mask is not None and attention_mask.dim() == 2 and attention_mask.shape[1] >= length:
+            token_mask = attention_mask[:, attention_mask.shape[1] - length :].bool()
+        if position_ids is not None and length > 1:
+            causal_mask = self._separated(causal_mask, attention_mask, token_mask, cache, position_ids)
+        return causal_mask, token_mask
+
+    @staticmethod
+    def _separated(
+        causal_mask: Tensor | None,
+        attention_mask: Tensor | None,
+        token_mask: Tensor | None,
+        cache: Cache | None,
+        position_ids: Tensor,
+    ) -> Tensor | None:
+        """The mask, also between packed sequences where transformers does not tell those apart."""
+        if cache is None:
+            # Without padding transformers has done it; masks of four dimensions are the caller's own.
+            if token_mask is None or attention_mask is None or attention_mask.shape != token_mask.shape:
+                return causal_mask
+            sequences = number_sequences(position_ids, token_mask)
+            return causal_mask if sequences is None else separate(causal_mask, sequences)
+        is_own = attention_mask is not None and token_mask is None
+        if not is_own and not torch.compiler.is_compiling() and number_sequences(position_ids, token_mask) is not None:
+            raise ValueError(
+                "position_ids must go on from token to token with past_key_values that hold some, got sequences packed "
+                "in one: a cache goes on with one a row"
+            )
+        return causal_mask
 
     def _positions(self, inputs_embeds: Tensor, position_ids: Tensor | None, cache: Cache | None) -> Tensor:
-        """Those given, or counted from the cache; refused where the sequence is longer than there are any."""
+        """Those given, or counted from the cache; refused where there are no such positions."""
         length, most = inputs_embeds.shape[1], self.config.max_position_embeddings
         seen = cache.get_seq_length() if cache is not None else 0
-        if isinstance(seen, int) and seen + length > most:
-            raise ValueError(
-                f"a sequence must have at most max_position_embeddings = {most} tokens, got {seen + length}"
-            )
-        if position_ids is not None:
-            return position_ids
-        return (torch.arange(length, device=inputs_embeds.device) + seen).unsqueeze(0)
+        total = seen + length if isinstance(seen, int) else None
+        if position_ids is None:
+            if total is not None and total > most:
+                raise ValueError(f"a sequence must have at most max_position_embeddings = {most} tokens, got {total}")
+            position_ids = (torch.arange(length, device=inputs_embeds.device) + seen).unsqueeze(0)
+        check_positions(position_ids, total, most)
+        return position_ids
 
 
 class DSCGPTForCausalLM(DSCGPTPreTrainedModel, GenerationMixin):
@@ -240,7 +288,6 @@ class DSCGPTForCausalLM(DSCGPTPreTrainedModel, GenerationMixin):
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
-        output_hidden_states: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         num_items_in_batch: Tensor | int | None = None,
         **kwargs: Any,
@@ -255,11 +302,10 @@ class DSCGPTForCausalLM(DSCGPTPreTrainedModel, GenerationMixin):
             inputs_embeds: See there.
             labels: Shape (B, T), shifted inside; -100 does not count.
             use_cache: See :meth:`DSCGPTModel.forward`.
-            output_hidden_states: See :meth:`DSCGPTModel.forward`.
             logits_to_keep: Positions, from the end, whose logits are computed; 0 for all.
             num_items_in_batch: Labelled tokens of the whole optimizer step, as Trainer passes them.
             **kwargs: ``shift_labels`` of shape (B, T), shifted already, the token that follows each position: used
-                before ``labels``. Others are passed on to the attention function.
+                before ``labels``. Others go to :meth:`DSCGPTModel.forward`.
 
         Raises:
             RuntimeError: In a backward pass in training whose loss does not hold the regularisers.
@@ -275,7 +321,6 @@ class DSCGPTForCausalLM(DSCGPTPreTrainedModel, GenerationMixin):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
-            output_hidden_states=output_hidden_states,
             output_routing_statistics=with_terms,
             return_dict=True,
             **kwargs,
@@ -300,7 +345,11 @@ class DSCGPTForCausalLM(DSCGPTPreTrainedModel, GenerationMixin):
                 losses["regularization"] = {name: getattr(terms, name) for name in ("aux", "budget", "frame", "z")}
                 demand_use([logits, *(outputs.hidden_states or ())], task_loss, losses["loss"])
         return DSCGPTOutput(
-            logits=logits, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states, **losses
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            **losses,
         )
 
     def _regularization(

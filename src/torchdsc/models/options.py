@@ -1,7 +1,10 @@
 """What of a DSCGPT's feed-forward options concerns the model around the layers."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal
+
+from torchdsc.arguments import check_at_least, check_types
 
 FeedForwardKind = Literal["dense", "moe", "mixture_of_loras", "peer", "dsc"]
 RouterInput = Literal["hidden", "embeddings"]
@@ -21,6 +24,10 @@ class ModelOptions:
         share_bank: One bank for the DSC layers of all blocks.
         attention_rank: Rank of a router of its own, by which the bank of a block's DSC layer updates the output
             projection of its attention too; 0 leaves that as it is.
+
+    Raises:
+        TypeError: If an option has another type.
+        ValueError: If one is out of its range.
     """
 
     router_input: RouterInput = "hidden"
@@ -30,16 +37,11 @@ class ModelOptions:
     attention_rank: int = 0
 
     def __post_init__(self) -> None:
-        if self.router_input not in get_args(RouterInput):
-            raise ValueError(f"router_input must be one of {get_args(RouterInput)}, got {self.router_input!r}")
-        for name, least in (("router_context", 1), ("input_context", 1), ("attention_rank", 0)):
-            value = getattr(self, name)
-            if type(value) is not int or value < least:
-                raise ValueError(f"{name} must be an int >= {least}, got {value!r}")
+        check_types(ModelOptions, vars(self))
+        check_at_least(1, router_context=self.router_context, input_context=self.input_context)
+        check_at_least(0, attention_rank=self.attention_rank)
         if self.input_context > 1 and self.router_context > 1 and self.router_input == "hidden":
             raise ValueError("router_input must be 'embeddings' for contexts of layer and router, got 'hidden'")
-        if not isinstance(self.share_bank, bool):
-            raise ValueError(f"share_bank must be a bool, got {self.share_bank!r}")
 
     @property
     def embeddings_are_seen(self) -> bool:
@@ -64,7 +66,7 @@ _OF_KIND: dict[FeedForwardKind, set[str]] = {
 _OF_ROUTED = {"input_context", "router_input", "router_context"}
 
 
-def split_options(kind: FeedForwardKind, options: dict[str, Any]) -> tuple[ModelOptions, dict[str, Any]]:
+def split_options(kind: FeedForwardKind, options: Mapping[str, Any]) -> tuple[ModelOptions, dict[str, Any]]:
     """Options of the model, and those that are left for its layers."""
     names = _OF_KIND.get(kind, _OF_ROUTED)
     own = {name: value for name, value in options.items() if name in names}

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from torchdsc.arguments import check_at_least, check_positive, check_types
+
 
 class BasisBank(nn.Module):
     """M learnable rank-1 atoms ``u_j^T v_j``; one bank may serve several layers.
@@ -24,6 +26,7 @@ class BasisBank(nn.Module):
         dtype: Their dtype.
 
     Raises:
+        TypeError: If an argument has another type.
         ValueError: If a size is below 1 or ``init_norm`` is not positive.
     """
 
@@ -39,12 +42,10 @@ class BasisBank(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        check_types(BasisBank.__init__, locals())
         out_features = in_features if out_features is None else out_features
-        for name, size in (("num_atoms", num_atoms), ("in_features", in_features), ("out_features", out_features)):
-            if size < 1:
-                raise ValueError(f"{name} must be >= 1, got {size}")
-        if not init_norm > 0:
-            raise ValueError(f"init_norm must be > 0, got {init_norm}")
+        check_at_least(1, num_atoms=num_atoms, in_features=in_features, out_features=out_features)
+        check_positive(init_norm=init_norm)
         self.num_atoms, self.in_features, self.out_features = num_atoms, in_features, out_features
         self.init_norm, self.sparse_gradients = init_norm, sparse_gradients
         self.u = nn.Parameter(torch.empty(num_atoms, in_features, device=device, dtype=dtype))

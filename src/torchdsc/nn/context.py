@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from torchdsc.arguments import check_at_least, check_finite, check_types
 from torchdsc.ops import causal_mix
 
 
@@ -26,7 +27,8 @@ class CausalContext(nn.Module):
         earlier: See above.
 
     Raises:
-        ValueError: If ``features`` is below 1 or ``num_tokens`` below 2.
+        TypeError: If an argument has another type.
+        ValueError: If ``features`` is below 1, ``num_tokens`` below 2 or a weight not finite.
     """
 
     def __init__(
@@ -40,10 +42,10 @@ class CausalContext(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if features < 1:
-            raise ValueError(f"features must be >= 1, got {features}")
-        if num_tokens < 2:
-            raise ValueError(f"num_tokens must be >= 2, got {num_tokens}")
+        check_types(CausalContext.__init__, locals())
+        check_at_least(1, features=features)
+        check_at_least(2, num_tokens=num_tokens)
+        check_finite(own=own, earlier=earlier)
         self.num_tokens, self.own, self.earlier = num_tokens, own, earlier
         self.weight = nn.Parameter(torch.empty(num_tokens, features, device=device, dtype=dtype))
         self.reset_parameters()

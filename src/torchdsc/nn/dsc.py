@@ -5,6 +5,7 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor, nn
 
+from torchdsc.arguments import check_at_least, check_types
 from torchdsc.ops import compose, gate, latents
 
 from .bank import BasisBank
@@ -50,6 +51,7 @@ class DSC(RoutedLayer):
         gamma: Learned output scale of shape (d_out,), or () for Algorithm 1.
 
     Raises:
+        TypeError: If an argument has another type, or an option is unknown or missing.
         ValueError: On an option out of its range, or a ``bank`` of another size.
     """
 
@@ -67,6 +69,8 @@ class DSC(RoutedLayer):
         **options: Any,
     ) -> None:
         super().__init__()
+        check_types(DSC.__init__, locals())
+        check_at_least(1, in_features=in_features, out_features=out_features)
         self.options = DSCOptions(**options)
         self.regularizers = self.options.regularizers
         self.in_features = in_features
@@ -127,10 +131,16 @@ class DSC(RoutedLayer):
     ) -> tuple[Tensor, RoutingStatistics | None]:
         """See :class:`RoutedLayer`."""
         options = self.options
+        if self.training and torch.is_grad_enabled() and options.gate == "none" and options.top_k == 1:
+            raise ValueError(
+                "gate must be 'sum' or 'mean' to train with top_k = 1, got 'none': the coefficient would always be 1, "
+                "and the router get no gradient from the task"
+            )
         flat, mask = self._tokens(x), check_token_mask(token_mask, x)
         collect = self.training and self.regularizers.need_tokens
+        flat, routed, with_lost = self._shut_out(flat, self._flatten_router_input(router_input, x, flat), mask)
         selection = self.router.select(
-            self._flatten_router_input(router_input, x, flat),
+            routed,
             options.top_k,
             logit_clamp=options.logit_clamp,
             token_mask=mask,
@@ -144,7 +154,7 @@ class DSC(RoutedLayer):
         # In inference in place: what compose returns is new.
         inference = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
         scale = self.output_scale
-        y = y.mul_(scale) if inference and y.dtype == scale.dtype else y * scale
+        y = with_lost(y.mul_(scale) if inference and y.dtype == scale.dtype else y * scale)
         if y.dtype != x.dtype:
             y = y.to(x.dtype)
         if x.dim() != 2:

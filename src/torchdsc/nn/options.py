@@ -1,8 +1,9 @@
 """The options of a DSC layer: one frozen dataclass, shared by layers, models and adapters."""
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
+from torchdsc.arguments import check_at_least, check_finite, check_not_negative, check_positive, check_types
 from torchdsc.ops.compose.api import Implementation
 from torchdsc.ops.gate import GateKind
 
@@ -41,7 +42,7 @@ class DSCOptions:
         eps: Stability constant of norms and of the gate, > 0.
         activation: Of the latent values x . u_k: "none", equation (14), or "relu", which leaves out the atoms that a
             token is on the negative side of. It is 1-Lipschitz, and the bound on dW holds as it is.
-        gate: "sum" for tanh(S), equation (5); "mean" for tanh(S / K); "none".
+        gate: "sum" for tanh(S), equation (5); "mean" for tanh(S / K); "none", which cannot be trained with one atom.
         z_loss_on_raw_logits: Take equation (12) on unclamped logits, whose gradient can bring a clamped one back.
         frame_normalized: Take equation (11) per pair of atoms, so that its weight does not depend on M.
         aux_weight: Weight of L_aux, equation (9).
@@ -53,6 +54,10 @@ class DSCOptions:
             large for dense ones. The optimizer must take them (``torch.optim.SparseAdam``, ``SGD``).
         budget: mu, the activation budget of equation (10).
         impl: Implementation of the composition; "auto" chooses by measured crossovers.
+
+    Raises:
+        TypeError: If an option has another type.
+        ValueError: If one is out of its range, or does not go with the others.
     """
 
     num_atoms: int
@@ -83,40 +88,22 @@ class DSCOptions:
     impl: Implementation = "auto"
 
     def __post_init__(self) -> None:
-        _check_int("num_atoms", self.num_atoms, 1)
-        _check_int("top_k", self.top_k, 1)
+        check_types(DSCOptions, vars(self))
+        check_at_least(1, num_atoms=self.num_atoms, top_k=self.top_k, router_heads=self.router_heads)
+        check_at_least(1, router_rank=self.router_rank)
+        check_at_least(2, frame_samples=self.frame_samples)
         if self.top_k > self.num_atoms:
             raise ValueError(f"top_k must be at most num_atoms = {self.num_atoms}, got {self.top_k}")
-        for name in ("logit_clamp", "eps", "atom_init_norm", "scale"):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise ValueError(f"{name} must be finite and > 0, got {getattr(self, name)}")
-        for name in ("aux_weight", "budget_weight", "frame_weight", "z_weight", "budget"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise ValueError(f"{name} must be finite and >= 0, got {getattr(self, name)}")
-        for name, choices in (
-            ("router", RouterKind),
-            ("router_norm", RouterNorm),
-            ("activation", Activation),
-            ("gate", GateKind),
-            ("impl", Implementation),
-        ):
-            if getattr(self, name) not in get_args(choices):
-                raise ValueError(f"{name} must be one of {get_args(choices)}, got {getattr(self, name)!r}")
-        self._check_router()
-        self._check_bank()
-
-    def _check_bank(self) -> None:
-        if self.frame_samples is not None:
-            _check_int("frame_samples", self.frame_samples, 2)
-        elif self.sparse_gradients and self.frame_weight > 0:
+        check_positive(logit_clamp=self.logit_clamp, eps=self.eps, scale=self.scale)
+        check_positive(atom_init_norm=self.atom_init_norm, router_init_std=self.router_init_std)
+        check_not_negative(aux_weight=self.aux_weight, budget_weight=self.budget_weight, budget=self.budget)
+        check_not_negative(frame_weight=self.frame_weight, z_weight=self.z_weight)
+        check_finite(gamma_init=self.gamma_init)
+        if self.sparse_gradients and self.frame_weight > 0 and self.frame_samples is None:
             raise ValueError("frame_samples must be given for sparse_gradients with frame_weight > 0, got None")
+        self._check_router()
 
     def _check_router(self) -> None:
-        _check_int("router_heads", self.router_heads, 1)
-        if self.router_rank is not None:
-            _check_int("router_rank", self.router_rank, 1)
-        if self.router_init_std is not None and not 0 < self.router_init_std < float("inf"):
-            raise ValueError(f"router_init_std must be finite and > 0, got {self.router_init_std}")
         if self.router == "linear" and self.router_rank is not None:
             raise ValueError(f"router_rank must be None for router = 'linear', got {self.router_rank}")
         if self.router != "product_key":
@@ -143,10 +130,3 @@ class DSCOptions:
             frame_samples=self.frame_samples,
             eps=self.eps,
         )
-
-
-def _check_int(name: str, value: object, least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{name} must be an int, got {value!r}")
-    if value < least:
-        raise ValueError(f"{name} must be >= {least}, got {value}")

@@ -1,10 +1,13 @@
 """What one forward pass of a routed layer leaves for the regularisers."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from torchdsc.arguments import check_at_least, check_not_negative, check_positive, check_types
 
 from .statistics_log import StatisticsLog
 
@@ -33,7 +36,8 @@ class RegularizerWeights:
     """Weights of equation (13) and the constants of its terms; see :class:`torchdsc.DSCOptions`.
 
     Raises:
-        ValueError: If a weight is negative or not finite, by the name that layers give it.
+        TypeError: If a value has another type.
+        ValueError: If a weight is negative or not finite, by the name that layers give it, or a constant out of range.
     """
 
     aux: float = 0.0
@@ -46,9 +50,11 @@ class RegularizerWeights:
     eps: float = 1e-6
 
     def __post_init__(self) -> None:
-        for name in ("aux", "budget", "frame", "z"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise ValueError(f"{name}_weight must be finite and >= 0, got {getattr(self, name)}")
+        check_types(RegularizerWeights, vars(self))
+        check_not_negative(aux_weight=self.aux, budget_weight=self.budget, frame_weight=self.frame, z_weight=self.z)
+        check_not_negative(budget_target=self.budget_target)
+        check_at_least(2, frame_samples=self.frame_samples)
+        check_positive(eps=self.eps)
 
     @property
     def need_logits(self) -> bool:
@@ -93,7 +99,9 @@ class RoutedLayer(nn.Module):
 
         Args:
             x: Tokens of shape (..., d_in), in the dtype of the parameters (any under autocast). Zero tokens are valid.
-            token_mask: Optional, of shape (...): tokens that are False (padding) do not count in the regularisers.
+            token_mask: Optional, of shape (...): tokens that are False (padding) do not count in the regularisers,
+                whatever they hold. Where they are not finite and the loss does not look at them, they leave no trace in
+                the layer's gradients either.
             router_input: What the router sees in place of ``x``, of its shape: tokens mixed with those before them
                 (:class:`CausalContext`), say. The update is still composed of ``x``.
 
@@ -160,6 +168,24 @@ class RoutedLayer(nn.Module):
             )
         return self._flatten(router_input, flat.shape[-1], flat.dtype)
 
+    def _shut_out(
+        self, flat: Tensor, routed: Tensor, mask: Tensor | None
+    ) -> tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]:
+        """Tokens, and what the router sees of them, for a forward pass whose gradients masked tokens cannot spoil.
+
+        In training, masked tokens that are not finite become zeros, because a gradient of zero times NaN is NaN in the
+        sums over tokens that parameters get. The function returned puts NaN into their rows of the output.
+        """
+        if mask is None or not self.training:
+            return flat, routed, lambda y: y
+        finite = flat.isfinite().all(-1)
+        if routed is not flat:
+            finite = finite & routed.isfinite().all(-1)
+        lost = ~(mask | finite).unsqueeze(-1)
+        cleaned = flat.masked_fill(lost, 0.0)
+        routed = cleaned if routed is flat else routed.masked_fill(lost, 0.0)
+        return cleaned, routed, lambda y: y.masked_fill(lost, torch.nan)
+
 
 def sum_statistics(
     strength: Tensor, log_normalizer: Tensor, probability_sum: Tensor, mask: Tensor | None, load: Tensor | None = None
@@ -179,9 +205,9 @@ def sum_statistics(
     squared = log_normalizer.square() if log_normalizer.dim() == 1 else log_normalizer.square().mean(1)
     num_tokens = strength.new_full((), strength.shape[0])
     if mask is not None:
-        counted = mask.to(strength.dtype)
-        num_tokens, strength = counted.sum(), strength * counted
-        squared = squared * counted if squared.shape[0] else squared
+        # Not by products: what does not count need not be finite.
+        num_tokens, strength = mask.sum(dtype=strength.dtype), strength.masked_fill(~mask, 0.0)
+        squared = squared.masked_fill(~mask, 0.0) if squared.shape[0] else squared
     return RoutingStatistics(num_tokens, probability_sum, strength.sum(), squared.sum(), load)
 
 

@@ -58,7 +58,8 @@ def select_product_key(
     log_left, log_right = left.logsumexp(-1, keepdim=True), right.logsumexp(-1, keepdim=True)
     share_left, share_right = (left - log_left).exp(), (right - log_right).exp()
     if token_mask is not None:
-        share_left = share_left * token_mask.reshape(-1, 1, 1)
+        # What does not count need not be finite.
+        share_left, share_right = (s.masked_fill(~token_mask.view(-1, 1, 1), 0.0) for s in (share_left, share_right))
     # (9) factorises over tokens and heads: the sum of outer products of the halves' softmaxes.
     with torch.autocast(left.device.type, enabled=False):
         joint = share_left.reshape(-1, side).t() @ share_right.reshape(-1, side)

@@ -40,7 +40,8 @@ def select(
         logits: Router logits of shape (T, M), float32 or float64.
         top_k: K, with 1 <= K <= M.
         logit_clamp: tau > 0.
-        token_mask: Optional bool of shape (T,); tokens that are False are left out of ``probability_sum``.
+        token_mask: Optional bool of shape (T,); tokens that are False are left out of ``probability_sum``, whatever
+            their logits are.
         statistics: Whether to fill ``log_normalizer`` and ``probability_sum``; they are empty otherwise.
 
     Returns:
@@ -91,7 +92,12 @@ def select_forward(
         exponentials = torch.sub(chunk, largest).exp_()
         total = exponentials.sum(1)
         torch.add(total.log(), largest.squeeze(1), out=log_normalizer[rows])
-        share = total.reciprocal() if weights is None else weights[rows] / total
+        share = total.reciprocal()
+        if weights is not None:
+            # What does not count need not be finite.
+            left_out = weights[rows] == 0
+            share = (share * weights[rows]).masked_fill_(left_out, 0.0)
+            exponentials.masked_fill_(left_out.unsqueeze(1), 0.0)
         probability_sum.addmv_(exponentials.t(), share)
     return values, indices, log_normalizer, probability_sum
 
@@ -169,6 +175,8 @@ def select_backward(
             weight = weights[rows]
             constant = grad_log_normalizer[rows] - weight * mean
             out *= torch.addr(constant.unsqueeze(1), weight, grad_probability_sum)
+            # Rows that get no gradient need not be finite.
+            out.masked_fill_(((weight == 0) & (grad_log_normalizer[rows] == 0)).unsqueeze(1), 0.0)
         if clamped:
             out.masked_fill_(logits[rows].abs() > logit_clamp, 0.0)
     return grad.scatter_add_(1, indices, grad_values)

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
+from torchdsc.arguments import own_copies
 from torchdsc.lab.files import expand
 from torchdsc.lab.schema import STRICT, Count, Name, Rate, Seed, Unique, build
 
@@ -67,6 +68,7 @@ class Task:
     steps: Count | None = None
 
     def __post_init__(self) -> None:
+        own_copies(self)
         metrics = _METRICS[self.kind]
         if self.metric is not None and self.metric not in metrics:
             raise ValueError(f"metric must be one of {metrics} for kind = {self.kind!r}, got {self.metric!r}")
@@ -106,6 +108,7 @@ class Method:
     seeds: Seeds | None = None
 
     def __post_init__(self) -> None:
+        own_copies(self)
         if self.kind in WITHOUT_ADAPTER and (self.budget is not None or self.options):
             raise ValueError(f"budget and options must be left out for kind = {self.kind!r}, which has no adapter")
 
@@ -167,6 +170,7 @@ class AdaptConfig:
     reference: str | None = None
 
     def __post_init__(self) -> None:
+        own_copies(self)
         tasks, methods = ([item.name for item in items] for items in (self.tasks, self.methods))
         for name, names in (("tasks", tasks), ("methods", methods)):
             if len(set(names)) != len(names):

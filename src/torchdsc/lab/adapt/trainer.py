@@ -12,6 +12,7 @@ from transformers.trainer_callback import TrainerCallback, TrainerState
 
 from torchdsc.adapters import last_regularization
 from torchdsc.lab.environment import peak_memory_bytes
+from torchdsc.optim import decay_parameter_names
 
 from .methods import head_parameters
 
@@ -69,6 +70,11 @@ class HeadTrainer(Trainer):
             best = chosen.with_name(Path(state.best_model_checkpoint).name)
             chosen = best if best.is_dir() else chosen
         return self._load_from_checkpoint(str(chosen))
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """Trainer's, without gamma and routers."""
+        decayed = set(decay_parameter_names(model))
+        return [name for name in super().get_decay_parameter_names(model) if name in decayed]
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Optimizer:
         """Trainer's, its groups divided."""

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from math import isfinite
 from typing import TYPE_CHECKING, Any
 
+from torchdsc.arguments import own_copies
+
 if TYPE_CHECKING:
     from torchdsc.models.options import FeedForwardKind
 
@@ -71,6 +73,9 @@ class Plan:
     miss_total: float
     miss_active: float | None
     description: str = field(default="")
+
+    def __post_init__(self) -> None:
+        own_copies(self)
 
     def __str__(self) -> str:
         """The widths, and what they come to."""

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, Field
 from pydantic.dataclasses import dataclass
 
+from torchdsc.arguments import own_copies
 from torchdsc.lab.budget import METHODS
 from torchdsc.lab.config import ExperimentConfig
 from torchdsc.lab.schema import STRICT, Name, Seed, SettingsError, Unique, build, check_fields, shorten
@@ -62,6 +63,7 @@ class Variant:
     against: list[str] | None = None
 
     def __post_init__(self) -> None:
+        own_copies(self)
         if self.method not in METHODS:
             raise ValueError(f"method must be among {', '.join(METHODS)}, got {self.method!r}")
         for index, trial in enumerate(self.trials):
@@ -92,6 +94,7 @@ class StudyConfig:
     test: bool = True
 
     def __post_init__(self) -> None:
+        own_copies(self)
         names = [variant.name for variant in self.variants]
         if len(set(names)) != len(names):
             raise ValueError(f"variants must have different names, got {names}")

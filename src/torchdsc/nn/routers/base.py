@@ -1,12 +1,13 @@
 """What routers share. A router is a module of its own, so that hooks see its scores."""
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from torchdsc.arguments import check_at_least, check_positive, check_types
 from torchdsc.nn.options import RouterNorm
 from torchdsc.ops import Selection
 
@@ -27,7 +28,8 @@ class Router(nn.Module):
         dtype: Their dtype.
 
     Raises:
-        ValueError: If ``norm`` is unknown.
+        TypeError: If an argument has another type.
+        ValueError: If a size is below 1, ``init_std`` is not positive or ``norm`` is unknown.
     """
 
     bias: nn.Parameter | None
@@ -42,8 +44,9 @@ class Router(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if norm not in get_args(RouterNorm):
-            raise ValueError(f"norm must be one of {get_args(RouterNorm)}, got {norm!r}")
+        check_types(Router.__init__, locals())
+        check_at_least(1, in_features=in_features, num_atoms=num_atoms)
+        check_positive(init_std=init_std)
         self.in_features, self.num_atoms, self.init_std = in_features, num_atoms, init_std
         self.register_parameter("bias", None)
         self.norm = (

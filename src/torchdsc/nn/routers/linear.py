@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from torchdsc.arguments import check_at_least, check_types
 from torchdsc.nn.options import RouterNorm
 from torchdsc.ops import Selection, route, select
 
@@ -28,7 +29,8 @@ class LinearRouter(Router):
         weight: W_r, stored as (M, d_in).
 
     Raises:
-        ValueError: If ``norm`` is unknown.
+        TypeError: If an argument has another type.
+        ValueError: If a size is below 1, ``init_std`` is not positive or ``norm`` is unknown.
     """
 
     def __init__(
@@ -42,6 +44,7 @@ class LinearRouter(Router):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        check_types(LinearRouter.__init__, locals())
         super().__init__(in_features, num_atoms, norm, init_std, device, dtype)
         self.weight = nn.Parameter(torch.empty(num_atoms, in_features, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(num_atoms, device=device, dtype=dtype)) if bias else None
@@ -101,7 +104,8 @@ class LowRankRouter(LinearRouter):
         weight: B, of shape (M, r).
 
     Raises:
-        ValueError: If ``rank`` is below 1 or ``norm`` unknown.
+        TypeError: If an argument has another type.
+        ValueError: If ``rank`` is below 1, or as :class:`LinearRouter`.
     """
 
     def __init__(
@@ -116,8 +120,8 @@ class LowRankRouter(LinearRouter):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        if rank < 1:
-            raise ValueError(f"rank must be >= 1, got {rank}")
+        check_types(LowRankRouter.__init__, locals())
+        check_at_least(1, rank=rank)
         Router.__init__(self, in_features, num_atoms, norm, init_std, device, dtype)
         self.rank = rank
         self.down = nn.Parameter(torch.empty(rank, in_features, device=device, dtype=dtype))

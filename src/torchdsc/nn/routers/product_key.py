@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from torchdsc.arguments import check_at_least, check_types
 from torchdsc.nn.options import RouterNorm
 from torchdsc.ops import Selection, select_product_key
 
@@ -33,6 +34,7 @@ class ProductKeyRouter(Router):
         keys: Shape (heads, 2, sqrt(M), q / 2).
 
     Raises:
+        TypeError: If an argument has another type.
         ValueError: If ``num_atoms`` is no square, ``rank`` odd or below 2, ``heads`` below 1, or ``norm`` unknown.
     """
 
@@ -48,6 +50,7 @@ class ProductKeyRouter(Router):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        check_types(ProductKeyRouter.__init__, locals())
         super().__init__(in_features, num_atoms, norm, init_std, device, dtype)
         self.side = math.isqrt(num_atoms)
         if self.side * self.side != num_atoms:
@@ -55,8 +58,7 @@ class ProductKeyRouter(Router):
             raise ValueError(f"num_atoms must be a square for product keys, for example {nearest}, got {num_atoms}")
         if rank < 2 or rank % 2:
             raise ValueError(f"rank must be even and >= 2 for product keys, got {rank}")
-        if heads < 1:
-            raise ValueError(f"heads must be >= 1, got {heads}")
+        check_at_least(1, heads=heads)
         self.rank, self.heads = rank, heads
         self.query = nn.Parameter(torch.empty(heads * rank, in_features, device=device, dtype=dtype))
         self.keys = nn.Parameter(torch.empty(heads, 2, self.side, rank // 2, device=device, dtype=dtype))

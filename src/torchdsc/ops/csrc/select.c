@@ -61,6 +61,8 @@ VECTORIZED static void select_row(const Forward *f, int64_t token, Largest large
     }
     for (; i < n; i++) total += exponentials[i] = exp_nonpositive(clamped(row[i], clamp) - largest);
     f->log_normalizer[token] = (float)(log(total) + largest);
+    /* What does not count need not be finite. */
+    if (f->weights && f->weights[token] == 0.0f) return;
     float share = (float)((f->weights ? f->weights[token] : 1.0) / total);
     for (int64_t j = 0; j < n; j++) partial[j] += exponentials[j] * share;
 }
@@ -123,6 +125,11 @@ typedef struct {
     float clamp;
 } Backward;
 
+INLINE void add_selected(const Backward *b, int64_t token, float *out) {
+    for (int64_t k = 0; k < b->top_k; k++)
+        out[b->indices[token * b->top_k + k]] += b->grad_values[token * b->top_k + k];
+}
+
 /* With p the softmax, d/dr of g . p and of h lse: p (h + w (g - g . p)); nothing passes a clamped logit. */
 VECTORIZED static void select_row_backward(const Backward *b, int64_t token) {
     const int64_t n = b->num_atoms;
@@ -130,6 +137,12 @@ VECTORIZED static void select_row_backward(const Backward *b, int64_t token) {
     float *out = b->grad + token * b->grad_stride, normalizer = b->log_normalizer[token];
     double mean = 0.0;
     int64_t i = 0;
+    if (b->weights && b->weights[token] == 0.0f && b->grad_log_normalizer[token] == 0.0f) {
+        /* No gradient of a softmax that need not be finite. */
+        for (; i < n; i++) out[i] = 0.0f;
+        add_selected(b, token, out);
+        return;
+    }
     for (; i + BLOCK <= n; i += BLOCK) {
         float lanes[LANES] = {0};
         for (int j = 0; j < BLOCK; j += LANES)
@@ -153,8 +166,7 @@ VECTORIZED static void select_row_backward(const Backward *b, int64_t token) {
         float gradient = out[j] * (constant + weight * g[j]);
         out[j] = row[j] > clamp || row[j] < -clamp ? 0.0f : gradient;
     }
-    for (int64_t k = 0; k < b->top_k; k++)
-        out[b->indices[token * b->top_k + k]] += b->grad_values[token * b->top_k + k];
+    add_selected(b, token, out);
 }
 
 /* select_rows_backward(logits, weights or 0, indices, log_normalizer, grad_values, grad_log_normalizer,

@@ -120,6 +120,8 @@ def probability_kernel(
         normalizer = tl.load(log_normalizer + t, mask=in_t, other=0.0)
         share = tl.exp(_clamp(logits, tau) - normalizer[:, None])
         if counted is not None:
-            share *= tl.load(counted + t * n_t, mask=in_t, other=0.0).to(tl.float32)[:, None]
+            # What does not count need not be finite.
+            times = tl.load(counted + t * n_t, mask=in_t, other=0.0).to(tl.float32)[:, None]
+            share = tl.where(times == 0.0, 0.0, share * times)
         total += tl.sum(tl.where(in_t[:, None], share, 0.0), 0)
     tl.store(partial + row.to(tl.int64) * num_atoms + m, total, mask=in_m)

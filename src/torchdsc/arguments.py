@@ -1,0 +1,112 @@
+"""Arguments of public classes and functions: checks of types and ranges, and copies of what callers may change."""
+
+import copy
+import types
+from collections.abc import Callable, Mapping
+from dataclasses import fields
+from functools import cache
+from math import isfinite
+from typing import Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
+
+__all__ = ["check_at_least", "check_finite", "check_not_negative", "check_positive", "check_types", "own_copies"]
+
+# Torch names these itself, and takes more than their annotations say.
+_LEFT_TO_TORCH = {"device", "dtype"}
+_NAMES = {int: "an int", float: "a number", bool: "a bool", str: "a str", types.NoneType: "None"}
+
+
+def check_types(of: Callable[..., Any], values: Mapping[str, Any]) -> None:
+    """Refuse values that are not of their annotated types.
+
+    An int is a number, a bool is neither, and a tuple may stand for a list.
+
+    Args:
+        of: A dataclass, or a function whose parameters are annotated.
+        values: Its fields or arguments by name; names that have no annotation are left alone.
+
+    Raises:
+        TypeError: If a value has another type.
+        ValueError: If a value is none of those that a ``Literal`` lists.
+    """
+    for name, kind in _hints(of).items():
+        if name in values and name not in _LEFT_TO_TORCH and not _fits(values[name], kind):
+            has_choices = any(get_origin(part) is Literal for part in _parts(kind))
+            error = ValueError if has_choices else TypeError
+            raise error(f"{name} must be {_described(kind)}, got {values[name]!r}")
+
+
+def check_at_least(least: int, **values: int | None) -> None:
+    """Refuse numbers below ``least``; None passes."""
+    for name, value in values.items():
+        if value is not None and value < least:
+            raise ValueError(f"{name} must be >= {least}, got {value}")
+
+
+def check_positive(**values: float | None) -> None:
+    """Refuse numbers that are not finite and above 0; None passes."""
+    for name, value in values.items():
+        if value is not None and not 0 < value < float("inf"):
+            raise ValueError(f"{name} must be finite and > 0, got {value}")
+
+
+def check_not_negative(**values: float | None) -> None:
+    """Refuse numbers that are not finite and at least 0; None passes."""
+    for name, value in values.items():
+        if value is not None and not 0 <= value < float("inf"):
+            raise ValueError(f"{name} must be finite and >= 0, got {value}")
+
+
+def check_finite(**values: float) -> None:
+    """Refuse infinities and NaN."""
+    for name, value in values.items():
+        if not isfinite(value):
+            raise ValueError(f"{name} must be finite, got {value}")
+
+
+def own_copies(instance: Any) -> None:
+    """Replace the lists, dictionaries and sets of a dataclass by copies: callers may change theirs afterwards."""
+    for field in fields(instance):
+        value = getattr(instance, field.name)
+        if isinstance(value, list | dict | set):
+            # Past the dataclass, which may be frozen.
+            object.__setattr__(instance, field.name, copy.deepcopy(value))
+
+
+@cache
+def _hints(of: Callable[..., Any]) -> dict[str, Any]:
+    hints = get_type_hints(of)
+    return {name: kind for name, kind in hints.items() if name != "return" and get_origin(kind) is not ClassVar}
+
+
+def _parts(kind: Any) -> tuple[Any, ...]:
+    return get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    parts, origin = _parts(kind), get_origin(kind)
+    if len(parts) > 1:
+        return any(_fits(value, part) for part in parts)
+    if kind is Any:
+        return True
+    if origin is Literal:
+        return value in get_args(kind)
+    if kind in (int, float):
+        return isinstance(value, int | float if kind is float else int) and not isinstance(value, bool)
+    if origin in (list, set):
+        return isinstance(value, list | tuple if origin is list else set) and all(
+            _fits(item, get_args(kind)[0]) for item in value
+        )
+    if origin is dict:
+        key, item = get_args(kind)
+        return isinstance(value, dict) and all(_fits(k, key) and _fits(v, item) for k, v in value.items())
+    return isinstance(value, kind if origin is None else origin)
+
+
+def _described(kind: Any) -> str:
+    if len(_parts(kind)) > 1:
+        return " or ".join(map(_described, _parts(kind)))
+    if get_origin(kind) is Literal:
+        return f"one of {get_args(kind)}"
+    if get_origin(kind) in (list, set):
+        return f"a {get_origin(kind).__name__} of {getattr(get_args(kind)[0], '__name__', get_args(kind)[0])}"
+    return _NAMES.get(kind) or f"a {(get_origin(kind) or kind).__name__}"

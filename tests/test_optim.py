@@ -1,0 +1,140 @@
+"""Parameter groups: what is decayed, in models of every kind and under Trainer."""
+
+import copy
+
+import pytest
+import torch
+
+import torchdsc
+from torchdsc import DSC, CausalContext, DSCResidual, build_optimizer, decay_parameter_names, parameter_groups
+from torchdsc.optim import DenseAndSparseAdam
+
+NOT_DECAYED = ("gamma", "router", "context", "embed", "norm", "bias")
+
+
+class Model(torch.nn.Module):
+    """An embedding, a context, DSC beside a linear layer, a norm and a head that is tied to the embedding."""
+
+    def __init__(self, **options):
+        super().__init__()
+        self.embed = torch.nn.Embedding(20, 8)
+        self.context = CausalContext(8, 3)
+        self.layer = DSCResidual(torch.nn.Linear(8, 8), DSC(8, num_atoms=16, top_k=4, router_bias=True, **options))
+        self.norm = torch.nn.LayerNorm(8)
+        self.head = torch.nn.Linear(8, 20)
+        self.head.weight = self.embed.weight
+
+    def forward(self, input_ids, labels=None):
+        seen = self.embed(input_ids)
+        y = self.head(self.norm(self.layer(seen, router_input=self.context(seen))))
+        return {"loss": torch.nn.functional.cross_entropy(y.flatten(0, 1), labels.flatten()) + self.extra(), "y": y}
+
+    def extra(self):
+        return torchdsc.regularization(self).total if self.training else 0.0
+
+
+def check(model):
+    """Every parameter is in one group; matrices but those above are decayed, and so are atoms."""
+    groups = parameter_groups(model, learning_rate=0.1, weight_decay=0.3, router_lr_multiplier=5.0)
+    found = {id(p): group for group in groups for p in group["params"]}
+    assert sum(len(group["params"]) for group in groups) == len(found)
+    names = decay_parameter_names(model)
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            assert id(parameter) not in found
+            continue
+        decayed = parameter.dim() >= 2 and not any(part in name for part in NOT_DECAYED)
+        assert found[id(parameter)]["weight_decay"] == (0.3 if decayed else 0.0), name
+        assert (name in names) == decayed, name
+        assert found[id(parameter)]["lr"] == (0.5 if "router." in name else 0.1), name
+
+
+@pytest.mark.parametrize("channelwise_gamma", [True, False])
+def test_own_model(channelwise_gamma):
+    check(Model(channelwise_gamma=channelwise_gamma))
+
+
+def test_models_of_transformers():
+    transformers = pytest.importorskip("transformers")
+    from torchdsc.models import DSCGPTConfig, DSCGPTForCausalLM
+
+    options = {"num_atoms": 16, "top_k": 4, "router_input": "embeddings", "router_context": 3, "input_context": 4}
+    sizes = {"vocab_size": 20, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    check(DSCGPTForCausalLM(DSCGPTConfig(feed_forward_options=options, intermediate_size=4, **sizes)))
+    model = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(intermediate_size=8, **sizes, tie_word_embeddings=True)
+    )
+    torchdsc.convert(model, num_atoms=16, top_k=4)
+    check(model)
+
+
+def test_adapters():
+    peft = pytest.importorskip("peft")
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from torchdsc.adapters import DSCAdapterConfig
+
+    sizes = {"vocab_size": 20, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = DSCAdapterConfig(target_modules=["q_proj", "v_proj"], num_atoms=8, top_k=2, share_bank=True)
+    check(peft.get_peft_model(LlamaForCausalLM(LlamaConfig(intermediate_size=8, **sizes)), config))
+
+
+def test_row_sparse_banks_have_an_optimizer_of_their_own():
+    model = Model(sparse_gradients=True, frame_samples=4)
+    optimizer = build_optimizer(model, learning_rate=0.1, weight_decay=0.3, atom_lr_multiplier=2.0)
+    assert isinstance(optimizer, DenseAndSparseAdam)
+    last = optimizer.param_groups[-1]
+    assert {id(p) for p in last["params"]} == {id(p) for p in model.layer.dsc.bank.parameters()}
+    assert last["lr"] == 0.2
+    before = model.layer.dsc.bank.u.detach().clone()
+    ids = torch.arange(6).view(2, 3)
+    model(ids, ids)["loss"].backward()
+    assert model.layer.dsc.bank.u.grad.is_sparse
+    optimizer.step()
+    assert not torch.equal(model.layer.dsc.bank.u, before)
+
+
+@pytest.mark.parametrize("value", [-1.0, float("nan")])
+def test_errors(value):
+    with pytest.raises(ValueError, match="learning_rate must be finite and >= 0"):
+        build_optimizer(Model(), learning_rate=value, weight_decay=0.0)
+    with pytest.raises(ValueError, match="weight_decay must be finite and >= 0"):
+        build_optimizer(Model(), learning_rate=0.1, weight_decay=value)
+
+
+@pytest.mark.parametrize("way", ["optimizers", "names"])
+def test_under_trainer(way, tmp_path):
+    """A step with decay changes what is decayed, and nothing else, against a step without."""
+    pytest.importorskip("accelerate")
+    from transformers import Trainer, TrainingArguments
+
+    class OwnTrainer(Trainer):
+        def get_decay_parameter_names(self, model):
+            return decay_parameter_names(model)
+
+    def step(model, weight_decay):
+        arguments = TrainingArguments(
+            output_dir=str(tmp_path),
+            max_steps=1,
+            learning_rate=0.1,
+            weight_decay=weight_decay,
+            report_to=[],
+            save_strategy="no",
+            disable_tqdm=True,
+            use_cpu=True,
+        )
+        given = {}
+        if way == "optimizers":
+            given["optimizers"] = (build_optimizer(model, learning_rate=0.1, weight_decay=weight_decay), None)
+        kind = OwnTrainer if way == "names" else Trainer
+        examples = [{"input_ids": torch.arange(6) + i, "labels": torch.arange(6) + i} for i in range(4)]
+        kind(model, arguments, train_dataset=examples, **given).train()
+        return dict(model.named_parameters())
+
+    model = Model()
+    # Without a gradient a parameter moves by decay alone.
+    for parameter in model.parameters():
+        parameter.data.fill_(0.5)
+    without, decayed = step(copy.deepcopy(model), 0.0), step(copy.deepcopy(model), 0.3)
+    moved = {name for name in without if not torch.equal(without[name], decayed[name])}
+    assert moved == {"layer.base.weight", "layer.dsc.bank.u", "layer.dsc.bank.v"}
