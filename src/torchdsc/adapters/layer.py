@@ -36,6 +36,10 @@ def trains(layer: nn.Module) -> bool:
 class AdapterLayer(nn.Module, BaseTunerLayer, TokenMasked):
     """A target module and one routed layer an adapter; subclasses build it.
 
+    The updates are added in a forward hook of the target module, which comes before its other hooks: transformers
+    records hidden states in hooks of the modules it knows, and must see what the next layer reads. Attributes that an
+    adapter layer lacks are those of the target module.
+
     Args:
         base_layer: The module to adapt: one that maps (..., d_in) to (..., d_out), or to a tuple that starts so.
         name: Name of the module, for errors.
@@ -66,6 +70,32 @@ class AdapterLayer(nn.Module, BaseTunerLayer, TokenMasked):
         setattr(self, self.container, nn.ModuleDict())
         self.target = name
         self.in_features, self.out_features = sizes_of(self.get_base_layer(), name)
+        self._sample_names: list[str] | None = None
+        self._handle = self._host().register_forward_hook(self._add_updates, prepend=True, with_kwargs=True)
+
+    def __getattr__(self, name: str) -> Any:
+        """An attribute of the target module, where the adapter layer has none of that name."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            # Private attributes of an object are what others keep about it, such as accelerate's hook: not handed on.
+            if name == "base_layer" or name.startswith("__"):
+                raise
+            host = self._host()
+            if name.startswith("_") and not hasattr(type(host), name):
+                raise
+            return getattr(host, name)
+
+    def _host(self) -> nn.Module:
+        """The module whose output the updates are added to: the target, inside other methods of this package."""
+        host = self.base_layer
+        while isinstance(host, AdapterLayer):
+            host = host.base_layer
+        return host
+
+    def leave(self) -> None:
+        """Leave the target module as it was found."""
+        self._handle.remove()
 
     @property
     def adapters(self) -> nn.ModuleDict:
@@ -114,17 +144,25 @@ class AdapterLayer(nn.Module, BaseTunerLayer, TokenMasked):
         Raises:
             ValueError: If the module's output has not d_out features.
         """
-        output = self.base_layer(*args, **kwargs)
+        if adapter_names is None:
+            return self.base_layer(*args, **kwargs)
+        self._sample_names = adapter_names
+        try:
+            return self.base_layer(*args, **kwargs)
+        finally:
+            self._sample_names = None
+
+    def _add_updates(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         if self.disable_adapters:
             return output
         x = args[0] if args else next(value for value in kwargs.values() if isinstance(value, Tensor))
         y: Tensor = output[0] if isinstance(output, tuple) else output
-        if adapter_names is None:
+        if self._sample_names is None:
             for name in self.active_adapters:
                 if name in self.adapters:
                     y = y + self._update(name, x, y, self.mask_of(x))
         else:
-            y = self._mixed(x, y, adapter_names)
+            y = self._mixed(x, y, self._sample_names)
         return (y, *output[1:]) if isinstance(output, tuple) else y
 
     def _update(self, name: str, x: Tensor, y: Tensor, mask: Tensor | None) -> Tensor:

@@ -76,6 +76,10 @@ class AdapterModel(BaseTuner):
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         # PEFT's own copies a weight to the module put back, which a whole MLP has none of.
         setattr(parent, child_name, new_module)
+        if not isinstance(new_module, AdapterLayer):
+            for layer in child.modules():
+                if isinstance(layer, AdapterLayer):
+                    layer.leave()
 
     def _post_injection_hook(self, model: nn.Module, config: AdapterConfig, adapter_name: str) -> None:
         pass_attention_mask(model)
