@@ -217,7 +217,7 @@ class TestConfig:
     @pytest.mark.parametrize(
         ("fields", "message"),
         [
-            ({"target_modules": "all-linear", "layers_to_transform": [0]}, "layers_to_transform must be None"),
+            ({"target_modules": ".*q_proj", "layers_to_transform": [0]}, "layers_to_transform must be None"),
             ({"target_modules": ["q_proj"], "layers_pattern": "h"}, "layers_to_transform must be given"),
             ({"method": "molora", "num_experts": 0}, "num_experts must be an int >= 1"),
             ({"method": "molora", "top_k": 5}, "top_k must be at most num_experts = 4, got 5"),

@@ -181,6 +181,19 @@ class TestAdding:
         assert len(layers) == 14
         assert all({*layer.adapters} == {"default", "other"} for layer in layers.values())
 
+    @pytest.mark.parametrize(("kind", "pattern"), [("llama", "layers"), ("llama", None), ("gpt2", "h"), ("bert", None)])
+    @pytest.mark.parametrize("layers", [1, [0], [0, 1], [5]])
+    def test_all_linear_in_some_layers(self, layers, kind, pattern, adapt, adapter_layers):
+        every = {*adapter_layers(adapt(kind, target_modules="all-linear", task_type="SEQ_CLS"))}
+        chosen = [layers] if isinstance(layers, int) else layers
+        expected = {name for name in every if any(f".{layer}." in name for layer in chosen)}
+        fields = {"target_modules": "ALL-linear", "layers_to_transform": layers, "layers_pattern": pattern}
+        if not expected:
+            with pytest.raises(ValueError, match=r"layers_to_transform must be indices of layers.*got \[5\]"):
+                adapt(kind, **fields)
+            return
+        assert {*adapter_layers(adapt(kind, **fields, task_type="SEQ_CLS"))} == expected
+
     @pytest.mark.parametrize("training", [False, True])
     def test_takes_the_mode_of_the_model(self, training, adapt, make_config, adapter_layers):
         model = adapt("llama", target_modules=["q_proj"]).train(training)
@@ -229,6 +242,8 @@ class TestAdding:
             (["mlp", "up_proj"], ValueError, "must not match modules inside others"),
             (["embed_tokens", "q_proj"], TypeError, "'model.embed_tokens', a Embedding"),
             (["q_proj", "act_fn"], TypeError, "act_fn"),
+            (["layers"], TypeError, "must match modules that map tokens.*'model.layers', a ModuleList"),
+            (["model"], TypeError, "must match modules that map tokens.*'model', a LlamaModel"),
             (["nothing"], ValueError, "not found in the base model"),
         ],
     )
@@ -244,12 +259,6 @@ class TestAdding:
     def test_refuses_a_layer_of_several_experts(self, adapt):
         with pytest.raises(TypeError, match=r"'model.layers.0.mlp', a MixtralSparseMoeBlock"):
             adapt("mixtral", target_modules=["mlp"])
-
-    def test_a_module_of_other_sizes_than_its_linear_layers(self, adapt, make_batch):
-        """Its last linear layer is a gate with one output, which would be added to every feature."""
-        model = adapt("qwen_moe", target_modules=["mlp"])
-        with pytest.raises(ValueError, match=r"'model.layers.0.mlp'.*\(\.\.\., 1\).*32"):
-            model(**make_batch("qwen_moe"))
 
     def test_status_as_peft_reports_it(self, two):
         status = two("llama", share_bank=True).get_model_status()

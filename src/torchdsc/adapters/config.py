@@ -14,6 +14,9 @@ from torchdsc.ops.gate import GateKind
 
 from .plugin import peft_type
 
+# What PEFT calls all linear layers but the head.
+ALL_LINEAR = "all-linear"
+
 
 @dataclass
 class AdapterConfig(PeftConfig):
@@ -27,6 +30,9 @@ class AdapterConfig(PeftConfig):
         layers_to_transform: Indices of the layers to adapt; all by default.
         layers_pattern: Name of the list of layers, where ``layers_to_transform`` is given and it has no usual name.
         modules_to_save: Other modules to train and save, such as a new head.
+        in_features: d_in of targets that are no linear layers, with ``out_features``; by default what they map, as far
+            as that can be told.
+        out_features: d_out of such targets.
     """
 
     METHOD: ClassVar[str]
@@ -36,6 +42,8 @@ class AdapterConfig(PeftConfig):
     layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "Layers to adapt."})
     layers_pattern: list[str] | str | None = field(default=None, metadata={"help": "Name of the list of layers."})
     modules_to_save: list[str] | None = field(default=None, metadata={"help": "Other modules to train and save."})
+    in_features: int | None = field(default=None, metadata={"help": "Input size of targets that are whole modules."})
+    out_features: int | None = field(default=None, metadata={"help": "Output size of targets that are whole modules."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -43,12 +51,19 @@ class AdapterConfig(PeftConfig):
         for name in ("target_modules", "exclude_modules"):
             if isinstance(getattr(self, name), list):
                 setattr(self, name, set(getattr(self, name)))
+        is_pattern = isinstance(self.target_modules, str) and self.target_modules.lower() != ALL_LINEAR
         for name in ("layers_to_transform", "layers_pattern"):
-            if isinstance(self.target_modules, str) and getattr(self, name) is not None:
+            if is_pattern and getattr(self, name) is not None:
                 raise ValueError(
-                    f"{name} must be None where target_modules is a string, got {getattr(self, name)!r} with "
-                    f"target_modules = {self.target_modules!r}"
+                    f"{name} must be None where target_modules is a regular expression, got {getattr(self, name)!r} "
+                    f"with target_modules = {self.target_modules!r}"
                 )
+        sizes = {"in_features": self.in_features, "out_features": self.out_features}
+        for name, size in sizes.items():
+            if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
+                raise ValueError(f"{name} must be an int >= 1, got {size!r}")
+        if (self.in_features is None) != (self.out_features is None):
+            raise ValueError(f"in_features and out_features must be given together, got {sizes}")
         if self.layers_pattern is not None and self.layers_to_transform is None:
             raise ValueError(f"layers_to_transform must be given with layers_pattern = {self.layers_pattern!r}")
 

@@ -6,10 +6,11 @@ from typing import Any, ClassVar, cast
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from torchdsc.baselines import MixtureOfLoRAs
 from torchdsc.nn import DSC, RoutedLayer
-from torchdsc.nn.host import TokenMasked, feature_sizes, refer
+from torchdsc.nn.host import TokenMasked, feature_sizes, is_linear, refer, stream_width
 
 from .config import AdapterConfig, DSCAdapterConfig, MixtureOfLoRAsConfig
 
@@ -17,13 +18,32 @@ from .config import AdapterConfig, DSCAdapterConfig, MixtureOfLoRAsConfig
 BASE = "__base__"
 
 
-def sizes_of(module: nn.Module, name: str) -> tuple[int, int]:
-    """d_in and d_out of a target module; a TypeError that names it where it holds no linear layer."""
-    first, last = feature_sizes(module)
+def sizes_of(config: AdapterConfig, model: nn.Module, name: str) -> tuple[int, int]:
+    """d_in and d_out of a target module.
+
+    Args:
+        config: Of the adapter, whose sizes go before the module's.
+        model: The model around the module.
+        name: Name of the module in it.
+
+    Raises:
+        TypeError: If the module holds no linear layer, or is a list of modules or a whole model.
+        ValueError: If its sizes cannot be told.
+    """
+    module = model.get_submodule(name)
+    base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    if isinstance(base, PreTrainedModel | nn.ModuleList | nn.ModuleDict):
+        raise TypeError(
+            f"target_modules must match modules that map tokens (..., d_in) to (..., d_out), got {name!r}, a "
+            f"{type(base).__name__}"
+        )
+    first, last = config.in_features, config.out_features
+    if first is None or last is None or is_linear(base):
+        first, last = feature_sizes(base, name, stream_width(model, name))
     if first is None or last is None:
         raise TypeError(
             f"target_modules must match linear layers, Conv1D or modules that hold some, got {name!r}, a "
-            f"{type(module).__name__}"
+            f"{type(base).__name__}"
         )
     return first, last
 
@@ -43,9 +63,8 @@ class AdapterLayer(nn.Module, BaseTunerLayer, TokenMasked):
     Args:
         base_layer: The module to adapt: one that maps (..., d_in) to (..., d_out), or to a tuple that starts so.
         name: Name of the module, for errors.
-
-    Raises:
-        TypeError: If the module holds no linear layer that tells d_in and d_out.
+        in_features: d_in.
+        out_features: d_out.
     """
 
     # The attribute that holds the adapters, under PEFT's prefix of the method.
@@ -62,14 +81,14 @@ class AdapterLayer(nn.Module, BaseTunerLayer, TokenMasked):
     _move_adapter_to_device_of_base_layer: Callable[[str], None]
     _cast_input_dtype: Callable[[Tensor, torch.dtype], Tensor]
 
-    def __init__(self, base_layer: nn.Module, name: str) -> None:
+    def __init__(self, base_layer: nn.Module, name: str, in_features: int, out_features: int) -> None:
         super().__init__()
         self.base_layer = base_layer
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         setattr(self, self.container, nn.ModuleDict())
         self.target = name
-        self.in_features, self.out_features = sizes_of(self.get_base_layer(), name)
+        self.in_features, self.out_features = in_features, out_features
         self._sample_names: list[str] | None = None
         self._handle = self._host().register_forward_hook(self._add_updates, prepend=True, with_kwargs=True)
 
@@ -142,7 +161,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer, TokenMasked):
             **kwargs: Of the module.
 
         Raises:
-            ValueError: If the module's output has not d_out features.
+            ValueError: If the module's sizes, as the config gives them, are not those of its input and output.
         """
         if adapter_names is None:
             return self.base_layer(*args, **kwargs)
@@ -172,8 +191,8 @@ class AdapterLayer(nn.Module, BaseTunerLayer, TokenMasked):
         update = layer(x, mask) if trains(layer) else layer.forward_with_statistics(x, mask)[0]
         if update.shape != y.shape:
             raise ValueError(
-                f"target_modules must map features as their first and last linear layers do, got {self.target!r}: its "
-                f"last has shape (..., {self.out_features}), its output {tuple(y.shape)}"
+                f"in_features and out_features must be those of {self.target!r}, got ({self.in_features}, "
+                f"{self.out_features}) for {tuple(x.shape)} mapped to {tuple(y.shape)}"
             )
         return cast(Tensor, update.to(y.dtype))
 

@@ -3,9 +3,15 @@
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
+from peft.tuners.tuners_utils import (
+    BaseTuner,
+    BaseTunerLayer,
+    _maybe_include_all_linear_layers,
+    check_target_module_exists,
+)
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
@@ -13,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from torchdsc.nn.host import leave_attention_mask, leave_fused_encoder, pass_attention_mask
 
-from .config import AdapterConfig
+from .config import ALL_LINEAR, AdapterConfig
 from .layer import BASE, NO_MERGE, AdapterLayer, DSCAdapterLayer, MixtureOfLoRAsLayer, sizes_of
 from .loss import add_regularization, leave_regularization
 
@@ -26,10 +32,10 @@ class AdapterModel(BaseTuner):
 
     def _prepare_model(self, peft_config: AdapterConfig, model: nn.Module) -> None:
         """Refuse targets before the first is replaced."""
-        if isinstance(peft_config.target_modules, str) and peft_config.target_modules.lower() == "all-linear":
+        if isinstance(peft_config.target_modules, str) and peft_config.target_modules.lower() == ALL_LINEAR:
             peft_config.target_modules = _all_linear(peft_config, model)
         targets: set[str] = set()
-        for name, module in model.named_modules():
+        for name, _ in model.named_modules():
             outer = [name[: match.start()] for match in re.finditer(r"\.", name)]
             if any(isinstance(model.get_submodule(other), BaseTunerLayer) for other in outer):
                 continue
@@ -40,8 +46,7 @@ class AdapterModel(BaseTuner):
                         f"target_modules must not match modules inside others that they match, got {name!r} inside "
                         f"{inside!r}"
                     )
-                if not isinstance(module, BaseTunerLayer):
-                    sizes_of(module, name)
+                sizes_of(peft_config, model, name)
                 targets.add(name)
 
     def _create_and_replace(
@@ -54,7 +59,9 @@ class AdapterModel(BaseTuner):
         current_key: str,
         **kwargs: Any,
     ) -> None:
-        layer = target if isinstance(target, self.tuner_layer_cls) else self.tuner_layer_cls(target, current_key)
+        layer = target
+        if not isinstance(layer, self.tuner_layer_cls):
+            layer = self.tuner_layer_cls(target, current_key, *sizes_of(peft_config, self.model, current_key))
         layer.update_layer(adapter_name, peft_config, self._owner(layer, adapter_name))
         if layer is not target:
             layer.train(target.training)
@@ -174,8 +181,17 @@ def _all_linear(config: AdapterConfig, model: nn.Module) -> set[str]:
         for name, module in model.named_modules()
         if isinstance(module, AdapterLayer) and isinstance(module.get_base_layer(), nn.Linear | Conv1D)
     }
-    names: set[str] = _maybe_include_all_linear_layers(config, model).target_modules
-    return names | adapted
+    names: set[str] = _maybe_include_all_linear_layers(config, model).target_modules | adapted
+    if config.layers_to_transform is None:
+        return names
+    # PEFT takes a name that is given in full whatever its layer.
+    ends = {name: replace(config, target_modules=[name.rpartition(".")[2]]) for name in names if "." in name}
+    chosen = {name for name, end in ends.items() if check_target_module_exists(end, name)}
+    if not chosen:
+        raise ValueError(
+            f"layers_to_transform must be indices of layers with linear layers, got {config.layers_to_transform!r}"
+        )
+    return chosen
 
 
 def _expansion(model: nn.Module, options: dict[str, Any]) -> int:
