@@ -1,17 +1,16 @@
 """Configurations of the adapters, in PEFT's form."""
 
 from dataclasses import dataclass, field, fields
-from pathlib import Path
 from typing import Any, ClassVar, get_args
 
 from peft import PeftConfig
-from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 
 from torchdsc.nn import DSCOptions, RegularizerWeights
 from torchdsc.nn.options import Activation, RouterKind, RouterNorm
 from torchdsc.ops.compose.api import Implementation
 from torchdsc.ops.gate import GateKind
 
+from .files import refuse_pickle
 from .plugin import peft_type
 
 # What PEFT calls all linear layers but the head.
@@ -70,26 +69,8 @@ class AdapterConfig(PeftConfig):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:
         """See PEFT; refuses a local folder whose weights are only there as a pickle."""
-        folder = Path(pretrained_model_name_or_path, subfolder or "")
-        if (folder / WEIGHTS_NAME).is_file() and not (folder / SAFETENSORS_WEIGHTS_NAME).is_file():
-            raise ValueError(
-                f"{folder} must hold {SAFETENSORS_WEIGHTS_NAME}, got only {WEIGHTS_NAME}: pickled weights are not read"
-            )
+        refuse_pickle(pretrained_model_name_or_path, subfolder)
         return super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
-
-    @classmethod
-    def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:
-        """Refuse what an ``adapter_config.json`` of this version cannot hold, rather than ignore it."""
-        kwargs = super().check_kwargs(**kwargs)
-        if kwargs.get("peft_type") != cls.METHOD:
-            return kwargs
-        unknown = sorted(set(kwargs) - {f.name for f in fields(cls)})
-        if unknown:
-            raise ValueError(
-                f"adapter_config.json must hold fields of {cls.__name__}, got {unknown}: it was written by another "
-                "version of torchdsc, or changed by hand"
-            )
-        return kwargs
 
 
 @dataclass

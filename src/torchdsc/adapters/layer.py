@@ -134,19 +134,20 @@ class AdapterLayer(nn.Module, BaseTunerLayer, TokenMasked):
             **kwargs: ``inference_mode`` of PEFT.
 
         Raises:
-            ValueError: If parts are to be shared with a layer on another device, or ``adapter_name`` is a name in the
-                keys of its parameters, by which PEFT tells adapters apart.
+            ValueError: If parts are to be shared with a layer on another device.
         """
-        layer = self.build(config, None if owner is None else owner.adapters[adapter_name]).train(self.training)
-        names = {name for key in (self.target, *layer.state_dict()) for name in key.split(".")}
-        if adapter_name in names:
-            raise ValueError(f"adapter_name must not be a name within the model, got {adapter_name!r}")
-        self.adapters[adapter_name] = layer
+        layer = self.build(config, None if owner is None else owner.adapters[adapter_name])
+        self.adapters[adapter_name] = layer.train(self.training)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         devices = {part.device for part in _parameters(self.adapters[adapter_name])} - {torch.device("meta")}
         if len(devices) > 1:
             raise ValueError(f"shared banks and routers must be on the device of every target module, got {devices}")
         self.set_adapter(self.active_adapters, inference_mode=kwargs.get("inference_mode", False))
+
+    def parameters_of(self, adapter_name: str) -> Iterator[nn.Parameter]:
+        """Parameters of an adapter, none where the layer lacks it."""
+        if adapter_name in self.adapters:
+            yield from self.adapters[adapter_name].parameters()
 
     def build(self, config: AdapterConfig, owner: nn.Module | None) -> RoutedLayer:
         """A new adapter."""
