@@ -116,8 +116,9 @@ class TestMixedBatch:
             {"num_beams": 2},
             {"num_beams": 3, "num_return_sequences": 2},
             {"generation_config": GenerationConfig(num_beams=2, pad_token_id=0, eos_token_id=2)},
+            {"positional": GenerationConfig(num_beams=2, pad_token_id=0, eos_token_id=2)},
         ],
-        ids=["greedy", "beams", "several of the beams", "beams of a generation config"],
+        ids=["greedy", "beams", "several of the beams", "beams of a generation config", "of one given by position"],
     )
     def test_generates(self, kind, options, two, make_batch):
         model, batch = two(kind), make_batch(kind)
@@ -125,19 +126,32 @@ class TestMixedBatch:
         # All of a length: padding on the right is not what decoders are given.
         batch["attention_mask"][:] = 1
         options = {**options, "max_new_tokens": 4, "min_new_tokens": 4}
-        if kind == "t5" and "generation_config" in options:
-            options["generation_config"].decoder_start_token_id = 0
-        mixed = model.generate(**batch, adapter_names=list(self.NAMES), **options)
+        positional = [options.pop("positional")] if "positional" in options else []
+        for config in (*positional, *([options["generation_config"]] if "generation_config" in options else ())):
+            config.decoder_start_token_id = 0 if kind == "t5" else None
+        ids = batch.pop("input_ids")
+        mixed = model.generate(ids, *positional, **batch, adapter_names=list(self.NAMES), **options)
         each = options.get("num_return_sequences", 1)
         for i, name in enumerate(self.NAMES):
             one = {key: value[i : i + 1] for key, value in batch.items()}
             if name == "__base__":
                 with model.disable_adapter():
-                    expected = model.generate(**one, **options)
+                    expected = model.generate(ids[i : i + 1], *positional, **one, **options)
             else:
                 model.set_adapter(name)
-                expected = model.generate(**one, **options)
+                expected = model.generate(ids[i : i + 1], *positional, **one, **options)
             assert torch.equal(mixed[i * each : (i + 1) * each], expected), name
+
+    @pytest.mark.parametrize("kind", ["llama", "t5"])
+    def test_samples_several_sequences(self, kind, two, make_batch):
+        model, batch = two(kind), make_batch(kind)
+        batch.pop("labels")
+        batch["attention_mask"][:] = 1
+        options = {"do_sample": True, "top_k": 1, "num_return_sequences": 3, "max_new_tokens": 4, "min_new_tokens": 4}
+        mixed = model.generate(**batch, adapter_names=list(self.NAMES), **options)
+        greedy = {"max_new_tokens": 4, "min_new_tokens": 4}
+        expected = model.generate(**batch, adapter_names=list(self.NAMES), **greedy)
+        assert torch.equal(mixed, expected.repeat_interleave(3, 0))
 
     def test_takes_the_heads_saved_with_each(self, adapt, make_config, make_batch, output, moved):
         fields = {"target_modules": ["query"], "modules_to_save": ["classifier"]}
@@ -181,6 +195,19 @@ class TestAdding:
         assert len(layers) == 14
         assert all({*layer.adapters} == {"default", "other"} for layer in layers.values())
 
+    @pytest.mark.parametrize(("kind", "pattern"), [("llama", "layers"), ("llama", None), ("gpt2", "h"), ("bert", None)])
+    @pytest.mark.parametrize("layers", [1, [0], [0, 1], [5]])
+    def test_all_linear_in_some_layers(self, layers, kind, pattern, adapt, adapter_layers):
+        every = {*adapter_layers(adapt(kind, target_modules="all-linear", task_type="SEQ_CLS"))}
+        chosen = [layers] if isinstance(layers, int) else layers
+        expected = {name for name in every if any(f".{layer}." in name for layer in chosen)}
+        fields = {"target_modules": "ALL-linear", "layers_to_transform": layers, "layers_pattern": pattern}
+        if not expected:
+            with pytest.raises(ValueError, match=r"layers_to_transform must be indices of layers.*got \[5\]"):
+                adapt(kind, **fields)
+            return
+        assert {*adapter_layers(adapt(kind, **fields, task_type="SEQ_CLS"))} == expected
+
     @pytest.mark.parametrize("training", [False, True])
     def test_takes_the_mode_of_the_model(self, training, adapt, make_config, adapter_layers):
         model = adapt("llama", target_modules=["q_proj"]).train(training)
@@ -215,12 +242,22 @@ class TestAdding:
             model.delete_adapter("default")
             assert torch.equal(output(model, batch), base)
 
-    @pytest.mark.parametrize("name", ["bank", "router", "gamma", "q_proj", "layers"])
-    def test_refuses_names_of_the_parts(self, name, adapt, make_config):
-        """PEFT tells adapters apart in a state dict by their names in its keys."""
-        model = adapt("llama", target_modules=["q_proj"])
-        with pytest.raises(ValueError, match=f"adapter_name must not be a name within the model, got {name!r}"):
-            model.add_adapter(name, make_config(target_modules=["q_proj"]))
+    @pytest.mark.parametrize("name", ["a.b", "", "keys", "training"])
+    def test_refuses_names_that_no_module_has(self, name, make_base, make_config):
+        from peft import get_peft_model
+
+        base = make_base("llama")
+        with pytest.raises(ValueError, match=f"must be a name that nn.ModuleDict takes, got {name!r}"):
+            get_peft_model(base, make_config(target_modules=["q_proj"]), adapter_name=name)
+        assert isinstance(base.model.layers[0].self_attn.q_proj, nn.Linear)
+
+    @pytest.mark.parametrize("heads", [(["classifier"], None), (None, ["classifier"])])
+    def test_refuses_names_of_modules_to_save(self, heads, adapt, make_config):
+        """PEFT finds them by the ends of names, among the adapters too."""
+        model = adapt("bert", target_modules=["query"], modules_to_save=heads[0])
+        message = r"names of adapters must not be among modules_to_save, got \['classifier'\]"
+        with pytest.raises(ValueError, match=message):
+            model.add_adapter("classifier", make_config(target_modules=["query"], modules_to_save=["classifier"]))
 
     @pytest.mark.parametrize(
         ("targets", "error", "message"),
@@ -229,6 +266,8 @@ class TestAdding:
             (["mlp", "up_proj"], ValueError, "must not match modules inside others"),
             (["embed_tokens", "q_proj"], TypeError, "'model.embed_tokens', a Embedding"),
             (["q_proj", "act_fn"], TypeError, "act_fn"),
+            (["layers"], TypeError, "must match modules that map tokens.*'model.layers', a ModuleList"),
+            (["model"], TypeError, "must match modules that map tokens.*'model', a LlamaModel"),
             (["nothing"], ValueError, "not found in the base model"),
         ],
     )
@@ -245,17 +284,62 @@ class TestAdding:
         with pytest.raises(TypeError, match=r"'model.layers.0.mlp', a MixtralSparseMoeBlock"):
             adapt("mixtral", target_modules=["mlp"])
 
-    def test_a_module_of_other_sizes_than_its_linear_layers(self, adapt, make_batch):
-        """Its last linear layer is a gate with one output, which would be added to every feature."""
-        model = adapt("qwen_moe", target_modules=["mlp"])
-        with pytest.raises(ValueError, match=r"'model.layers.0.mlp'.*\(\.\.\., 1\).*32"):
-            model(**make_batch("qwen_moe"))
-
     def test_status_as_peft_reports_it(self, two):
         status = two("llama", share_bank=True).get_model_status()
         assert status.available_adapters == ["default", "other"]
         assert status.active_adapters == ["default"]
         assert status.requires_grad == {"default": True, "other": False}
+
+
+NAMES = ("0", "1", "layers", "q_proj", "self_attn", "model", "bank", "router", "gamma", "u", "dsc_layers", "lora_A")
+
+
+@pytest.mark.parametrize("method", ["dsc", "molora"])
+@pytest.mark.parametrize("name", NAMES)
+class TestNamesWithinTheModel:
+    """PEFT tells adapters apart in a state dict by their names in its keys."""
+
+    def pair(self, name, method, adapt, make_config, moved):
+        fields = {"target_modules": ["q_proj", "mlp"]}
+        model = adapt("llama", method, moved=True, **fields)
+        model.add_adapter(name, make_config(method, **fields))
+        return moved(model, name, seed=4)
+
+    def test_switched_mixed_and_deleted(self, name, method, adapt, make_config, make_batch, alone, output, moved):
+        model, batch = self.pair(name, method, adapt, make_config, moved), make_batch("llama")
+        results = alone(model, batch)
+        assert not torch.equal(results["default"], results[name])
+        mixed = output(model, batch, adapter_names=["default", name, "__base__", name])
+        for i, key in enumerate(["default", name, "__base__", name]):
+            torch.testing.assert_close(mixed[i], results[key][i], rtol=1e-5, atol=1e-5)
+        model.set_adapter(name)
+        trains = {key for key, parameter in model.named_parameters() if parameter.requires_grad}
+        assert trains == {key for key, _ in model.named_parameters() if f"_layers.{name}." in key}
+        model.set_adapter("default")
+        model.delete_adapter(name)
+        assert torch.equal(output(model, batch), results["default"])
+
+    @pytest.mark.parametrize("through", ["peft", "transformers"])
+    def test_saved_and_loaded(
+        self, through, name, method, adapt, make_base, make_config, make_batch, alone, output, moved, tmp_path
+    ):
+        model, batch = self.pair(name, method, adapt, make_config, moved), make_batch("llama")
+        results = alone(model, batch)
+        model.save_pretrained(tmp_path)
+        for saved, folder in (("default", tmp_path), (name, tmp_path / name)):
+            for given in (name, "third"):
+                loaded = make_base("llama")
+                if through == "peft":
+                    loaded = PeftModel.from_pretrained(loaded, folder, adapter_name=given)
+                else:
+                    loaded.load_adapter(folder, given)
+                assert torch.equal(output(loaded, batch), results[saved]), (saved, given)
+
+    def test_added_leave_what_is_frozen(self, name, method, adapt, make_config):
+        model = adapt("llama", method, target_modules=["q_proj"])
+        model.requires_grad_(requires_grad=False)
+        model.add_adapter(name, make_config(method, target_modules=["q_proj"]))
+        assert not any(parameter.requires_grad for parameter in model.parameters())
 
 
 class TestRefusals:

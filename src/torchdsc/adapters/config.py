@@ -1,11 +1,9 @@
 """Configurations of the adapters, in PEFT's form."""
 
 from dataclasses import dataclass, field, fields
-from pathlib import Path
 from typing import Any, ClassVar
 
 from peft import PeftConfig
-from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 
 from torchdsc.arguments import check_at_least, check_positive, check_types, own_copies
 from torchdsc.nn import DSCOptions, RegularizerWeights
@@ -13,7 +11,11 @@ from torchdsc.nn.options import Activation, RouterKind, RouterNorm
 from torchdsc.ops.compose.api import Implementation
 from torchdsc.ops.gate import GateKind
 
+from .files import refuse_pickle
 from .plugin import peft_type
+
+# What PEFT calls all linear layers but the head.
+ALL_LINEAR = "all-linear"
 
 
 @dataclass
@@ -28,6 +30,9 @@ class AdapterConfig(PeftConfig):
         layers_to_transform: Indices of the layers to adapt; all by default.
         layers_pattern: Name of the list of layers, where ``layers_to_transform`` is given and it has no usual name.
         modules_to_save: Other modules to train and save, such as a new head.
+        in_features: d_in of targets that are no linear layers, with ``out_features``; by default what they map, as far
+            as that can be told.
+        out_features: d_out of such targets.
 
     Raises:
         TypeError: If a field has another type.
@@ -41,6 +46,8 @@ class AdapterConfig(PeftConfig):
     layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "Layers to adapt."})
     layers_pattern: list[str] | str | None = field(default=None, metadata={"help": "Name of the list of layers."})
     modules_to_save: list[str] | None = field(default=None, metadata={"help": "Other modules to train and save."})
+    in_features: int | None = field(default=None, metadata={"help": "Input size of targets that are whole modules."})
+    out_features: int | None = field(default=None, metadata={"help": "Output size of targets that are whole modules."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -51,38 +58,25 @@ class AdapterConfig(PeftConfig):
         for name in ("target_modules", "exclude_modules"):
             if isinstance(getattr(self, name), list | tuple):
                 setattr(self, name, set(getattr(self, name)))
+        is_pattern = isinstance(self.target_modules, str) and self.target_modules.lower() != ALL_LINEAR
         for name in ("layers_to_transform", "layers_pattern"):
-            if isinstance(self.target_modules, str) and getattr(self, name) is not None:
+            if is_pattern and getattr(self, name) is not None:
                 raise ValueError(
-                    f"{name} must be None where target_modules is a string, got {getattr(self, name)!r} with "
-                    f"target_modules = {self.target_modules!r}"
+                    f"{name} must be None where target_modules is a regular expression, got {getattr(self, name)!r} "
+                    f"with target_modules = {self.target_modules!r}"
                 )
+        sizes = {"in_features": self.in_features, "out_features": self.out_features}
+        check_at_least(1, **sizes)
+        if (self.in_features is None) != (self.out_features is None):
+            raise ValueError(f"in_features and out_features must be given together, got {sizes}")
         if self.layers_pattern is not None and self.layers_to_transform is None:
             raise ValueError(f"layers_to_transform must be given with layers_pattern = {self.layers_pattern!r}")
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:
         """See PEFT; refuses a local folder whose weights are only there as a pickle."""
-        folder = Path(pretrained_model_name_or_path, subfolder or "")
-        if (folder / WEIGHTS_NAME).is_file() and not (folder / SAFETENSORS_WEIGHTS_NAME).is_file():
-            raise ValueError(
-                f"{folder} must hold {SAFETENSORS_WEIGHTS_NAME}, got only {WEIGHTS_NAME}: pickled weights are not read"
-            )
+        refuse_pickle(pretrained_model_name_or_path, subfolder)
         return super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
-
-    @classmethod
-    def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:
-        """Refuse what an ``adapter_config.json`` of this version cannot hold, rather than ignore it."""
-        kwargs = super().check_kwargs(**kwargs)
-        if kwargs.get("peft_type") != cls.METHOD:
-            return kwargs
-        unknown = sorted(set(kwargs) - {f.name for f in fields(cls)})
-        if unknown:
-            raise ValueError(
-                f"adapter_config.json must hold fields of {cls.__name__}, got {unknown}: it was written by another "
-                "version of torchdsc, or changed by hand"
-            )
-        return kwargs
 
 
 @dataclass

@@ -6,10 +6,11 @@ from typing import Any, ClassVar, cast
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from torchdsc.baselines import MixtureOfLoRAs
 from torchdsc.nn import DSC, RoutedLayer
-from torchdsc.nn.host import TokenMasked, feature_sizes, refer
+from torchdsc.nn.host import TokenMasked, feature_sizes, is_linear, refer, stream_width
 
 from .config import AdapterConfig, DSCAdapterConfig, MixtureOfLoRAsConfig
 
@@ -17,13 +18,32 @@ from .config import AdapterConfig, DSCAdapterConfig, MixtureOfLoRAsConfig
 BASE = "__base__"
 
 
-def sizes_of(module: nn.Module, name: str) -> tuple[int, int]:
-    """d_in and d_out of a target module; a TypeError that names it where it holds no linear layer."""
-    first, last = feature_sizes(module)
+def sizes_of(config: AdapterConfig, model: nn.Module, name: str) -> tuple[int, int]:
+    """d_in and d_out of a target module.
+
+    Args:
+        config: Of the adapter, whose sizes go before the module's.
+        model: The model around the module.
+        name: Name of the module in it.
+
+    Raises:
+        TypeError: If the module holds no linear layer, or is a list of modules or a whole model.
+        ValueError: If its sizes cannot be told.
+    """
+    module = model.get_submodule(name)
+    base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    if isinstance(base, PreTrainedModel | nn.ModuleList | nn.ModuleDict):
+        raise TypeError(
+            f"target_modules must match modules that map tokens (..., d_in) to (..., d_out), got {name!r}, a "
+            f"{type(base).__name__}"
+        )
+    first, last = config.in_features, config.out_features
+    if first is None or last is None or is_linear(base):
+        first, last = feature_sizes(base, name, stream_width(model, name))
     if first is None or last is None:
         raise TypeError(
             f"target_modules must match linear layers, Conv1D or modules that hold some, got {name!r}, a "
-            f"{type(module).__name__}"
+            f"{type(base).__name__}"
         )
     return first, last
 
@@ -36,12 +56,15 @@ def trains(layer: nn.Module) -> bool:
 class AdapterLayer(nn.Module, BaseTunerLayer, TokenMasked):
     """A target module and one routed layer an adapter; subclasses build it.
 
+    The updates are added in a forward hook of the target module, which comes before its other hooks: transformers
+    records hidden states in hooks of the modules it knows, and must see what the next layer reads. Attributes that an
+    adapter layer lacks are those of the target module.
+
     Args:
         base_layer: The module to adapt: one that maps (..., d_in) to (..., d_out), or to a tuple that starts so.
         name: Name of the module, for errors.
-
-    Raises:
-        TypeError: If the module holds no linear layer that tells d_in and d_out.
+        in_features: d_in.
+        out_features: d_out.
     """
 
     # The attribute that holds the adapters, under PEFT's prefix of the method.
@@ -58,14 +81,40 @@ class AdapterLayer(nn.Module, BaseTunerLayer, TokenMasked):
     _move_adapter_to_device_of_base_layer: Callable[[str], None]
     _cast_input_dtype: Callable[[Tensor, torch.dtype], Tensor]
 
-    def __init__(self, base_layer: nn.Module, name: str) -> None:
+    def __init__(self, base_layer: nn.Module, name: str, in_features: int, out_features: int) -> None:
         super().__init__()
         self.base_layer = base_layer
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         setattr(self, self.container, nn.ModuleDict())
         self.target = name
-        self.in_features, self.out_features = sizes_of(self.get_base_layer(), name)
+        self.in_features, self.out_features = in_features, out_features
+        self._sample_names: list[str] | None = None
+        self._handle = self._host().register_forward_hook(self._add_updates, prepend=True, with_kwargs=True)
+
+    def __getattr__(self, name: str) -> Any:
+        """An attribute of the target module, where the adapter layer has none of that name."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            # Private attributes of an object are what others keep about it, such as accelerate's hook: not handed on.
+            if name == "base_layer" or name.startswith("__"):
+                raise
+            host = self._host()
+            if name.startswith("_") and not hasattr(type(host), name):
+                raise
+            return getattr(host, name)
+
+    def _host(self) -> nn.Module:
+        """The module whose output the updates are added to: the target, inside other methods of this package."""
+        host = self.base_layer
+        while isinstance(host, AdapterLayer):
+            host = host.base_layer
+        return host
+
+    def leave(self) -> None:
+        """Leave the target module as it was found."""
+        self._handle.remove()
 
     @property
     def adapters(self) -> nn.ModuleDict:
@@ -85,19 +134,20 @@ class AdapterLayer(nn.Module, BaseTunerLayer, TokenMasked):
             **kwargs: ``inference_mode`` of PEFT.
 
         Raises:
-            ValueError: If parts are to be shared with a layer on another device, or ``adapter_name`` is a name in the
-                keys of its parameters, by which PEFT tells adapters apart.
+            ValueError: If parts are to be shared with a layer on another device.
         """
-        layer = self.build(config, None if owner is None else owner.adapters[adapter_name]).train(self.training)
-        names = {name for key in (self.target, *layer.state_dict()) for name in key.split(".")}
-        if adapter_name in names:
-            raise ValueError(f"adapter_name must not be a name within the model, got {adapter_name!r}")
-        self.adapters[adapter_name] = layer
+        layer = self.build(config, None if owner is None else owner.adapters[adapter_name])
+        self.adapters[adapter_name] = layer.train(self.training)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         devices = {part.device for part in _parameters(self.adapters[adapter_name])} - {torch.device("meta")}
         if len(devices) > 1:
             raise ValueError(f"shared banks and routers must be on the device of every target module, got {devices}")
         self.set_adapter(self.active_adapters, inference_mode=kwargs.get("inference_mode", False))
+
+    def parameters_of(self, adapter_name: str) -> Iterator[nn.Parameter]:
+        """Parameters of an adapter, none where the layer lacks it."""
+        if adapter_name in self.adapters:
+            yield from self.adapters[adapter_name].parameters()
 
     def build(self, config: AdapterConfig, owner: nn.Module | None) -> RoutedLayer:
         """A new adapter."""
@@ -112,19 +162,27 @@ class AdapterLayer(nn.Module, BaseTunerLayer, TokenMasked):
             **kwargs: Of the module.
 
         Raises:
-            ValueError: If the module's output has not d_out features.
+            ValueError: If the module's sizes, as the config gives them, are not those of its input and output.
         """
-        output = self.base_layer(*args, **kwargs)
+        if adapter_names is None:
+            return self.base_layer(*args, **kwargs)
+        self._sample_names = adapter_names
+        try:
+            return self.base_layer(*args, **kwargs)
+        finally:
+            self._sample_names = None
+
+    def _add_updates(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         if self.disable_adapters:
             return output
         x = args[0] if args else next(value for value in kwargs.values() if isinstance(value, Tensor))
         y: Tensor = output[0] if isinstance(output, tuple) else output
-        if adapter_names is None:
+        if self._sample_names is None:
             for name in self.active_adapters:
                 if name in self.adapters:
                     y = y + self._update(name, x, y, self.mask_of(x))
         else:
-            y = self._mixed(x, y, adapter_names)
+            y = self._mixed(x, y, self._sample_names)
         return (y, *output[1:]) if isinstance(output, tuple) else y
 
     def _update(self, name: str, x: Tensor, y: Tensor, mask: Tensor | None) -> Tensor:
@@ -134,8 +192,8 @@ class AdapterLayer(nn.Module, BaseTunerLayer, TokenMasked):
         update = layer(x, mask) if trains(layer) else layer.forward_with_statistics(x, mask)[0]
         if update.shape != y.shape:
             raise ValueError(
-                f"target_modules must map features as their first and last linear layers do, got {self.target!r}: its "
-                f"last has shape (..., {self.out_features}), its output {tuple(y.shape)}"
+                f"in_features and out_features must be those of {self.target!r}, got ({self.in_features}, "
+                f"{self.out_features}) for {tuple(x.shape)} mapped to {tuple(y.shape)}"
             )
         return cast(Tensor, update.to(y.dtype))
 

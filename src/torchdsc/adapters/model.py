@@ -3,18 +3,28 @@
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import replace
+from typing import Any, cast
 
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
+from peft.tuners.tuners_utils import (
+    BaseTuner,
+    BaseTunerLayer,
+    _filter_state_dict_by_key_prefixes,
+    _get_tuner_state_dict_key_prefixes,
+    _maybe_include_all_linear_layers,
+    check_target_module_exists,
+)
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
+from transformers import GenerationConfig
 from transformers.pytorch_utils import Conv1D
 
 from torchdsc.losses import add_regularization, leave_regularization
 from torchdsc.nn.host import leave_attention_mask, leave_fused_encoder, pass_attention_mask
 
-from .config import AdapterConfig
+from .config import ALL_LINEAR, AdapterConfig
+from .files import check_keys
 from .layer import BASE, NO_MERGE, AdapterLayer, DSCAdapterLayer, MixtureOfLoRAsLayer, sizes_of
 
 
@@ -24,12 +34,33 @@ class AdapterModel(BaseTuner):
     tuner_layer_cls: type[AdapterLayer]
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """See PEFT.
+
+        Raises:
+            ValueError: If ``adapter_name`` cannot name a module, or names of adapters are among ``modules_to_save``.
+        """
+        try:
+            nn.ModuleDict({adapter_name: nn.Identity()})
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"adapter_name must be a name that nn.ModuleDict takes, got {adapter_name!r}") from error
+        heads = {name for config in self.peft_config.values() for name in config.modules_to_save or ()}
+        if heads & {*self.peft_config}:
+            raise ValueError(f"names of adapters must not be among modules_to_save, got {sorted(heads)}")
+        # PEFT keeps what trains as it was, but tells the adapter's own parameters by its name in theirs.
+        own = {id(part) for layer in _layers(model) for part in layer.parameters_of(adapter_name)}
+        is_first = not any(isinstance(module, BaseTunerLayer) for module in model.modules())
+        before = [] if is_first else [(part, part.requires_grad) for part in model.parameters() if id(part) not in own]
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        for part, requires_grad in before:
+            part.requires_grad_(requires_grad)
+
     def _prepare_model(self, peft_config: AdapterConfig, model: nn.Module) -> None:
         """Refuse targets before the first is replaced."""
-        if isinstance(peft_config.target_modules, str) and peft_config.target_modules.lower() == "all-linear":
+        if isinstance(peft_config.target_modules, str) and peft_config.target_modules.lower() == ALL_LINEAR:
             peft_config.target_modules = _all_linear(peft_config, model)
         targets: set[str] = set()
-        for name, module in model.named_modules():
+        for name, _ in model.named_modules():
             outer = [name[: match.start()] for match in re.finditer(r"\.", name)]
             if any(isinstance(model.get_submodule(other), BaseTunerLayer) for other in outer):
                 continue
@@ -40,8 +71,7 @@ class AdapterModel(BaseTuner):
                         f"target_modules must not match modules inside others that they match, got {name!r} inside "
                         f"{inside!r}"
                     )
-                if not isinstance(module, BaseTunerLayer):
-                    sizes_of(module, name)
+                sizes_of(peft_config, model, name)
                 targets.add(name)
 
     def _create_and_replace(
@@ -54,7 +84,9 @@ class AdapterModel(BaseTuner):
         current_key: str,
         **kwargs: Any,
     ) -> None:
-        layer = target if isinstance(target, self.tuner_layer_cls) else self.tuner_layer_cls(target, current_key)
+        layer = target
+        if not isinstance(layer, self.tuner_layer_cls):
+            layer = self.tuner_layer_cls(target, current_key, *sizes_of(peft_config, self.model, current_key))
         layer.update_layer(adapter_name, peft_config, self._owner(layer, adapter_name))
         if layer is not target:
             layer.train(target.training)
@@ -76,6 +108,9 @@ class AdapterModel(BaseTuner):
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         # PEFT's own copies a weight to the module put back, which a whole MLP has none of.
         setattr(parent, child_name, new_module)
+        if not isinstance(new_module, AdapterLayer):
+            for layer in _layers(child):
+                layer.leave()
 
     def _post_injection_hook(self, model: nn.Module, config: AdapterConfig, adapter_name: str) -> None:
         pass_attention_mask(model)
@@ -101,11 +136,11 @@ class AdapterModel(BaseTuner):
             return
         if self.training:
             raise ValueError("adapter_names must be None in training, got a mixed batch")
-        layers = [module for module in self.modules() if isinstance(module, AdapterLayer)]
+        layers = [*_layers(self)]
         unknown = set(names) - {BASE} - {name for layer in layers for name in layer.adapters}
         if unknown:
             raise ValueError(f"adapter_names must name adapters of the model, got {sorted(unknown)}")
-        expansion = _expansion(self.model, kwargs)
+        expansion = _expansion(self.model, args, kwargs)
 
         def give(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
             x = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
@@ -122,9 +157,24 @@ class AdapterModel(BaseTuner):
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
         # PEFT's own looks for the name in the last place but one; a DSC layer has modules of its own.
-        container = re.escape(cls.tuner_layer_cls.container)
-        found = re.sub(rf"(^|\.)({container})\.{re.escape(adapter_name)}\.", r"\1\2.", key)
-        return found if found != key else super()._remove_adapter_name_from_key(key, adapter_name)
+        head, found, tail = key.rpartition(f".{cls.tuner_layer_cls.container}.{adapter_name}.")
+        return f"{head}.{cls.tuner_layer_cls.container}.{tail}" if found else key
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: AdapterConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, Tensor]:
+        prefixes = _get_tuner_state_dict_key_prefixes(model, adapter_name)
+        own = _filter_state_dict_by_key_prefixes(dict(model.named_parameters()), prefixes)
+        if any(f".{name}." in f".{key}." for name in unwanted_adapter_names for key in own):
+            # PEFT takes every key in which the name of another adapter stands for one of that adapter.
+            state_dict = {**model.state_dict(), **state_dict}
+        return cast(dict[str, Tensor], _filter_state_dict_by_key_prefixes(state_dict, prefixes))
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -133,20 +183,18 @@ class AdapterModel(BaseTuner):
         remapped: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(
             model, config, adapter_name, state_dict
         )
-        expected = {key: value for key, value in model.state_dict().items() if cls._is_of(key, adapter_name)}
-        given = {key for key in remapped if f".{cls.tuner_layer_cls.container}." in key}
-        missing, unexpected = sorted(set(expected) - given), sorted(given - set(expected))
-        if missing or unexpected:
-            raise ValueError(
-                "the adapter's weights must be those of its config on this base model, got "
-                f"{_some(missing)} missing and {_some(unexpected)} unexpected: another base model or config, or a "
-                "damaged file"
-            )
+        prefixes = _get_tuner_state_dict_key_prefixes(model, adapter_name)
+        expected = {*_filter_state_dict_by_key_prefixes(model.state_dict(), prefixes)}
+        for name, module in model.named_modules():
+            if isinstance(module, AuxiliaryTrainingWrapper):
+                own = {f"{name}.{key}" for key in module.adapter_state_dict_load_map(adapter_name).values()}
+                expected |= own
+                if own:
+                    # Saved with a resized vocabulary, PEFT's wrapper brings the base's weights, and its own twice.
+                    inside = tuple(f"{name}.{kept}." for kept in ("original_module", "modules_to_save"))
+                    remapped = {k: v for k, v in remapped.items() if k in own or not k.startswith(inside)}
+        check_keys(expected - {*remapped}, {*remapped} - expected)
         return remapped
-
-    @classmethod
-    def _is_of(cls, key: str, adapter_name: str) -> bool:
-        return f".{cls.tuner_layer_cls.container}.{adapter_name}." in f".{key}"
 
 
 class DSCAdapterModel(AdapterModel):
@@ -170,13 +218,23 @@ def _all_linear(config: AdapterConfig, model: nn.Module) -> set[str]:
         for name, module in model.named_modules()
         if isinstance(module, AdapterLayer) and isinstance(module.get_base_layer(), nn.Linear | Conv1D)
     }
-    names: set[str] = _maybe_include_all_linear_layers(config, model).target_modules
-    return names | adapted
+    names: set[str] = _maybe_include_all_linear_layers(config, model).target_modules | adapted
+    if config.layers_to_transform is None:
+        return names
+    # PEFT takes a name that is given in full whatever its layer.
+    ends = {name: replace(config, target_modules=[name.rpartition(".")[2]]) for name in names if "." in name}
+    chosen = {name for name, end in ends.items() if check_target_module_exists(end, name)}
+    if not chosen:
+        raise ValueError(
+            f"layers_to_transform must be indices of layers with linear layers, got {config.layers_to_transform!r}"
+        )
+    return chosen
 
 
-def _expansion(model: nn.Module, options: dict[str, Any]) -> int:
+def _expansion(model: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> int:
     """Samples that generation makes of each."""
-    config = options.get("generation_config") or getattr(model, "generation_config", None)
+    configs = (options.get("generation_config"), *args, getattr(model, "generation_config", None))
+    config = next((given for given in configs if isinstance(given, GenerationConfig)), None)
     names = ("num_beams", "num_return_sequences")
     return max(options.get(name) or getattr(config, name, None) or 1 for name in names)
 
@@ -189,5 +247,5 @@ def _for_samples(names: list[str], samples: int, expansion: int) -> list[str]:
     return [name for name in names for _ in range(factor)]
 
 
-def _some(keys: list[str]) -> str:
-    return f"{len(keys)} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})" if keys else "none"
+def _layers(model: nn.Module) -> Iterator[AdapterLayer]:
+    yield from (module for module in model.modules() if isinstance(module, AdapterLayer))

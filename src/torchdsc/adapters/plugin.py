@@ -5,6 +5,8 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import register_peft_method
 
+from .files import watch_loading
+
 
 def peft_type(name: str) -> PeftType:
     """The member ``name`` of PEFT's enum of methods, entered there where it is missing.
@@ -22,6 +24,7 @@ def peft_type(name: str) -> PeftType:
 
 
 def register(name: str, config: type[PeftConfig], model: type[BaseTuner]) -> None:
-    """Make a method known to PEFT, once however often this is imported."""
+    """Make a method known to PEFT, once however often this is imported, and have its files checked when loaded."""
+    watch_loading(name, model.tuner_layer_cls.container)
     if peft_type(name) not in PEFT_TYPE_TO_CONFIG_MAPPING:
         register_peft_method(name=name.lower(), config_cls=config, model_cls=model, prefix=model.prefix)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torchdsc.arguments import check_at_least, check_types
 from torchdsc.losses import add_regularization
 from torchdsc.nn import DSC, BasisBank, DSCResidual
-from torchdsc.nn.host import TokenMasked, feature_sizes, leave_fused_encoder, pass_attention_mask
+from torchdsc.nn.host import TokenMasked, feature_sizes, leave_fused_encoder, pass_attention_mask, stream_width
 
 from .saving import remember_conversion
 
@@ -38,8 +38,8 @@ def convert(
         target: Regular expression searched in module names, or a predicate of name and module. Modules inside a
             target, and those converted by an earlier call, are not converted again.
         mode: "wrap" keeps the module as base, "replace" drops it.
-        in_features: d_in; by default that of the first linear layer inside each target.
-        out_features: d_out; by default that of the last one.
+        in_features: d_in; by default that of each target, as far as it can be told.
+        out_features: d_out; likewise.
         share_bank: One bank for all layers; their sizes must then agree.
         **options: Fields of :class:`torchdsc.DSCOptions`; ``num_atoms`` and ``top_k`` are required.
 
@@ -59,7 +59,7 @@ def convert(
     layers: list[DSC] = []
     for name in names:
         base = model.get_submodule(name)
-        sizes = _sizes(name, base, in_features, out_features)
+        sizes = _sizes(name, base, in_features, out_features, stream_width(model, name))
         bank: BasisBank | None = layers[0].bank if share_bank and layers else None
         like = next(base.parameters(), torch.empty(0))
         layer = DSC(*sizes, bank=bank, device=like.device, dtype=like.dtype, **options)
@@ -139,8 +139,12 @@ def _matches(model: nn.Module, target: str | Callable[[str, nn.Module], bool]) -
     return names
 
 
-def _sizes(name: str, base: nn.Module, in_features: int | None, out_features: int | None) -> tuple[int, int]:
-    first, last = feature_sizes(base)
+def _sizes(
+    name: str, base: nn.Module, in_features: int | None, out_features: int | None, width: int | None
+) -> tuple[int, int]:
+    if in_features is not None and out_features is not None:
+        return in_features, out_features
+    first, last = feature_sizes(base, name, width)
     first = first if in_features is None else in_features
     last = last if out_features is None else out_features
     if first is None or last is None:

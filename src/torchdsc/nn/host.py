@@ -1,6 +1,8 @@
 """What a layer inside a model needs of it: sizes of the module beside it, the padding, parts of other layers."""
 
+import copy
 import inspect
+import warnings
 from functools import partial
 from typing import Any
 
@@ -18,10 +20,109 @@ def refer(layer: nn.Module, name: str, part: nn.Module) -> None:
     layer.__dict__[name] = part
 
 
-def feature_sizes(module: nn.Module) -> tuple[int | None, int | None]:
-    """d_in of the first and d_out of the last linear layer in ``module`` (itself included); None without one."""
+def feature_sizes(module: nn.Module, name: str, width: int | None = None) -> tuple[int | None, int | None]:
+    """d_in and d_out of a module that maps tokens (..., d_in) to (..., d_out).
+
+    A linear layer tells them. Another module is run without data. Where it does not run so (it wants more arguments, or
+    looks at its values), it is taken for a block of a residual stream, which maps a width to itself, or the end of one.
+
+    Args:
+        module: Linear layer, quantised or not, Conv1D, or a module that holds some.
+        name: Its name, for errors.
+        width: Features of the residual stream, where the model tells them.
+
+    Returns:
+        d_in and d_out, or None and None for a module without linear layers.
+
+    Raises:
+        ValueError: If the module's output is no tensor of the same tokens, or its sizes cannot be told.
+    """
+    own = _linear_sizes(module)
+    if own is not None:
+        return own
     sizes = [size for size in map(_linear_sizes, module.modules()) if size is not None]
-    return (sizes[0][0], sizes[-1][1]) if sizes else (None, None)
+    if not sizes:
+        return None, None
+    inputs, outputs = ([*dict.fromkeys(values)] for values in zip(*sizes, strict=True))
+    mapped = _run(module, name, inputs)
+    if len(mapped) == 1:
+        return next(iter(mapped.items()))
+    norms = {part.weight.numel() for part in module.modules() if _is_norm(part)}  # type: ignore[operator]
+    blocks = [size for size in inputs if size in outputs]
+    for widths in ({width}, norms, set(blocks)):
+        found = [size for size in blocks if size in widths]
+        if len(found) == 1:
+            return found[0], found[0]
+    # The second half of a block: what it returns goes into the stream.
+    if len(inputs) == len(outputs) == 1 and outputs[0] in {width, *norms}:
+        return inputs[0], outputs[0]
+    raise ValueError(
+        f"in_features and out_features must be given for {name!r}, a {type(module).__name__}, whose sizes cannot be "
+        f"told: it holds linear layers from {inputs} to {outputs} features"
+    )
+
+
+def stream_width(model: nn.Module, name: str) -> int | None:
+    """``hidden_size`` of the configuration nearest to a module of that name: its own, or one of a module around it."""
+    module, width = model, None
+    for part in ("", *name.split(".")):
+        module = module.get_submodule(part)
+        own = getattr(getattr(module, "config", None), "hidden_size", None)
+        width = own if isinstance(own, int) else width
+    return width
+
+
+def _run(module: nn.Module, name: str, sizes: list[int]) -> dict[int, int]:
+    """Those of the input sizes that a copy of ``module`` without data runs on, with the output size of each."""
+    if any(hasattr(part, "_hf_hook") for part in module.modules()):
+        # Accelerate's hooks fetch weights.
+        return {}
+    mapped: dict[int, int] = {}
+    try:
+        tensors = {id(tensor): _without_data(tensor) for tensor in (*module.parameters(), *module.buffers())}
+        copied = copy.deepcopy(module, dict(tensors)).eval()
+        dtype = next((t.dtype for t in tensors.values() if t.is_floating_point()), torch.get_default_dtype())
+    except Exception:  # Whatever a module of others raises, it cannot be copied.
+        return {}
+    for size in sizes:
+        x = torch.empty(2, 3, size, device="meta", dtype=dtype)
+        try:
+            with torch.no_grad(), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                output = copied(x, *[None] * _num_required(copied))
+        except Exception:  # A size that does not fit, or a module that does not run like this.
+            continue
+        output = output[0] if isinstance(output, tuple) and output else output
+        if not isinstance(output, Tensor) or output.shape[:-1] != x.shape[:-1]:
+            shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+            raise ValueError(
+                f"modules must map tokens (..., d_in) to (..., d_out), got {name!r}, a {type(module).__name__}, which "
+                f"maps {tuple(x.shape)} to {shape}"
+            )
+        mapped[size] = output.shape[-1]
+    return mapped
+
+
+def _without_data(tensor: Tensor) -> Tensor:
+    # Not empty_like: quantised parameters are of classes of their own.
+    return torch.empty(tensor.shape, device="meta", dtype=tensor.dtype)
+
+
+def _num_required(module: nn.Module) -> int:
+    """Arguments besides the first that a module cannot be called without."""
+    parameters = [*inspect.signature(module.forward).parameters.values()][1:]
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return sum(parameter.kind in kinds and parameter.default is parameter.empty for parameter in parameters)
+
+
+def _is_norm(module: nn.Module) -> bool:
+    weight = getattr(module, "weight", None)
+    return "norm" in type(module).__name__.lower() and isinstance(weight, Tensor) and weight.dim() == 1
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module is itself a linear layer."""
+    return _linear_sizes(module) is not None
 
 
 def _linear_sizes(module: nn.Module) -> tuple[int, int] | None:

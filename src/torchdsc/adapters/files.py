@@ -1,0 +1,110 @@
+"""What a folder of an adapter may hold, looked at before PEFT or transformers load it."""
+
+import inspect
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from safetensors import safe_open
+from transformers.integrations import PeftAdapterMixin
+
+# Where PEFT keeps the base's module and the adapters', under the name of a module that modules_to_save names.
+_INSIDE = r"(original_module|modules_to_save)\."
+
+# Methods of this package, and the attribute of a layer that holds its adapters.
+_CONTAINERS: dict[str, str] = {}
+
+
+def refuse_pickle(folder: str | Path, subfolder: str | None = None) -> None:
+    """A ValueError for a local folder whose weights are only there as a pickle."""
+    folder = Path(folder, subfolder or "")
+    if (folder / WEIGHTS_NAME).is_file() and not (folder / SAFETENSORS_WEIGHTS_NAME).is_file():
+        raise ValueError(
+            f"{folder} must hold {SAFETENSORS_WEIGHTS_NAME}, got only {WEIGHTS_NAME}: pickled weights are not read"
+        )
+
+
+def check_keys(missing: Iterable[str], unexpected: Iterable[str]) -> None:
+    """A ValueError if an adapter's weights lack some, or hold others, such as the base model's."""
+    missing, unexpected = sorted(missing), sorted(unexpected)
+    if missing or unexpected:
+        raise ValueError(
+            "the adapter's weights must be those of its config on this base model, got "
+            f"{_some(missing)} missing and {_some(unexpected)} unexpected: another base model or config, or a damaged "
+            "file. Weights of the base model are only taken from it for modules that modules_to_save names"
+        )
+
+
+def _some(keys: list[str]) -> str:
+    return f"{len(keys)} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})" if keys else "none"
+
+
+def watch_loading(method: str, container: str) -> None:
+    """Check adapters of a method whenever they are loaded.
+
+    PEFT reads weights before a method learns of them, and transformers loads them without asking it.
+    """
+    if not _CONTAINERS:
+        PeftModel.load_adapter = _watched(PeftModel.load_adapter, _by_peft)
+        PeftAdapterMixin.load_adapter = _watched(PeftAdapterMixin.load_adapter, _by_transformers)
+    _CONTAINERS[method] = container
+
+
+def _watched(load: Callable[..., Any], watch: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(load)
+    def load_adapter(*args: Any, **kwargs: Any) -> Any:
+        given = inspect.signature(load).bind(*args, **kwargs)
+        given.apply_defaults()
+        with watch(**given.arguments) as check:
+            result = load(*args, **kwargs)
+            check(result)
+        return result
+
+    return load_adapter
+
+
+@contextmanager
+def _by_peft(self: PeftModel, model_id: str, adapter_name: str, kwargs: Any, **_: Any) -> Iterator[Callable[..., None]]:
+    # A configuration that is given, rather than read, is there already.
+    if adapter_name in self.peft_config and self.peft_config[adapter_name].peft_type in _CONTAINERS:
+        refuse_pickle(model_id, kwargs.get("subfolder"))
+    yield lambda _: None
+
+
+@contextmanager
+def _by_transformers(
+    peft_model_id: str | None,
+    adapter_name: str | None,
+    peft_config: Any,
+    adapter_state_dict: Any,
+    adapter_kwargs: dict[str, Any] | None,
+    **_: Any,
+) -> Iterator[Callable[..., None]]:
+    folder = Path(peft_model_id or "", (adapter_kwargs or {}).get("subfolder") or "")
+    config = {} if peft_config is None else vars(peft_config)
+    if peft_config is None and (folder / CONFIG_NAME).is_file():
+        config = json.loads((folder / CONFIG_NAME).read_text())
+    container = _CONTAINERS.get(config.get("peft_type", ""))
+    if container is None:
+        yield lambda _: None
+        return
+    refuse_pickle(folder)
+    keys: Iterable[str] = adapter_state_dict or ()
+    if adapter_state_dict is None and (folder / SAFETENSORS_WEIGHTS_NAME).is_file():
+        with safe_open(folder / SAFETENSORS_WEIGHTS_NAME, "pt") as weights:
+            keys = [*weights.keys()]
+    parts = [rf"{container}\.", *(rf"{name}\.(?!{_INSIDE})" for name in config.get("modules_to_save") or ())]
+    own = re.compile(rf"(^|.*\.)({'|'.join(parts)})")
+    check_keys((), [key for key in keys if not own.match(key)])
+
+    def check(info: Any) -> None:
+        mine = f".{container}.{adapter_name or 'default'}."
+        check_keys([key for key in info.missing_keys if mine in key], info.unexpected_keys)
+
+    yield check
