@@ -68,7 +68,7 @@ def test_equals_literal_loop(options, impl):
 
 def test_basic_is_algorithm_one():
     layer = DSC.basic(6, **SIZES)
-    assert layer.gamma.shape == ()
+    assert layer.gamma.shape == (1,)
     assert isinstance(layer.router.norm, torch.nn.Identity)
     assert DSC(6, **SIZES).gamma.shape == (6,)
 

@@ -68,7 +68,7 @@ class MixtureOfLoRAs(RoutedLayer):
         if impl not in get_args(Implementation):
             raise ValueError(f"impl must be one of {get_args(Implementation)}, got {impl!r}")
         self.in_features, self.out_features = in_features, out_features
-        self.rank, self.scale, self.impl = rank, scale, impl
+        self.num_experts, self.rank, self.scale, self.impl = num_experts, rank, scale, impl
         self.regularizers = RegularizerWeights(aux=aux_weight, z=z_weight)
         self.router = SoftmaxRouter(
             in_features,
@@ -88,10 +88,9 @@ class MixtureOfLoRAs(RoutedLayer):
         nn.init.kaiming_uniform_(self.down, a=math.sqrt(5))
         nn.init.zeros_(self.up)
 
-    def forward_with_statistics(
-        self, x: Tensor, token_mask: Tensor | None = None, router_input: Tensor | None = None
+    def _forward(
+        self, x: Tensor, token_mask: Tensor | None, router_input: Tensor | None
     ) -> tuple[Tensor, RoutingStatistics | None]:
-        """See :class:`torchdsc.nn.RoutedLayer`."""
         flat = self._flatten(x, self.in_features, self.down.dtype)
         collect = self.training and self.regularizers.need_tokens
         routed = self._flatten_router_input(router_input, x, flat)

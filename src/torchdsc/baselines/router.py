@@ -52,7 +52,8 @@ class SoftmaxRouter(nn.Module):
             raise ValueError(f"top_k must be in [1, num_experts = {num_experts}], got {top_k}")
         if not jitter >= 0:
             raise ValueError(f"jitter must be >= 0, got {jitter}")
-        self.top_k, self.normalize_weights, self.jitter = top_k, normalize_weights, jitter
+        self.num_experts, self.top_k = num_experts, top_k
+        self.normalize_weights, self.jitter = normalize_weights, jitter
         self.linear = LinearRouter(in_features, num_experts, norm=norm, device=device, dtype=dtype)
 
     def forward(self, x: Tensor, token_mask: Tensor | None = None, collect: bool = False) -> ExpertChoice:

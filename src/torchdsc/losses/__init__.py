@@ -1,7 +1,9 @@
 """The regularisers, equations (9) to (13): one function each, and their collection from a model."""
 
+from torchdsc.ops import frame_potential
+
 from .collection import Regularization, frame_regularization, regularization, regularization_of
-from .terms import aux_loss, budget_loss, frame_loss, frame_potential, z_loss
+from .terms import aux_loss, budget_loss, frame_loss, z_loss
 
 __all__ = [
     "Regularization",

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from torchdsc.nn import BasisBank, RoutedLayer, RoutingStatistics
+from torchdsc.nn import RoutedLayer, RoutingStatistics
 
 from .terms import aux_loss, budget_loss, frame_loss, z_loss
 
@@ -173,10 +173,10 @@ def _add_frame(sums: _Sums, layers: Iterable[RoutedLayer], share: Tensor | float
     seen: set[int] = set()
     for layer in layers:
         bank, weights = getattr(layer, "bank", None), layer.regularizers
-        if not isinstance(bank, BasisBank) or weights.frame == 0 or id(bank) in seen:
+        if not isinstance(bank, nn.Module) or weights.frame == 0 or id(bank) in seen:
             continue
         seen.add(id(bank))
-        if torch.is_grad_enabled() and not (bank.u.requires_grad or bank.v.requires_grad):
+        if torch.is_grad_enabled() and not any(parameter.requires_grad for parameter in bank.parameters()):
             continue
         value = frame_loss(bank, weights.eps, normalized=weights.frame_normalized, samples=weights.frame_samples)
         sums.add("frame", value, weights.frame, share, layer.regularizer_factor())

@@ -125,7 +125,7 @@ def check_token_mask(token_mask: Tensor | None, x: Tensor) -> Tensor | None:
 class RoutedLayer(nn.Module):
     """A layer that routes tokens and has regularisers: what :func:`torchdsc.regularization` looks for in a model.
 
-    Subclasses set ``regularizers`` and ``router`` and implement :meth:`forward_with_statistics`.
+    Subclasses set ``regularizers`` and ``router`` and implement :meth:`_forward`.
     """
 
     regularizers: RegularizerWeights
@@ -135,7 +135,14 @@ class RoutedLayer(nn.Module):
         super().__init__()
         self.statistics_log = StatisticsLog()
 
-    def forward(self, x: Tensor, token_mask: Tensor | None = None, router_input: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        token_mask: Tensor | None = None,
+        router_input: Tensor | None = None,
+        *,
+        with_statistics: bool = False,
+    ) -> Tensor | tuple[Tensor, RoutingStatistics | None]:
         """Map tokens, and in training keep what :func:`torchdsc.regularization` collects.
 
         Args:
@@ -143,6 +150,7 @@ class RoutedLayer(nn.Module):
             token_mask: Optional, of shape (...): tokens that are False (padding) do not count in the regularisers.
             router_input: What the router sees in place of ``x``, of its shape: tokens mixed with those before them
                 (:class:`CausalContext`), say. The update is still composed of ``x``.
+            with_statistics: Return the statistics instead of keeping them, see :meth:`forward_with_statistics`.
 
         Returns:
             Tensor of shape (..., d_out) and the dtype of ``x``. A token whose top logits are not finite comes out NaN.
@@ -151,7 +159,9 @@ class RoutedLayer(nn.Module):
             ValueError: If ``x``, ``token_mask`` or ``router_input`` has another shape.
             TypeError: If the dtype of ``x`` or ``router_input`` is not that of the parameters.
         """
-        y, statistics = self.forward_with_statistics(x, token_mask, router_input)
+        y, statistics = self._forward(x, token_mask, router_input)
+        if with_statistics:
+            return y, statistics
         if statistics is not None:
             self.statistics_log.add(statistics)
         return y
@@ -164,6 +174,14 @@ class RoutedLayer(nn.Module):
         A model that checkpoints its blocks returns them through the checkpoint and hands them to
         :func:`torchdsc.losses.regularization_of`.
         """
+        # Through the call, so that hooks that bring parameters here (offloading, sharding) are run.
+        found: tuple[Tensor, RoutingStatistics | None] = self(x, token_mask, router_input, with_statistics=True)
+        return found
+
+    def _forward(
+        self, x: Tensor, token_mask: Tensor | None, router_input: Tensor | None
+    ) -> tuple[Tensor, RoutingStatistics | None]:
+        """What subclasses implement: :meth:`forward_with_statistics`, inside the module's call."""
         raise NotImplementedError
 
     def regularizer_factor(self) -> Tensor | None:
