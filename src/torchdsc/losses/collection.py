@@ -102,7 +102,9 @@ def regularization_of(
     """
     collected = list(collected)
     frame_layers = [layer for layer, _ in collected] if frame_layers is None else list(frame_layers)
-    sums = _Sums(next(frame_layers[0].parameters(), None) if frame_layers else None)
+    parameter = next(frame_layers[0].parameters(), None) if frame_layers else None
+    # An offloaded parameter is on another device than what was computed with it.
+    sums = _Sums(collected[0][1].num_tokens if collected else parameter)
     token_share: Tensor | float = 1.0 if num_tokens is None or not collected else 0.0
     for layer, entry in collected:
         _check_gradient(layer, entry)
