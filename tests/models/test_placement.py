@@ -35,9 +35,7 @@ LAYERS = {
 def make_model(name):
     kind, options = MODELS[name]
     sizes = {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
-    config = DSCGPTConfig(
-        **sizes, intermediate_size=8, dropout=0.0, feed_forward=kind, feed_forward_options=options
-    )
+    config = DSCGPTConfig(**sizes, intermediate_size=8, dropout=0.0, feed_forward=kind, feed_forward_options=options)
     return spread(DSCGPTForCausalLM(config))
 
 

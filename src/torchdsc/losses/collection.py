@@ -178,7 +178,9 @@ def _add_frame(sums: _Sums, layers: Iterable[RoutedLayer], share: Tensor | float
         if not isinstance(bank, nn.Module) or weights.frame == 0 or id(bank) in seen:
             continue
         seen.add(id(bank))
-        if torch.is_grad_enabled() and not any(parameter.requires_grad for parameter in bank.parameters()):
+        # Where FSDP1 has flattened them there are no parameters: that bank is not frozen.
+        wants_gradient = [parameter.requires_grad for parameter in bank.parameters()]
+        if torch.is_grad_enabled() and wants_gradient and not any(wants_gradient):
             continue
         value = frame_loss(bank, weights.eps, normalized=weights.frame_normalized, samples=weights.frame_samples)
         sums.add("frame", value, weights.frame, share, layer.regularizer_factor())

@@ -47,9 +47,10 @@ def check_not_flattened(name: str, parameter: Tensor, shape: tuple[int, ...]) ->
         RuntimeError: If the shape is another or the memory has been freed.
     """
     is_freed = type(parameter) is Tensor and not parameter.is_meta and parameter.untyped_storage().size() == 0
-    if parameter.shape != shape or (is_freed and parameter.numel() > 0):
+    is_freed = is_freed and parameter.numel() > 0
+    if parameter.shape != shape or is_freed:
         raise RuntimeError(
             f"{name} must be whole, of shape {shape}, where it is read outside the forward pass of its FSDP unit, got "
-            f"{tuple(parameter.shape)}: FullyShardedDataParallel keeps a part of a flattened parameter there. Use "
-            "torch.distributed.fsdp.fully_shard, or set frame_weight to 0 and start gamma at another value than 0"
+            f"{'memory that is freed' if is_freed else tuple(parameter.shape)}: FullyShardedDataParallel keeps a part "
+            "of a flattened parameter there. Use torch.distributed.fsdp.fully_shard, or one unit for the whole model"
         )
