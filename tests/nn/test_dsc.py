@@ -68,7 +68,7 @@ def test_equals_literal_loop(options, impl):
 
 def test_basic_is_algorithm_one():
     layer = DSC.basic(6, **SIZES)
-    assert layer.gamma.shape == ()
+    assert layer.gamma.shape == (1,)
     assert isinstance(layer.router.norm, torch.nn.Identity)
     assert DSC(6, **SIZES).gamma.shape == (6,)
 
@@ -223,6 +223,16 @@ def test_state_dict_and_deepcopy():
     buffer.seek(0)
     fresh.load_state_dict(torch.load(buffer, weights_only=True))
     assert torch.equal(fresh(x), layer(x))
+
+
+def test_a_state_with_a_scalar_gamma_loads():
+    model = torch.nn.Sequential(make_layer(channelwise_gamma=False))
+    state = {name: value.reshape(()) if name.endswith("gamma") else value for name, value in model.state_dict().items()}
+    fresh = torch.nn.Sequential(make_layer(channelwise_gamma=False))
+    fresh.load_state_dict(state)
+    assert state["0.gamma"].shape == ()
+    x = torch.randn(5, 6, dtype=torch.float64)
+    assert torch.equal(fresh(x), model(x))
 
 
 def test_meta_device_and_reset():

@@ -96,16 +96,16 @@ def test_bound_holds(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("statistics", [False, True])
-def test_hooks_see_scores_and_change_nothing(kind, statistics):
-    router, x = make_layer(kind).router, torch.randn(40, 8, dtype=torch.float64)
-    arguments = {"logit_clamp": 20.0, "statistics": statistics}
-    expected, seen = router.select(x, 4, **arguments), []
-    with router.register_forward_hook(lambda module, args, output: seen.append(output)):
-        actual = router.select(x, 4, **arguments)
-    assert len(seen) == 1
-    assert torch.equal(seen[0], router(x))
-    for a, e in zip(actual, expected, strict=True):
-        assert torch.equal(a, e)
+def test_hooks_see_the_selection_and_change_nothing(kind, statistics):
+    layer, x = make_layer(kind).train(statistics), torch.randn(40, 8, dtype=torch.float64)
+    expected, seen = layer(x), []
+    with layer.router.register_forward_hook(lambda module, args, output: seen.append(output)):
+        assert torch.equal(layer(x), expected)
+    (selection,) = seen
+    found = layer.route(x)
+    assert torch.equal(selection.indices, found.indices)
+    assert torch.equal(selection.logits, found.logits)
+    assert (selection.log_normalizer.numel() > 0) == statistics
 
 
 @pytest.mark.parametrize("kind", KINDS)

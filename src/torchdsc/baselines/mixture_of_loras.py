@@ -69,7 +69,7 @@ class MixtureOfLoRAs(RoutedLayer):
         check_at_least(1, in_features=in_features, out_features=out_features, rank=rank)
         check_positive(scale=scale)
         self.in_features, self.out_features = in_features, out_features
-        self.rank, self.scale, self.impl = rank, scale, impl
+        self.num_experts, self.rank, self.scale, self.impl = num_experts, rank, scale, impl
         self.regularizers = RegularizerWeights(aux=aux_weight, z=z_weight)
         self.router = SoftmaxRouter(
             in_features,
@@ -89,10 +89,9 @@ class MixtureOfLoRAs(RoutedLayer):
         nn.init.kaiming_uniform_(self.down, a=math.sqrt(5))
         nn.init.zeros_(self.up)
 
-    def forward_with_statistics(
-        self, x: Tensor, token_mask: Tensor | None = None, router_input: Tensor | None = None
+    def _forward(
+        self, x: Tensor, token_mask: Tensor | None, router_input: Tensor | None
     ) -> tuple[Tensor, RoutingStatistics | None]:
-        """See :class:`torchdsc.nn.RoutedLayer`."""
         flat = self._flatten(x, self.in_features, self.down.dtype)
         collect = self.training and self.regularizers.need_tokens
         mask = check_token_mask(token_mask, x)

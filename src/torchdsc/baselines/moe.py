@@ -72,7 +72,7 @@ class StandardMoE(RoutedLayer):
         check_types(StandardMoE.__init__, locals())
         check_at_least(1, in_features=in_features, hidden_features=hidden_features)
         check_at_least(0, shared_experts=shared_experts)
-        self.in_features, self.impl = in_features, impl
+        self.in_features, self.num_experts, self.impl = in_features, num_experts, impl
         self.regularizers = RegularizerWeights(aux=aux_weight, z=z_weight)
         self.router = SoftmaxRouter(
             in_features,
@@ -89,16 +89,16 @@ class StandardMoE(RoutedLayer):
         shared = shared_experts * hidden_features
         self.shared = DenseFFN(in_features, shared, device=device, dtype=dtype) if shared else None
 
-    def forward_with_statistics(
-        self, x: Tensor, token_mask: Tensor | None = None, router_input: Tensor | None = None
+    def _forward(
+        self, x: Tensor, token_mask: Tensor | None, router_input: Tensor | None
     ) -> tuple[Tensor, RoutingStatistics | None]:
-        """See :class:`torchdsc.nn.RoutedLayer`."""
-        flat = self._flatten(x, self.in_features, self.experts.up_proj.dtype)
+        # The experts refuse another dtype than theirs.
+        flat = self._flatten(x, self.in_features, x.dtype)
         collect = self.training and self.regularizers.need_tokens
         mask = check_token_mask(token_mask, x)
         flat, routed, with_lost = self._shut_out(flat, self._flatten_router_input(router_input, x, flat), mask)
         choice = self.router(routed, mask, collect)
-        y = self.experts(flat, choice.indices, choice.weights.to(flat.dtype), self._kernel(flat, choice.indices))
+        y = self.experts(flat, choice.indices, choice.weights, self._kernel(flat, choice.indices))
         if self.shared is not None:
             y = y + self.shared(flat)
         y = with_lost(y)
@@ -155,7 +155,17 @@ class Experts(_KernelInterface, nn.Module):
             nn.init.uniform_(weight, -(weight.shape[-1] ** -0.5), weight.shape[-1] ** -0.5)
 
     def forward(self, x: Tensor, indices: Tensor, weights: Tensor, kernel: str) -> Tensor:
-        """Tokens (T, d), their experts (T, k) and weights (T, k) to outputs (T, d)."""
+        """Tokens (T, d), their experts (T, k) and weights (T, k) to outputs (T, d).
+
+        Raises:
+            TypeError: If the dtype of ``x`` is not that of the parameters, and autocast is off.
+        """
+        dtype = self.up_proj.dtype
+        if x.dtype != dtype:
+            if not torch.is_autocast_enabled(x.device.type) or not x.is_floating_point():
+                raise TypeError(f"x must have the dtype of the parameters, {dtype}, got {x.dtype}")
+            x = x.to(dtype)
+        weights = weights.to(dtype)
         if x.shape[0] == 0 or kernel == "eager":
             return self._eager(x, indices, weights)
         run = _transformers_kernel(kernel)

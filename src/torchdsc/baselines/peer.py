@@ -71,7 +71,8 @@ class PEER(RoutedLayer):
         if heads < 1 or top_k < heads or top_k % heads:
             raise ValueError(f"top_k must be a multiple of heads = {heads}, got {top_k}")
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.in_features, self.out_features, self.top_k, self.impl = in_features, out_features, top_k, impl
+        self.in_features, self.out_features, self.impl = in_features, out_features, impl
+        self.num_experts, self.top_k, self.heads = num_experts, top_k, heads
         self.regularizers = RegularizerWeights(aux=aux_weight, z=z_weight)
         if math.isqrt(max(num_experts, 0)) ** 2 != num_experts:
             raise ValueError(f"num_experts must be a square, for product keys, got {num_experts}")
@@ -90,24 +91,21 @@ class PEER(RoutedLayer):
         nn.init.normal_(self.down, std=self.in_features**-0.5)
         nn.init.normal_(self.up, std=self.out_features**-0.5)
 
-    def forward_with_statistics(
-        self, x: Tensor, token_mask: Tensor | None = None, router_input: Tensor | None = None
+    def _forward(
+        self, x: Tensor, token_mask: Tensor | None, router_input: Tensor | None
     ) -> tuple[Tensor, RoutingStatistics | None]:
-        """See :class:`torchdsc.nn.RoutedLayer`."""
-        if self.training and torch.is_grad_enabled() and self.top_k == self.router.heads:
+        if self.training and torch.is_grad_enabled() and self.top_k == self.heads:
             raise ValueError(
-                f"top_k must be at least 2 a head to train, got {self.top_k} for heads = {self.router.heads}: the "
-                "weight of one would always be 1, and the router get no gradient from the task"
+                f"top_k must be at least 2 a head to train, got {self.top_k} for heads = {self.heads}: the weight of "
+                "one would always be 1, and the router get no gradient from the task"
             )
         flat = self._flatten(x, self.in_features, self.down.dtype)
         mask = check_token_mask(token_mask, x)
         collect = self.training and self.regularizers.need_tokens
         flat, routed, with_lost = self._shut_out(flat, self._flatten_router_input(router_input, x, flat), mask)
-        found = self.router.select(
-            routed, self.top_k, logit_clamp=self.logit_clamp, token_mask=mask, statistics=collect
-        )
+        found = self.router(routed, self.top_k, logit_clamp=self.logit_clamp, token_mask=mask, statistics=collect)
         indices = found.indices
-        weights = found.logits.view(flat.shape[0], self.router.heads, -1).softmax(dim=-1).view_as(found.logits)
+        weights = found.logits.view(flat.shape[0], self.heads, -1).softmax(dim=-1).view_as(found.logits)
         latent = (flat @ self.down.t()).gather(1, indices).to(weights.dtype)
         # gelu(a) is a times the normal distribution's function at a; compose brings the other a.
         coefficients = weights * 0.5 * torch.erfc(-latent / math.sqrt(2))

@@ -56,7 +56,7 @@ class SoftmaxRouter(nn.Module):
         if not 1 <= top_k <= num_experts:
             raise ValueError(f"top_k must be in [1, num_experts = {num_experts}], got {top_k}")
         check_not_negative(jitter=jitter)
-        self.top_k, self.jitter = top_k, jitter
+        self.num_experts, self.top_k, self.jitter = num_experts, top_k, jitter
         self.normalize_weights = top_k > 1 if normalize_weights is None else normalize_weights
         self.linear = LinearRouter(in_features, num_experts, norm=norm, device=device, dtype=dtype)
 

@@ -2,12 +2,12 @@
 
 from dataclasses import asdict, dataclass
 from types import TracebackType
-from typing import Any, Self, cast
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
-from torchdsc.nn import DSC, LinearRouter, RoutedLayer, Router
+from torchdsc.nn import DSC, RoutedLayer
 from torchdsc.ops import gate
 
 # Points of a load curve that a record keeps.
@@ -81,20 +81,17 @@ class _Counter:
 
     @torch.no_grad()
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if isinstance(module, Router):
-            # Its output are scores.
-            settings: Any = self.layer.options if isinstance(self.layer, DSC) else self.layer
-            found = module.select_from(output.detach(), settings.top_k, logit_clamp=settings.logit_clamp)
-            indices, num_atoms = found.indices, module.num_atoms
-            if isinstance(self.layer, DSC):
-                strength = gate(found.logits, logit_clamp=settings.logit_clamp, eps=settings.eps).strength
-                self.strength_sum += float(strength.sum())
-                self.gate_sum += float(strength.tanh().sum())
+        layer: Any = self.layer
+        if isinstance(layer, DSC):
+            num_atoms, options = layer.options.num_atoms, layer.options
+            strength = gate(output.logits, logit_clamp=options.logit_clamp, eps=options.eps).strength
+            self.strength_sum += float(strength.sum())
+            self.gate_sum += float(strength.tanh().sum())
         else:
-            indices, num_atoms = output.indices, cast(LinearRouter, module.linear).num_atoms
-        counts = torch.bincount(indices.reshape(-1), minlength=num_atoms).cpu()
+            num_atoms = layer.num_experts
+        counts = torch.bincount(output.indices.reshape(-1), minlength=num_atoms).cpu()
         self.counts = counts if self.counts is None else self.counts + counts
-        self.tokens += indices.shape[0]
+        self.tokens += output.indices.shape[0]
 
     def result(self) -> LayerRouting:
         assert self.counts is not None

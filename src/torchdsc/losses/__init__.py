@@ -1,8 +1,10 @@
 """The regularisers, equations (9) to (13): one function each, and their collection from a model."""
 
+from torchdsc.ops import frame_potential
+
 from .collection import Regularization, frame_regularization, regularization, regularization_of
 from .host import add_regularization, last_regularization, leave_regularization
-from .terms import aux_loss, budget_loss, frame_loss, frame_potential, z_loss
+from .terms import aux_loss, budget_loss, frame_loss, z_loss
 from .trainer import RegularizedLoss
 
 __all__ = [

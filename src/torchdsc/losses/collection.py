@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from torchdsc.arguments import check_not_negative, check_positive, check_types
-from torchdsc.nn import BasisBank, RoutedLayer, RoutingStatistics
+from torchdsc.nn import RoutedLayer, RoutingStatistics
 from torchdsc.nn.statistics_log import WITHOUT_GRADIENT
 
 from .terms import aux_loss, budget_loss, frame_loss, z_loss
@@ -122,7 +122,9 @@ def regularization_of(
     """
     collected = list(collected)
     frame_layers = [layer for layer, _ in collected] if frame_layers is None else list(frame_layers)
-    sums = _Sums(next(frame_layers[0].parameters(), None) if frame_layers else None)
+    parameter = next(frame_layers[0].parameters(), None) if frame_layers else None
+    # An offloaded parameter is on another device than what was computed with it.
+    sums = _Sums(collected[0][1].num_tokens if collected else parameter)
     token_share: Tensor | float = 1.0 if num_tokens is None or not collected else 0.0
     for layer, entry in collected:
         _check_gradient(layer, entry)
@@ -198,10 +200,12 @@ def _add_frame(sums: _Sums, layers: Iterable[RoutedLayer], share: Tensor | float
     seen: set[int] = set()
     for layer in layers:
         bank, weights = getattr(layer, "bank", None), layer.regularizers
-        if not isinstance(bank, BasisBank) or weights.frame == 0 or id(bank) in seen:
+        if not isinstance(bank, nn.Module) or weights.frame == 0 or id(bank) in seen:
             continue
         seen.add(id(bank))
-        if torch.is_grad_enabled() and not (bank.u.requires_grad or bank.v.requires_grad):
+        # Where FSDP1 has flattened them there are no parameters: that bank is not frozen.
+        wants_gradient = [parameter.requires_grad for parameter in bank.parameters()]
+        if torch.is_grad_enabled() and wants_gradient and not any(wants_gradient):
             continue
         value = frame_loss(bank, weights.eps, normalized=weights.frame_normalized, samples=weights.frame_samples)
         sums.add("frame", value, weights.frame, share, layer.regularizer_factor())

@@ -6,10 +6,12 @@ except ImportError as error:
     raise ImportError("torchdsc.models needs transformers >= 5.17: pip install 'torchdsc[models]'") from error
 
 from .configuration import DSCGPTConfig
+from .conversion import register_conversion
 from .modeling import DSCGPTForCausalLM, DSCGPTModel, DSCGPTPreTrainedModel
 
 AutoConfig.register(DSCGPTConfig.model_type, DSCGPTConfig, exist_ok=True)
 AutoModel.register(DSCGPTConfig, DSCGPTModel, exist_ok=True)
 AutoModelForCausalLM.register(DSCGPTConfig, DSCGPTForCausalLM, exist_ok=True)
+register_conversion()
 
 __all__ = ["DSCGPTConfig", "DSCGPTForCausalLM", "DSCGPTModel", "DSCGPTPreTrainedModel"]

@@ -1,12 +1,24 @@
 """The bank of atoms, equation (3)."""
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from torchdsc.arguments import check_at_least, check_positive, check_types
+from torchdsc.ops import compose, frame_potential, latents
+from torchdsc.ops.compose.api import Implementation
+
+from .sharding import check_not_flattened, whole
+
+
+class FrameEstimate(NamedTuple):
+    """How a bank takes L_frame; see :func:`torchdsc.losses.frame_loss`."""
+
+    normalized: bool = False
+    samples: int | None = None
 
 
 class BasisBank(nn.Module):
@@ -63,27 +75,88 @@ class BasisBank(nn.Module):
             rows, columns = atoms.shape
             atoms.copy_(precise * (self.init_norm * math.sqrt(rows / min(rows, columns))))
 
-    def rows(self, indices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """What to compose: atoms of both sides, and where in them ``indices`` point.
+    def forward(
+        self,
+        x: Tensor | None,
+        indices: Tensor | None = None,
+        coefficients: Tensor | None = None,
+        *,
+        eps: float = 1e-6,
+        impl: Implementation = "auto",
+        frame: FrameEstimate | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """All that is done with the rows: composition, equation (14), and what inspects or regularises them.
+
+        Whoever needs the rows calls the bank instead of reading ``u`` and ``v``, which are whole only inside this call
+        where parameters are offloaded, sharded or parametrized.
+
+        Args:
+            x: Tokens of shape (T, d_in); None for what needs no tokens.
+            indices: Selected atoms of shape (T, K), int64; without ``x`` of any shape (...), all M by default.
+            coefficients: Their coefficients z of shape (T, K).
+            eps: Lower bound of an atom's norm.
+            impl: Implementation of the composition.
+            frame: What L_frame is taken of.
+
+        Returns:
+            By the arguments that are given:
+
+            * ``x``, ``indices`` and ``coefficients``: the composed outputs, of shape (T, d_out);
+            * ``x`` and ``indices``: the latent values ``x . u_k`` of raw atoms, of shape (T, K), without gradients;
+            * ``frame``: L_frame, equation (11), a scalar;
+            * otherwise the unit atoms of equation (3), of shape (..., d_in) and (..., d_out).
+
+        Raises:
+            ValueError: If shapes do not fit.
+            TypeError: If the dtype of ``x`` is not that of the bank.
+            RuntimeError: If the rows are a part of a flattened parameter of FSDP1.
+        """
+        own_u = self.u
+        u, v = whole(own_u), whole(self.v)
+        if frame is not None or u.dim() != 2:
+            check_not_flattened("bank.u", u, (self.num_atoms, self.in_features))
+            check_not_flattened("bank.v", v, (self.num_atoms, self.out_features))
+        if frame is not None:
+            return self._frame_loss(u, v, frame, eps)
+        if x is None:
+            if indices is not None:
+                u, v = u[indices], v[indices]
+            return functional.normalize(u, dim=-1, eps=eps), functional.normalize(v, dim=-1, eps=eps)
+        assert indices is not None
+        if u is not own_u:
+            # A unit's policy of mixed precision does not reach the parameters of another's.
+            u, v = u.to(x.dtype), v.to(x.dtype)
+        if coefficients is None:
+            return latents(x, u, indices)
+        u, v, indices = self._in_use(u, v, indices)
+        return compose(x, u, v, indices, coefficients, eps=eps, impl=impl)
+
+    def _frame_loss(self, u: Tensor, v: Tensor, frame: FrameEstimate, eps: float) -> Tensor:
+        pairs, scale, samples = self.num_atoms * (self.num_atoms - 1), 1.0, frame.samples
+        if samples is not None and (samples < self.num_atoms or self.sparse_gradients):
+            samples = min(samples, self.num_atoms)
+            drawn = torch.randperm(self.num_atoms, device=u.device)[:samples]
+            sampled = self._in_use(u, v, drawn)[:2]
+            u, v = (u[drawn], v[drawn]) if sampled[0] is u else sampled
+            scale = pairs / max(1, samples * (samples - 1))
+        total = (frame_potential(u, eps) + frame_potential(v, eps)) * scale
+        return total / max(1, pairs) if frame.normalized else total
+
+    def _in_use(self, u: Tensor, v: Tensor, indices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Atoms of both sides to compose, and where in them ``indices``, int64 of any shape, point.
 
         They are the bank itself, or with sparse gradients, in training, copies of the rows in use (at most as many as
         there are indices), through which gradients are sparse.
-
-        Args:
-            indices: Atoms, int64 of any shape.
-
-        Returns:
-            Rows of shape (n, d_in) and (n, d_out), and int64 of the shape of ``indices``.
         """
-        if not self.sparse_gradients or not torch.is_grad_enabled() or not self.u.requires_grad:
-            return self.u, self.v, indices
+        if not self.sparse_gradients or not torch.is_grad_enabled() or not u.requires_grad:
+            return u, v, indices
         used, places = torch.unique(indices, return_inverse=True)
-        u, v = (functional.embedding(used, atoms, sparse=True) for atoms in (self.u, self.v))
-        return u, v, places
+        return functional.embedding(used, u, sparse=True), functional.embedding(used, v, sparse=True), places
 
     def unit(self, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
         """The atoms of equation (3): two tensors of shape (M, d_in) and (M, d_out), with rows of norm <= 1."""
-        return functional.normalize(self.u, dim=1, eps=eps), functional.normalize(self.v, dim=1, eps=eps)
+        u, v = self(None, eps=eps)
+        return u, v
 
     def extra_repr(self) -> str:
         """Sizes, for ``print(model)``."""

@@ -6,11 +6,12 @@ import torch
 from torch import Tensor, nn
 
 from torchdsc.arguments import check_at_least, check_types
-from torchdsc.ops import compose, gate, latents
+from torchdsc.ops import Selection, gate
 
 from .bank import BasisBank
 from .options import DSCOptions
 from .routers import Router, build_router
+from .sharding import check_not_flattened, whole
 from .statistics import RoutedLayer, RoutingStatistics, check_token_mask, sum_statistics
 
 
@@ -48,7 +49,8 @@ class DSC(RoutedLayer):
     Attributes:
         bank: The atoms, a :class:`BasisBank`; raw rows ``bank.u`` (M, d_in) and ``bank.v`` (M, d_out).
         router: Tokens to scores; the linear router's ``router.weight`` is (M, d_in).
-        gamma: Learned output scale of shape (d_out,), or () for Algorithm 1.
+        gamma: Learned output scale of shape (d_out,), or (1,) for Algorithm 1. A state of shape (), as it was saved
+            before, loads as well.
 
     Raises:
         TypeError: If an argument has another type, or an option is unknown or missing.
@@ -99,7 +101,8 @@ class DSC(RoutedLayer):
             )
         self.bank = bank
         self.router = build_router(in_features, self.options, device, dtype)
-        shape = (self.out_features,) if self.options.channelwise_gamma else ()
+        # Not a scalar, which FSDP takes for no parameter.
+        shape = (self.out_features if self.options.channelwise_gamma else 1,)
         self.gamma = nn.Parameter(torch.full(shape, self.options.gamma_init, device=device, dtype=dtype))
 
     @classmethod
@@ -110,7 +113,8 @@ class DSC(RoutedLayer):
     @property
     def output_scale(self) -> Tensor:
         """``scale gamma``, of the shape of gamma."""
-        return self.gamma if self.options.scale == 1.0 else self.gamma * self.options.scale
+        gamma = whole(self.gamma)
+        return gamma if self.options.scale == 1.0 else gamma * self.options.scale
 
     def regularizer_factor(self) -> Tensor | None:
         """See :class:`RoutedLayer`: 0 as long as a gamma that starts at zero has not moved.
@@ -118,7 +122,11 @@ class DSC(RoutedLayer):
         The task gives bank and router no gradient then. Adam, which divides by a gradient's size, would follow the
         regularisers alone, at its full rate.
         """
-        return None if self.options.gamma_init != 0 else (self.gamma.detach() != 0).any()
+        if self.options.gamma_init != 0:
+            return None
+        gamma = whole(self.gamma.detach())
+        check_not_flattened("gamma", gamma, (self.out_features if self.options.channelwise_gamma else 1,))
+        return (gamma != 0).any()
 
     def reset_parameters(self) -> None:
         """Initialise the bank (shared or not), the router and gamma again."""
@@ -126,10 +134,9 @@ class DSC(RoutedLayer):
         self.router.reset_parameters()
         nn.init.constant_(self.gamma, self.options.gamma_init)
 
-    def forward_with_statistics(
-        self, x: Tensor, token_mask: Tensor | None = None, router_input: Tensor | None = None
+    def _forward(
+        self, x: Tensor, token_mask: Tensor | None, router_input: Tensor | None
     ) -> tuple[Tensor, RoutingStatistics | None]:
-        """See :class:`RoutedLayer`."""
         options = self.options
         if self.training and torch.is_grad_enabled() and options.gate == "none" and options.top_k == 1:
             raise ValueError(
@@ -139,18 +146,9 @@ class DSC(RoutedLayer):
         flat, mask = self._tokens(x), check_token_mask(token_mask, x)
         collect = self.training and self.regularizers.need_tokens
         flat, routed, with_lost = self._shut_out(flat, self._flatten_router_input(router_input, x, flat), mask)
-        selection = self.router.select(
-            routed,
-            options.top_k,
-            logit_clamp=options.logit_clamp,
-            token_mask=mask,
-            statistics=collect and self.regularizers.need_logits,
-            raw_normalizer=options.z_loss_on_raw_logits and self.regularizers.z > 0,
-        )
-        coefficients, strength = self._gate(selection.logits)
-        coefficients = self._rectified(coefficients, flat, selection.indices)
-        u, v, indices = self.bank.rows(selection.indices)
-        y = compose(flat, u, v, indices, coefficients, eps=options.eps, impl=options.impl)
+        selection = self._select(routed, mask, collect and self.regularizers.need_logits)
+        coefficients, strength = self._gate(flat, selection)
+        y = self.bank(flat, selection.indices, coefficients, eps=options.eps, impl=options.impl)
         # In inference in place: what compose returns is new.
         inference = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
         scale = self.output_scale
@@ -165,16 +163,14 @@ class DSC(RoutedLayer):
 
     def route(self, x: Tensor, router_input: Tensor | None = None) -> Routing:
         """What is selected for tokens x of shape (..., d_in), and with which coefficients; see :meth:`forward`."""
-        flat, options = self._tokens(x), self.options
-        routed = self._flatten_router_input(router_input, x, flat)
-        top_logits, indices = self.router.select(routed, options.top_k, logit_clamp=options.logit_clamp)[:2]
-        coefficients, strength = self._gate(top_logits)
-        coefficients = self._rectified(coefficients, flat, indices)
-        shape = (*x.shape[:-1], options.top_k)
+        flat = self._tokens(x)
+        selection = self._select(self._flatten_router_input(router_input, x, flat))
+        coefficients, strength = self._gate(flat, selection)
+        shape = (*x.shape[:-1], self.options.top_k)
         return Routing(
-            indices.reshape(shape),
+            selection.indices.reshape(shape),
             coefficients.reshape(shape),
-            top_logits.reshape(shape),
+            selection.logits.reshape(shape),
             strength.reshape(x.shape[:-1]),
         )
 
@@ -194,23 +190,42 @@ class DSC(RoutedLayer):
     def factors(self, x: Tensor, router_input: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The rank-K factors of dW: rows u_k, (..., K, d_in), and ``z_k v_k scale gamma``, (..., K, d_out)."""
         routing = self.route(x, router_input)
-        u, v = self.bank.unit(self.options.eps)
+        u, v = self.bank(None, routing.indices, eps=self.options.eps)
         dtype = routing.coefficients.dtype
-        right = routing.coefficients.unsqueeze(-1) * v[routing.indices].to(dtype) * self.output_scale.to(dtype)
-        return u[routing.indices].to(dtype), right
+        right = routing.coefficients.unsqueeze(-1) * v.to(dtype) * self.output_scale.to(dtype)
+        return u.to(dtype), right
 
     def _tokens(self, x: Tensor) -> Tensor:
-        return self._flatten(x, self.in_features, self.bank.u.dtype)
+        return self._flatten(x, self.in_features, self.gamma.dtype)
 
-    def _rectified(self, coefficients: Tensor, x: Tensor, indices: Tensor) -> Tensor:
-        """Coefficients of zero where a latent value is negative: relu(a) is a where a > 0."""
-        if self.options.activation == "none":
-            return coefficients
-        return coefficients * (latents(x, self.bank.u, indices) > 0)
+    def _select(self, routed: Tensor, token_mask: Tensor | None = None, statistics: bool = False) -> Selection:
+        """The selection by what the router sees, of shape (T, d_in)."""
+        selection: Selection = self.router(
+            routed,
+            self.options.top_k,
+            logit_clamp=self.options.logit_clamp,
+            token_mask=token_mask,
+            statistics=statistics,
+            raw_normalizer=self.options.z_loss_on_raw_logits and self.regularizers.z > 0,
+        )
+        return selection
 
-    def _gate(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+    def _gate(self, flat: Tensor, selection: Selection) -> tuple[Tensor, Tensor]:
+        """Coefficients, of zero where the activation rectifies a latent value, and the signal strength."""
         options = self.options
-        return gate(logits, logit_clamp=options.logit_clamp, eps=options.eps, kind=options.gate)
+        coefficients, strength = gate(
+            selection.logits, logit_clamp=options.logit_clamp, eps=options.eps, kind=options.gate
+        )
+        if options.activation == "relu":
+            # relu(a) is a where a > 0.
+            coefficients = coefficients * (self.bank(flat, selection.indices) > 0)
+        return coefficients, strength
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
+        gamma = state_dict.get(f"{prefix}gamma")
+        if isinstance(gamma, Tensor) and gamma.dim() == 0:
+            state_dict[f"{prefix}gamma"] = gamma.reshape(1)
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
 
     def extra_repr(self) -> str:
         """Sizes and kinds, for ``print(model)``."""

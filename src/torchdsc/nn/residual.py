@@ -26,16 +26,26 @@ class DSCResidual(nn.Module):
         *args: Any,
         token_mask: Tensor | None = None,
         router_input: Tensor | None = None,
+        with_statistics: bool = False,
         **kwargs: Any,
-    ) -> Tensor:
-        """Tokens of shape (..., d_in) to (..., d_out); other arguments go to the base."""
+    ) -> Tensor | tuple[Tensor, RoutingStatistics | None]:
+        """Tokens of shape (..., d_in) to (..., d_out); other arguments go to the base.
+
+        ``with_statistics`` returns the statistics too, see :meth:`forward_with_statistics`.
+        """
         y: Tensor = self.base(x, *args, **kwargs)
-        update: Tensor = self.dsc(x, token_mask, router_input)
+        update: Tensor
+        if with_statistics:
+            update, statistics = self.dsc(x, token_mask, router_input, with_statistics=True)
+            return y + update, statistics
+        update = self.dsc(x, token_mask, router_input)
         return y + update
 
     def forward_with_statistics(
         self, x: Tensor, token_mask: Tensor | None = None, router_input: Tensor | None = None
     ) -> tuple[Tensor, RoutingStatistics | None]:
         """``forward`` without side effects, see :meth:`DSC.forward_with_statistics`."""
-        update, statistics = self.dsc.forward_with_statistics(x, token_mask, router_input)
-        return self.base(x) + update, statistics
+        found: tuple[Tensor, RoutingStatistics | None] = self(
+            x, token_mask=token_mask, router_input=router_input, with_statistics=True
+        )
+        return found

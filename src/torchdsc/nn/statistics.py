@@ -84,7 +84,7 @@ def check_token_mask(token_mask: Tensor | None, x: Tensor) -> Tensor | None:
 class RoutedLayer(nn.Module):
     """A layer that routes tokens and has regularisers: what :func:`torchdsc.regularization` looks for in a model.
 
-    Subclasses set ``regularizers`` and ``router`` and implement :meth:`forward_with_statistics`.
+    Subclasses set ``regularizers`` and ``router`` and implement :meth:`_forward`.
     """
 
     regularizers: RegularizerWeights
@@ -94,7 +94,14 @@ class RoutedLayer(nn.Module):
         super().__init__()
         self.statistics_log = StatisticsLog()
 
-    def forward(self, x: Tensor, token_mask: Tensor | None = None, router_input: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        token_mask: Tensor | None = None,
+        router_input: Tensor | None = None,
+        *,
+        with_statistics: bool = False,
+    ) -> Tensor | tuple[Tensor, RoutingStatistics | None]:
         """Map tokens, and in training leave what :func:`torchdsc.regularization` collects.
 
         Args:
@@ -104,6 +111,7 @@ class RoutedLayer(nn.Module):
                 the layer's gradients either.
             router_input: What the router sees in place of ``x``, of its shape: tokens mixed with those before them
                 (:class:`CausalContext`), say. The update is still composed of ``x``.
+            with_statistics: Return the statistics instead of keeping them, see :meth:`forward_with_statistics`.
 
         Returns:
             Tensor of shape (..., d_out) and the dtype of ``x``. A token whose top logits are not finite comes out NaN.
@@ -113,7 +121,9 @@ class RoutedLayer(nn.Module):
             TypeError: If the dtype of ``x`` or ``router_input`` is not that of the parameters.
             RuntimeError: In the backward pass, if the regularisers have not been collected by then.
         """
-        y, statistics = self.forward_with_statistics(x, token_mask, router_input)
+        y, statistics = self._forward(x, token_mask, router_input)
+        if with_statistics:
+            return y, statistics
         self.leave_statistics(statistics, y)
         return y
 
@@ -125,6 +135,14 @@ class RoutedLayer(nn.Module):
         A model that checkpoints its blocks returns them through the checkpoint and hands them to
         :func:`torchdsc.losses.regularization_of`, or to :meth:`leave_statistics`.
         """
+        # Through the call, so that hooks that bring parameters here (offloading, sharding) are run.
+        found: tuple[Tensor, RoutingStatistics | None] = self(x, token_mask, router_input, with_statistics=True)
+        return found
+
+    def _forward(
+        self, x: Tensor, token_mask: Tensor | None, router_input: Tensor | None
+    ) -> tuple[Tensor, RoutingStatistics | None]:
+        """What subclasses implement: :meth:`forward_with_statistics`, inside the module's call."""
         raise NotImplementedError
 
     def leave_statistics(self, statistics: RoutingStatistics | None, output: Tensor) -> None:

@@ -1,6 +1,7 @@
 """The mathematics as functions: scoring and selecting atoms, gating, composing, mixing. Imports torch only."""
 
 from .compose import compose
+from .frame import frame_potential
 from .gate import gate
 from .latents import latents
 from .mix import causal_mix
@@ -8,4 +9,14 @@ from .product_key import select_product_key
 from .route import route
 from .select import Selection, select
 
-__all__ = ["Selection", "causal_mix", "compose", "gate", "latents", "route", "select", "select_product_key"]
+__all__ = [
+    "Selection",
+    "causal_mix",
+    "compose",
+    "frame_potential",
+    "gate",
+    "latents",
+    "route",
+    "select",
+    "select_product_key",
+]

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, library
 
 from .compose.gather import sampled_product
+from .devices import several_devices
 
 
 def latents(x: Tensor, u: Tensor, indices: Tensor) -> Tensor:
@@ -16,7 +17,12 @@ def latents(x: Tensor, u: Tensor, indices: Tensor) -> Tensor:
 
     Returns:
         Tensor of shape (T, K), float32 (float64 for float64 input).
+
+    Raises:
+        ValueError: If the tensors are on several devices.
     """
+    if not (x.device == u.device == indices.device):
+        raise several_devices(x=x, u=u, indices=indices)
     found: Tensor = _latents_op(x.detach(), u.detach(), indices)
     return found
 

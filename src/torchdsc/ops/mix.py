@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, library
 
+from .devices import several_devices
 from .native import MOST_MIXED, address, module_for
 
 __all__ = ["causal_mix"]
@@ -25,7 +26,17 @@ def causal_mix(
 
     Returns:
         Tensor of shape (..., length, d).
+
+    Raises:
+        ValueError: If the tensors are on several devices.
     """
+    device = x.device
+    if not (
+        weight.device == device
+        and (positions is None or positions.device == device)
+        and (onto is None or onto.device == device)
+    ):
+        raise several_devices(x=x, weight=weight, positions=positions, onto=onto)
     if positions is None and length == x.shape[-2] and _can_be_compiled(x, weight, onto):
         mixed: Tensor = _mix_op(x, weight, onto) if torch.is_grad_enabled() else _mix(x, weight, onto)
         return mixed

@@ -39,6 +39,8 @@ def module_for(*tensors: Tensor | None) -> ModuleType | None:
 
 def rows_of(matrix: Tensor) -> tuple[Tensor, int]:
     """What :func:`module_for` is to check of a matrix with contiguous rows, and the elements from one to the next."""
+    if matrix.is_contiguous():
+        return matrix, matrix.shape[-1]
     stride = matrix.stride(0) if matrix.dim() == 2 and matrix.shape[0] > 1 else matrix.shape[-1]
     contiguous = matrix.dim() == 2 and matrix.stride(1) == 1
     return (matrix[0] if contiguous and matrix.shape[0] else matrix), stride

@@ -7,6 +7,7 @@ sums is exact from the top-K of each half, logsumexp is the sum of the halves', 
 import torch
 from torch import Tensor
 
+from .devices import several_devices
 from .native import MOST_SELECTED, address, module_for
 from .select import Selection
 
@@ -39,12 +40,14 @@ def select_product_key(
         over heads. An atom that two heads select occurs twice.
 
     Raises:
-        ValueError: If the shapes differ, or ``top_k`` does not fit heads and atoms.
+        ValueError: If shapes or devices differ, or ``top_k`` does not fit heads and atoms.
     """
     if left.dim() != 3 or left.shape != right.shape:
         raise ValueError(
             f"left and right must have one shape (T, heads, side), got {tuple(left.shape)} and {tuple(right.shape)}"
         )
+    if left.device != right.device or (token_mask is not None and token_mask.device != left.device):
+        raise several_devices(left=left, right=right, token_mask=token_mask)
     tokens, heads, side = left.shape
     if top_k < heads or top_k % heads or top_k > heads * side * side:
         raise ValueError(f"top_k must be a multiple of heads = {heads}, at most {heads} x {side}^2 atoms, got {top_k}")
@@ -53,7 +56,8 @@ def select_product_key(
     values, indices = top_sums(left, right, top_k // heads, half)
     flat = values.reshape(tokens, top_k), indices.reshape(tokens, top_k)
     if not statistics:
-        return Selection(*flat, left.new_empty(0), left.new_empty(0))
+        empty = left.new_empty(0)
+        return Selection(*flat, empty, empty)
     left, right = left.clamp(-half, half), right.clamp(-half, half)
     log_left, log_right = left.logsumexp(-1, keepdim=True), right.logsumexp(-1, keepdim=True)
     share_left, share_right = (left - log_left).exp(), (right - log_right).exp()

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, library
 
+from .devices import several_devices
 from .native import MOST_SELECTED, address, module_for, rows_of
 
 # Logits per chunk: what a pass reads twice should still be in cache the second time.
@@ -48,16 +49,19 @@ def select(
         The selection; differentiable in ``logits`` through all but ``indices``.
 
     Raises:
-        ValueError: If ``top_k`` is outside [1, M], or ``token_mask`` has another shape than (T,).
+        ValueError: If ``top_k`` is outside [1, M], or ``token_mask`` has another shape than (T,) or another device.
     """
     if not 1 <= top_k <= logits.shape[-1]:
         raise ValueError(f"top_k must be in [1, num_atoms = {logits.shape[-1]}], got {top_k}")
     if token_mask is not None and token_mask.shape != logits.shape[:1]:
         raise ValueError(f"token_mask must have shape {tuple(logits.shape[:1])}, got {tuple(token_mask.shape)}")
+    if token_mask is not None and token_mask.device != logits.device:
+        raise several_devices(logits=logits, token_mask=token_mask)
     if not statistics:
         differentiable = torch.is_grad_enabled() or torch.compiler.is_compiling()
         values, indices = logits.topk(top_k) if differentiable else largest(logits, top_k)
-        return Selection(values, indices, logits.new_empty(0), logits.new_empty(0))
+        empty = logits.new_empty(0)
+        return Selection(values, indices, empty, empty)
     weights = None if token_mask is None else token_mask.to(logits.dtype)
     return Selection(*_select_op(logits, weights, top_k, logit_clamp))
 

@@ -1,7 +1,7 @@
-"""What routers share. A router is a module of its own, so that hooks see its scores."""
+"""What routers share. A router is a module of its own, so that hooks see what it selects."""
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
@@ -9,14 +9,15 @@ from torch.nn import functional
 
 from torchdsc.arguments import check_at_least, check_positive, check_types
 from torchdsc.nn.options import RouterNorm
+from torchdsc.nn.sharding import whole
 from torchdsc.ops import Selection
 
 
 class Router(nn.Module):
     """What routers share: their norm, and arithmetic in float32 (float64 for float64 input), also under autocast.
 
-    Subclasses implement :meth:`scores`, :meth:`select_from` and :meth:`deviations`, and may select
-    without forming scores in :meth:`_select`.
+    Subclasses implement :meth:`scores`, :meth:`select_from` and :meth:`deviations`, and may select without forming
+    scores in :meth:`_select`. Parameters are read inside the call alone.
 
     Args:
         in_features: d_in.
@@ -52,7 +53,9 @@ class Router(nn.Module):
         self.norm = (
             nn.Identity()
             if norm == "none"
-            else nn.LayerNorm(in_features, elementwise_affine=norm == "layer_affine", device=device, dtype=dtype)
+            else nn.LayerNorm(in_features, elementwise_affine=False)
+            if norm == "layer"
+            else _AffineLayerNorm(in_features, device=device, dtype=dtype)
         )
 
     def deviations(self, init_std: float) -> list[tuple[nn.Parameter, float]]:
@@ -69,13 +72,46 @@ class Router(nn.Module):
         if isinstance(self.norm, nn.LayerNorm):
             self.norm.reset_parameters()
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Scores of tokens x of shape (..., d_in); see :meth:`scores`."""
+    def forward(
+        self,
+        x: Tensor,
+        top_k: int | None = None,
+        *,
+        logit_clamp: float = 20.0,
+        token_mask: Tensor | None = None,
+        statistics: bool = False,
+        raw_normalizer: bool = False,
+    ) -> Selection | Tensor:
+        """Select each token's top-K atoms, without forming all scores where that is possible.
+
+        Args:
+            x: Tokens of shape (T, d_in).
+            top_k: K; None for the scores of tokens of shape (..., d_in) alone, see :meth:`scores`.
+            logit_clamp: tau > 0.
+            token_mask: Optional bool of shape (T,); tokens that are False do not count in ``probability_sum``.
+            statistics: Whether to fill ``log_normalizer`` and ``probability_sum``; they are empty otherwise.
+            raw_normalizer: Take ``log_normalizer`` of unclamped logits.
+
+        Returns:
+            The selection, or the scores, in float32 (float64 for float64 input).
+        """
         with _full_precision(x):
-            return self.scores(self._normalized(x))
+            x = self._normalized(x)
+            if top_k is None:
+                return self.scores(x)
+            if not raw_normalizer:
+                return self._select(x, top_k, logit_clamp, token_mask, statistics)
+            return self.select_from(
+                self.scores(x),
+                top_k,
+                logit_clamp=logit_clamp,
+                token_mask=token_mask,
+                statistics=statistics,
+                raw_normalizer=True,
+            )
 
     def scores(self, x: Tensor) -> Tensor:
-        """What :meth:`forward` returns for tokens that have been normalised."""
+        """What atoms are selected by, for tokens that have been normalised."""
         raise NotImplementedError
 
     def select_from(
@@ -88,59 +124,25 @@ class Router(nn.Module):
         statistics: bool = False,
         raw_normalizer: bool = False,
     ) -> Selection:
-        """Selection by the scores of T tokens; arguments as in :meth:`select`."""
+        """Selection by the scores of T tokens; arguments as in :meth:`forward`."""
         raise NotImplementedError
-
-    def select(
-        self,
-        x: Tensor,
-        top_k: int,
-        *,
-        logit_clamp: float,
-        token_mask: Tensor | None = None,
-        statistics: bool = False,
-        raw_normalizer: bool = False,
-    ) -> Selection:
-        """Select each token's top-K atoms; without forming all scores where no hook wants to see them.
-
-        Args:
-            x: Tokens of shape (T, d_in).
-            top_k: K.
-            logit_clamp: tau > 0.
-            token_mask: Optional bool of shape (T,); tokens that are False do not count in ``probability_sum``.
-            statistics: Whether to fill ``log_normalizer`` and ``probability_sum``; they are empty otherwise.
-            raw_normalizer: Take ``log_normalizer`` of unclamped logits.
-
-        Returns:
-            The selection, in float32 (float64 for float64 input).
-        """
-        if not (raw_normalizer or self._forward_hooks or self._forward_pre_hooks):
-            with _full_precision(x):
-                found = self._select(self._normalized(x), top_k, logit_clamp, token_mask, statistics)
-            if found is not None:
-                return found
-        return self.select_from(
-            self(x),
-            top_k,
-            logit_clamp=logit_clamp,
-            token_mask=token_mask,
-            statistics=statistics,
-            raw_normalizer=raw_normalizer,
-        )
 
     def _select(
         self, x: Tensor, top_k: int, logit_clamp: float, token_mask: Tensor | None, statistics: bool
-    ) -> Selection | None:
-        return None
+    ) -> Selection:
+        """Selection for normalised tokens; a subclass may form no scores."""
+        return self.select_from(
+            self.scores(x), top_k, logit_clamp=logit_clamp, token_mask=token_mask, statistics=statistics
+        )
 
     def _normalized(self, x: Tensor) -> Tensor:
         precise = x.dtype if x.dtype in (torch.float32, torch.float64) else torch.float32
         x = x if x.dtype == precise else x.to(precise)
         norm = self.norm
-        if isinstance(norm, nn.LayerNorm):
-            weight, bias = cast_like(norm.weight, x), cast_like(norm.bias, x)
-            return functional.layer_norm(x, norm.normalized_shape, weight, bias, norm.eps)
-        return x
+        if type(norm) is nn.LayerNorm:
+            # Without parameters there is nothing that its call would bring here.
+            return functional.layer_norm(x, norm.normalized_shape, eps=norm.eps)
+        return x if type(norm) is nn.Identity else norm(x)
 
     def extra_repr(self) -> str:
         """Sizes, for ``print(model)``."""
@@ -154,6 +156,21 @@ def _full_precision(x: Tensor) -> AbstractContextManager[Any]:
     return nullcontext()
 
 
-def cast_like(tensor: Tensor | None, like: Tensor) -> Tensor | None:
-    """``tensor`` in the dtype of ``like``."""
-    return tensor if tensor is None or tensor.dtype == like.dtype else tensor.to(like.dtype)
+class _AffineLayerNorm(nn.LayerNorm):
+    """Arithmetic in the dtype of the input, whatever the parameters have."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias = parameter_like(self.weight, x), parameter_like(self.bias, x)
+        return functional.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
+
+
+@overload
+def parameter_like(parameter: Tensor, like: Tensor) -> Tensor: ...
+@overload
+def parameter_like(parameter: Tensor | None, like: Tensor) -> Tensor | None: ...
+def parameter_like(parameter: Tensor | None, like: Tensor) -> Tensor | None:
+    """All of a parameter, where FSDP shards it, in the dtype of ``like``."""
+    if parameter is None:
+        return None
+    parameter = whole(parameter)
+    return parameter if parameter.dtype == like.dtype else parameter.to(like.dtype)

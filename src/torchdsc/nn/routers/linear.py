@@ -10,7 +10,7 @@ from torchdsc.arguments import check_at_least, check_types
 from torchdsc.nn.options import RouterNorm
 from torchdsc.ops import Selection, route, select
 
-from .base import Router, cast_like
+from .base import Router, parameter_like
 
 
 class LinearRouter(Router):
@@ -74,7 +74,7 @@ class LinearRouter(Router):
 
     def _select(
         self, x: Tensor, top_k: int, logit_clamp: float, token_mask: Tensor | None, statistics: bool
-    ) -> Selection | None:
+    ) -> Selection:
         x, weight, bias = self._operands(x)
         return route(
             x, weight, bias, top_k=top_k, logit_clamp=logit_clamp, token_mask=token_mask, statistics=statistics
@@ -82,8 +82,7 @@ class LinearRouter(Router):
 
     def _operands(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """What the logits are the linear function of: input, weight (M, .) and bias, in the dtype of ``x``."""
-        weight = self.weight if self.weight.dtype == x.dtype else self.weight.to(x.dtype)
-        return x, weight, cast_like(self.bias, x)
+        return x, parameter_like(self.weight, x), parameter_like(self.bias, x)
 
 
 class LowRankRouter(LinearRouter):
@@ -135,8 +134,7 @@ class LowRankRouter(LinearRouter):
         return [(self.down, 1 / math.sqrt(width)), (self.weight, init_std * math.sqrt(width / self.rank))]
 
     def _operands(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        down = self.down if self.down.dtype == x.dtype else self.down.to(x.dtype)
-        return super()._operands(functional.linear(x, down))
+        return super()._operands(functional.linear(x, parameter_like(self.down, x)))
 
     def extra_repr(self) -> str:
         """Sizes, for ``print(model)``."""

@@ -10,7 +10,7 @@ from torchdsc.arguments import check_at_least, check_types
 from torchdsc.nn.options import RouterNorm
 from torchdsc.ops import Selection, select_product_key
 
-from .base import Router
+from .base import Router, parameter_like
 
 
 class ProductKeyRouter(Router):
@@ -71,7 +71,7 @@ class ProductKeyRouter(Router):
 
     def scores(self, x: Tensor) -> Tensor:
         """Both halves' scores, of shape (..., heads, 2, sqrt(M))."""
-        query, keys = (t if t.dtype == x.dtype else t.to(x.dtype) for t in (self.query, self.keys))
+        query, keys = parameter_like(self.query, x), parameter_like(self.keys, x)
         halves = functional.linear(x, query).view(-1, self.heads * 2, self.rank // 2)
         scores = torch.bmm(halves.transpose(0, 1), keys.flatten(0, 1).transpose(1, 2))
         return scores.transpose(0, 1).reshape(*x.shape[:-1], self.heads, 2, self.side)

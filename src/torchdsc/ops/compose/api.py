@@ -5,6 +5,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from torchdsc.ops.devices import several_devices
+
 from .contract import run
 from .crossover import IMPLEMENTATIONS
 
@@ -40,7 +42,7 @@ def compose(
         ``coefficients``. Sums accumulate in float32 (float64 for float64 input).
 
     Raises:
-        ValueError: On a shape, index dtype, ``eps`` or ``impl`` other than the above.
+        ValueError: On a shape, index dtype, ``eps`` or ``impl`` other than the above, or tensors on several devices.
         TypeError: If ``x``, ``u`` and ``v`` are not of one floating dtype.
         ImportError: If ``impl`` is "triton" and triton is missing or does not import.
         RuntimeError: If ``impl`` is "triton" and ``x`` is on the CPU, unless TRITON_INTERPRET=1 was set before triton
@@ -48,6 +50,8 @@ def compose(
     """
     _check_shapes(x, u, v, indices, coefficients)
     _check_dtypes(x, u, v, indices)
+    if not (x.device == u.device == v.device == indices.device == coefficients.device):
+        raise several_devices(x=x, u=u, v=v, indices=indices, coefficients=coefficients)
     if eps is not None and not eps > 0:
         raise ValueError(f"eps must be > 0 or None, got {eps}")
     if impl != "auto" and impl not in IMPLEMENTATIONS:

@@ -31,9 +31,11 @@ def choose_implementation(num_tokens: int, num_atoms: int, top_k: int, width: in
     Returns:
         "gather" or "dense".
     """
-    points = _crossovers().get(device if isinstance(device, str) else device.type, [])
     # No measured crossover lies below this ratio, and most calls are settled here.
-    if not points or num_tokens * top_k <= FEW_PAIRS or top_k < _LEAST_RATIO * num_atoms:
+    if num_tokens * top_k <= FEW_PAIRS or top_k < _LEAST_RATIO * num_atoms:
+        return "gather"
+    points = _crossovers().get(device if isinstance(device, str) else device.type, [])
+    if not points:
         return "gather"
 
     def distance(point: dict[str, Any]) -> float:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from torchdsc.ops.devices import several_devices
 from torchdsc.ops.select import Selection, select
 from torchdsc.ops.triton_runtime import has_triton
 
@@ -14,6 +15,8 @@ from .contract import route_forward, route_op
 from .triton import LARGEST_TOP_K
 
 Implementation = Literal["auto", "chunks", "screened", "triton"]
+# Read here, because torch.compile refuses the call.
+_IMPLEMENTATIONS = get_args(Implementation)
 
 # Bytes of logits up to which they are computed once and kept: recomputing them costs a product in the backward pass.
 KEPT_BYTES = 1 << 28
@@ -58,14 +61,15 @@ def route(
         The selection; differentiable in ``x``, ``weight`` and ``bias`` through all but ``indices``.
 
     Raises:
-        ValueError: On a shape other than these, ``top_k`` outside [1, M], or an ``impl`` that does not apply.
+        ValueError: On a shape other than these, ``top_k`` outside [1, M], tensors on several devices, or an ``impl``
+            that does not apply.
         TypeError: If dtypes differ.
         ImportError: If ``impl`` is "triton" and triton is missing or does not import.
         RuntimeError: If ``impl`` is "triton" and ``x`` is on the CPU, unless kernels are interpreted there.
     """
     _check(x, weight, bias, top_k, token_mask)
-    if impl not in get_args(Implementation):
-        raise ValueError(f"impl must be one of {get_args(Implementation)}, got {impl!r}")
+    if impl not in _IMPLEMENTATIONS:
+        raise ValueError(f"impl must be one of {_IMPLEMENTATIONS}, got {impl!r}")
     arguments = x, weight, bias, top_k, logit_clamp, token_mask, statistics
     if torch.compiler.is_compiling() and impl == "auto":
         # A compiler fuses what surrounds the product, and sizes may be symbols that must not be tied to a range.
@@ -76,7 +80,8 @@ def route(
             raise ValueError(f"impl must be another than 'screened', which needs {screened.NEEDS}, got {impl!r}")
         found = screened.forward(x, weight, bias, top_k)
         if found is not None:
-            return Selection(*found, x.new_empty(0), x.new_empty(0))
+            empty = x.new_empty(0)
+            return Selection(*found, empty, empty)
     num_bytes = x.shape[0] * weight.shape[0] * x.element_size()
     if impl == "auto" and inference and num_bytes <= _FEW_BYTES:
         return _whole(*arguments)
@@ -117,3 +122,10 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, top_k: int, token_mas
         raise ValueError(f"top_k must be in [1, num_atoms = {weight.shape[0]}], got {top_k}")
     if token_mask is not None and token_mask.shape != x.shape[:1]:
         raise ValueError(f"token_mask must have shape {tuple(x.shape[:1])}, got {tuple(token_mask.shape)}")
+    device = x.device
+    if not (
+        weight.device == device
+        and (bias is None or bias.device == device)
+        and (token_mask is None or token_mask.device == device)
+    ):
+        raise several_devices(x=x, weight=weight, bias=bias, token_mask=token_mask)

@@ -1,0 +1,56 @@
+"""Parameters that FSDP has sharded, read outside the forward pass of the unit that owns them."""
+
+import torch
+from torch import Tensor, nn
+
+
+def whole(parameter: Tensor) -> Tensor:
+    """All of a parameter: itself, or what the processes' shards of it add up to.
+
+    ``fully_shard`` gathers the parameters of a unit for the unit's forward pass alone. A bank that several blocks share
+    is read in the units of other blocks too, and L_frame after the forward pass: there it is a sharded DTensor. The
+    gradient is averaged over processes, as FSDP averages those of its own.
+
+    Args:
+        parameter: A parameter, of any shape.
+
+    Returns:
+        The tensor, differentiable; every process of the mesh must call this where it is a DTensor.
+    """
+    # The common case first: it is asked for on every forward pass.
+    if type(parameter) in (nn.Parameter, Tensor) or not _is_sharded(parameter):
+        return parameter
+    from torch.distributed.tensor import Partial
+
+    average = [Partial("avg")] * parameter.device_mesh.ndim  # type: ignore[attr-defined]
+    gathered: Tensor = parameter.full_tensor(grad_placements=average)  # type: ignore[attr-defined]
+    return gathered
+
+
+def _is_sharded(parameter: Tensor) -> bool:
+    if not torch.distributed.is_available():
+        return False
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(parameter, DTensor)
+
+
+def check_not_flattened(name: str, parameter: Tensor, shape: tuple[int, ...]) -> None:
+    """Refuse a parameter that FSDP1 has flattened and resharded.
+
+    Args:
+        name: Of the parameter, for the error.
+        parameter: As the module holds it now.
+        shape: The shape it was made with.
+
+    Raises:
+        RuntimeError: If the shape is another or the memory has been freed.
+    """
+    is_freed = type(parameter) is Tensor and not parameter.is_meta and parameter.untyped_storage().size() == 0
+    is_freed = is_freed and parameter.numel() > 0
+    if parameter.shape != shape or is_freed:
+        raise RuntimeError(
+            f"{name} must be whole, of shape {shape}, where it is read outside the forward pass of its FSDP unit, got "
+            f"{'memory that is freed' if is_freed else tuple(parameter.shape)}: FullyShardedDataParallel keeps a part "
+            "of a flattened parameter there. Use torch.distributed.fsdp.fully_shard, or one unit for the whole model"
+        )

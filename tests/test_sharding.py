@@ -1,0 +1,218 @@
+"""FSDP on two gloo processes: gradients of a model that is sharded block by block equal those of one process."""
+
+import os
+import subprocess
+import sys
+from functools import partial
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
+from torch.nn import functional
+
+from torchdsc import DSC, BasisBank, DSCResidual, frame_regularization, regularization
+from torchdsc.baselines import DenseFFN
+from torchdsc.nn import Router, RoutedLayer
+
+pytest.importorskip("transformers")
+peft = pytest.importorskip("peft")
+
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from torchdsc.adapters import DSCAdapterConfig
+from torchdsc.models import DSCGPTConfig, DSCGPTForCausalLM
+
+# Terms that are linear in tokens, or independent of them.
+WEIGHTS = {"aux_weight": 0.0, "budget_weight": 0.0, "z_weight": 0.5, "frame_weight": 0.5}
+OPTIONS = {"num_atoms": 14, "top_k": 3, **WEIGHTS}
+SIZES = {"vocab_size": 32, "hidden_size": 8, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 8}
+PROCESSES, SEQUENCES, LENGTH = 2, 3, 9
+LABELLED = SEQUENCES * (LENGTH - 1)
+
+
+def make_tokens():
+    tokens = torch.randint(0, 32, (SEQUENCES, LENGTH), generator=torch.Generator().manual_seed(4))
+    # Unequal shares.
+    return tokens, [tokens[:2], tokens[2:]]
+
+
+def move_some_gamma(model):
+    """Of gammas that start at zero, and whose layers' regularisers then have no weight, let every other have moved."""
+    layers = [module for module in model.modules() if isinstance(module, DSC)]
+    for layer in layers[::2]:
+        nn.init.normal_(layer.gamma)
+
+
+def make_dscgpt(checkpointing=False, dtype=torch.float64, **options):
+    options = OPTIONS | options
+    config = DSCGPTConfig(**SIZES, dropout=0.0, initializer_range=0.3, feed_forward="dsc", feed_forward_options=options)
+    model = DSCGPTForCausalLM(config).to(dtype)
+    if options.get("gamma_init") == 0:
+        move_some_gamma(model)
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+    return model, model.model.blocks
+
+
+def precise_loss(logits, labels, vocab_size=None, num_items_in_batch=None, **_):
+    total = functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
+    return total / num_items_in_batch
+
+
+def make_llama(targets=("q_proj", "mlp"), **options):
+    base = LlamaForCausalLM(LlamaConfig(**SIZES, initializer_range=0.3)).double()
+    config = DSCAdapterConfig(target_modules=list(targets), **OPTIONS | options)
+    model = peft.get_peft_model(base, config).double()
+    move_some_gamma(model)
+    model.base_model.model.loss_function = precise_loss
+    return model, model.base_model.model.model.layers
+
+
+def loss_of(model, tokens):
+    return model(input_ids=tokens, labels=tokens, num_items_in_batch=LABELLED).loss
+
+
+def make_layers():
+    bank = BasisBank(14, 8)
+    layers = [DSCResidual(DenseFFN(8, 6), DSC(8, bank=bank, **OPTIONS)) for _ in range(2)]
+    return nn.Sequential(nn.Embedding(32, 8), *layers).double(), [bank, *layers]
+
+
+def loss_of_layers(model, tokens):
+    """L_frame once a step, beside the loss."""
+    share = tokens.numel() / (SEQUENCES * LENGTH)
+    task = model(tokens).square().sum() / (SEQUENCES * LENGTH * 8)
+    terms = regularization(model, num_tokens=SEQUENCES * LENGTH, frame_share=0)
+    return task + terms.total + share * frame_regularization(model)
+
+
+CASES = {
+    "default": (make_dscgpt, loss_of),
+    "one gamma": (partial(make_dscgpt, channelwise_gamma=False), loss_of),
+    "shared bank": (partial(make_dscgpt, share_bank=True, attention_rank=2), loss_of),
+    "shared bank, checkpointed": (partial(make_dscgpt, share_bank=True, checkpointing=True), loss_of),
+    "gamma from zero": (partial(make_dscgpt, gamma_init=0.0), loss_of),
+    "affine": (partial(make_dscgpt, router_norm="layer_affine", router_bias=True, activation="relu"), loss_of),
+    "adapters": (partial(make_llama, gamma_init=0.0), loss_of),
+    "adapters, shared": (
+        partial(make_llama, ("q_proj", "o_proj"), gamma_init=0.0, share_bank=True, share_router=True),
+        loss_of,
+    ),
+    "adapters, shared product keys": (
+        partial(make_llama, ("q_proj",), share_router=True, router="product_key", num_atoms=16),
+        loss_of,
+    ),
+    "a bank of its own unit in several layers": (make_layers, loss_of_layers),
+    "units inside blocks": (partial(make_dscgpt, share_bank=True), loss_of),
+    "mixed precision": (partial(make_dscgpt, share_bank=True), loss_of),
+}
+
+
+def build(case):
+    torch.manual_seed(3)
+    make, loss = CASES[case]
+    model, blocks = make()
+    return model.train(), blocks, loss
+
+
+def sharded_gradients(case, rank):
+    model, blocks, loss = build(case)
+    policy = {}
+    if case == "mixed precision":
+        policy["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.float32)
+    if case == "units inside blocks":
+        for module in dict.fromkeys(m for m in model.modules() if isinstance(m, BasisBank | Router)):
+            fully_shard(module)
+        for module in [m for m in model.modules() if isinstance(m, RoutedLayer)]:
+            fully_shard(module)
+    for module in (*blocks, model):
+        fully_shard(module, **policy)
+    _, parts = make_tokens()
+    for _ in range(2):
+        # A second step finds the state that the first one left.
+        model.zero_grad()
+        (loss(model, parts[rank]) * PROCESSES).backward()
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    return {name: grad.full_tensor() for name, grad in gradients.items() if grad is not None}
+
+
+def flattened_error(rank):
+    """What FSDP1 says with a unit a block, for parameters that it hides and that it shows; then one unit's gradients."""
+    messages = []
+    for shows in (False, True):
+        model, blocks, loss = build("default")
+        for index, block in enumerate(blocks):
+            blocks[index] = FullyShardedDataParallel(block, use_orig_params=shows, device_id=torch.device("cpu"))
+        model = FullyShardedDataParallel(model, use_orig_params=shows, device_id=torch.device("cpu"))
+        try:
+            loss(model, make_tokens()[1][rank])
+        except RuntimeError as error:
+            messages.append(str(error))
+    model, _, loss = build("one gamma")
+    model = FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
+    (loss(model, make_tokens()[1][rank]) * PROCESSES).backward()
+    with FullyShardedDataParallel.summon_full_params(model, with_grads=True):
+        gradients = {name: parameter.grad.clone() for name, parameter in model.module.named_parameters()}
+    return {"messages": messages, "gradients": gradients}
+
+
+def work(rank, folder):
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=PROCESSES)
+    found = {case: sharded_gradients(case, rank) for case in CASES}
+    flattened = flattened_error(rank)
+    torch.save({"sharded": found, "flattened": flattened}, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """What both processes found, all cases in one start of them."""
+    folder = tmp_path_factory.mktemp("sharding")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, __file__, str(folder)]
+    processes = [subprocess.Popen([*command, str(rank)], env=environment) for rank in range(PROCESSES)]
+    try:
+        assert [process.wait(timeout=200) for process in processes] == [0] * PROCESSES
+    finally:
+        for process in processes:
+            process.kill()
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(PROCESSES)]
+
+
+def expected_gradients(case):
+    model, _, loss = build(case)
+    loss(model, make_tokens()[0]).backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
+def assert_equal(actual, expected, precision):
+    assert actual.keys() == expected.keys()
+    for name, gradient in expected.items():
+        error = (actual[name] - gradient).abs().max()
+        assert error <= precision * gradient.abs().max().clamp_min(1e-3), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
+def test_sharded_block_by_block_equals_one_process(case, results):
+    expected = expected_gradients(case)
+    assert any("bank" in name for name in expected)
+    for found in results:
+        assert_equal(found["sharded"][case], expected, 1e-4 if case == "mixed precision" else 1e-12)
+
+
+@pytest.mark.slow
+def test_flattened_parameters_are_refused_a_block_and_right_as_a_whole(results):
+    for found in results:
+        messages = found["flattened"]["messages"]
+        assert len(messages) == 2
+        assert all("must be whole" in message and "fully_shard" in message for message in messages)
+        assert_equal(found["flattened"]["gradients"], expected_gradients("one gamma"), 1e-12)
+
+
+if __name__ == "__main__":
+    work(int(sys.argv[2]), sys.argv[1])
+    # Torch may abort on leaving the interpreter while a thread of the group is still ending.
+    os._exit(0)
