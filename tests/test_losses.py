@@ -250,6 +250,15 @@ def test_compiled():
         assert_same(gradients(model), expected)
 
 
+@pytest.mark.slow
+def test_exported_passes_leave_nothing():
+    layer, x = DSC(8, num_atoms=12, top_k=3), torch.randn(5, 8)
+    torch.export.export(layer, (x,), strict=False)
+    assert len(layer.statistics_log) == 0
+    _y = layer(x)
+    assert regularization(layer).aux >= 1
+
+
 def test_shared_bank_counts_once():
     bank = BasisBank(14, 6)
     options = ONLY | {"num_atoms": 14, "top_k": 3, "frame_weight": 1.0, "z_weight": 1e-9}

@@ -30,6 +30,8 @@ WITHOUT_GRADIENT = (
     "reentrant checkpointing (pass use_reentrant=False) or under torch.no_grad"
 )
 
+# Torch 2.6 has none.
+_is_exporting = getattr(torch.compiler, "is_exporting", bool)
 _numbers = itertools.count(1)
 
 
@@ -86,7 +88,9 @@ class StatisticsLog:
             RuntimeError: If reentrant checkpointing recomputes a pass whose statistics nobody has collected.
         """
         if torch.compiler.is_compiling():
-            self._compiled.append(statistics)
+            # What an exported program would leave is no tensor.
+            if not _is_exporting():
+                self._compiled.append(statistics)
             return
         if _is_recomputing():
             if self._without_graph is not None and is_wanted:
