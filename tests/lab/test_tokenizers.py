@@ -158,6 +158,12 @@ class TestBpeCache:
         assert content_hash(load_tokenizer("bpe", corpus, vocab_size=300, cache_dir=tmp_path)) == content_hash(good)
         assert file.read_bytes() == whole
 
+    def test_drafts_of_killed_runs_are_removed(self, corpus, tmp_path):
+        load_tokenizer("bpe", corpus, vocab_size=300, cache_dir=tmp_path)
+        (tmp_path / "tokenizers" / ".bpe-0-300.json.abcd_123.tmp").write_text("half")
+        load_tokenizer("bpe", corpus, vocab_size=300, cache_dir=tmp_path)
+        assert len(list((tmp_path / "tokenizers").iterdir())) == 1
+
     def test_default_place(self, corpus, tmp_path, monkeypatch):
         monkeypatch.setenv("HOME", str(tmp_path))
         monkeypatch.delenv("TORCHDSC_CACHE", raising=False)

@@ -1,6 +1,5 @@
 """An experiment's folder: it belongs to one configuration and one corpus, and to no other once it holds them."""
 
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from .budget import Plan
 from .config import ExperimentConfig
 from .corpora import Corpus, load_corpus
-from .files import read_json, write_json, write_text
+from .files import draft_beside, naming_writes, read_json, write_json, write_text
 from .tokenizers import load_tokenizer
 from .tokens import FixedWindows, tokenize_corpus
 from .training import Data, make_plans
@@ -47,7 +46,8 @@ def prepare(config: ExperimentConfig, folder: Path) -> tuple[Data, dict[str, Pla
     plans = make_plans(config, data.vocab_size)
     write_text(folder / CONFIG, yaml.safe_dump(config.as_dict(), sort_keys=False))
     write_json(folder / CORPUS, {"name": corpus.name, "sha256": corpus.sha256})
-    tokenizer.save_pretrained(folder / TOKENIZER)
+    with naming_writes(folder / TOKENIZER):
+        tokenizer.save_pretrained(folder / TOKENIZER)
     return data, plans
 
 
@@ -98,7 +98,7 @@ def _check_folder(folder: Path, config: ExperimentConfig) -> None:
         raise ValueError(f"output must be a new or empty folder, or an experiment's, got {folder} with other files")
     folder.mkdir(parents=True, exist_ok=True)
     # Found out now rather than after minutes of tokenising.
-    with tempfile.NamedTemporaryFile(dir=folder, prefix=f".{CONFIG}."):
+    with draft_beside(folder / CONFIG):
         pass
 
 

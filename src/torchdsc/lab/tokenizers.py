@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, GPT2TokenizerFast, PreTrainedTokenizerFast
 
 from torchdsc.lab.corpora import Corpus
-from torchdsc.lab.files import write_text
+from torchdsc.lab.files import remove_drafts, write_text
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -112,6 +112,7 @@ def _trained_bpe(corpus: Corpus, vocab_size: int, cache_dir: Path) -> Tokenizer:
             f"vocab_size must be at least {_NUM_BYTES + 1} for 'bpe' (bytes, end of text), got {vocab_size}"
         )
     path = cache_dir / "tokenizers" / f"bpe-{corpus.sha256}-{vocab_size}.json"
+    remove_drafts(path.parent)
     if path.is_file():
         try:
             return Tokenizer.from_file(str(path))
