@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import math
+import re
 import time
 
 import numpy as np
@@ -306,6 +307,45 @@ class TestResume:
         (tmp_path / "checkpoint-notes").mkdir()
         assert checkpoint_step(tmp_path) == 2
         assert_same_run(tmp_path, train(tmp_path), whole("dsc"))
+
+    PARTS = ("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")
+
+    @pytest.mark.parametrize("damage", ["cut off", "empty", "other bytes", "missing"])
+    @pytest.mark.parametrize("part", PARTS)
+    def test_damaged_checkpoint(self, train, whole, tmp_path, caplog, part, damage):
+        """A run goes on from the one before, and says why."""
+        with pytest.raises(KeyboardInterrupt):
+            train(tmp_path, StopAt(5))
+        self.harm(tmp_path / "checkpoint-4" / part, damage)
+        assert checkpoint_step(tmp_path) == 2
+        assert_same_run(tmp_path, train(tmp_path), whole("dsc"))
+        # Without its state a checkpoint is one that a kill cut off.
+        told = re.findall("checkpoint-4(?:/\\S+ is damaged| lacks \\S+)", caplog.text)
+        assert len(told) == (0 if (part, damage) == ("trainer_state.json", "missing") else 1)
+        assert all(part.split(".")[-1] in text for text in told)
+
+    @pytest.mark.parametrize("part", PARTS[:4])
+    def test_no_checkpoint_before_the_damaged_one(self, train, tmp_path, part):
+        with pytest.raises(KeyboardInterrupt):
+            train(tmp_path, StopAt(3), method="dense")
+        self.harm(tmp_path / "checkpoint-2" / part, "cut off")
+        message = (
+            rf"checkpoint-2/{part} is damaged \(.*\), and no checkpoint before it is whole: delete .* to begin anew"
+        )
+        with pytest.raises(ValueError, match=message):
+            train(tmp_path, method="dense")
+
+    @staticmethod
+    def harm(file, damage):
+        content = file.read_bytes()
+        middle = len(content) // 2
+        if damage == "missing":
+            file.unlink()
+        elif damage == "other bytes":
+            # In the header of safetensors; what its tensors hold has no checksum.
+            file.write_bytes(bytes(8) + content[8:middle] + bytes(64) + content[middle + 64 :])
+        else:
+            file.write_bytes(content[:middle] if damage == "cut off" else b"")
 
     @pytest.mark.parametrize("moment", ["evaluate", "save_pretrained", "write_json"])
     def test_killed_after_the_last_step(self, train, whole, tmp_path, monkeypatch, moment):
