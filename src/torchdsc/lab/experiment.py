@@ -1,5 +1,6 @@
 """An experiment's folder: it belongs to one configuration and one corpus, and to no other once it holds them."""
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,8 @@ from .tokens import FixedWindows, tokenize_corpus
 from .training import Data, make_plans
 
 __all__ = ["load_data", "prepare"]
+
+_logger = logging.getLogger(__name__)
 
 CONFIG, CORPUS, TOKENIZER = "config.yaml", "corpus.json", "tokenizer"
 
@@ -68,6 +71,8 @@ def load_data(config: ExperimentConfig) -> Data:
 
 
 def _load_corpus(config: ExperimentConfig) -> Corpus:
+    for doubt in config.doubts():
+        _logger.warning("%s", doubt)
     with _naming("corpus", config.corpus):
         return load_corpus(config.corpus, preparation=config.preparation, max_bytes=config.max_bytes)
 
@@ -75,6 +80,10 @@ def _load_corpus(config: ExperimentConfig) -> Corpus:
 def _tokenize(config: ExperimentConfig, corpus: Corpus) -> tuple[PreTrainedTokenizerBase, Data]:
     with _naming("tokenizer", config.tokenizer):
         tokenizer = load_tokenizer(config.tokenizer, corpus, vocab_size=config.vocab_size)
+    if config.tokenizer == "bpe" and len(tokenizer) < config.vocab_size:
+        _logger.warning(
+            "vocab_size = %s: the corpus gives a vocabulary of %s", f"{config.vocab_size:,}", f"{len(tokenizer):,}"
+        )
     data = Data(corpus, tokenize_corpus(corpus, tokenizer))
     for split in ("train", "valid", "test"):
         _check_length(data, split, config.window)

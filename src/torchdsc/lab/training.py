@@ -1,5 +1,8 @@
 """One training run: a method and a seed, from token files to a record."""
 
+import logging
+import math
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,14 +18,17 @@ from .checkpoints import last_checkpoint, remove_checkpoints
 from .config import ExperimentConfig
 from .corpora import Corpus
 from .environment import command_line, commit, hardware, quiet_transformers, reset_peak_memory, versions
-from .files import read_json, write_json
+from .files import draft_beside, naming_writes, read_json, remove_drafts, write_json
+from .summaries import REQUIRED_KEYS
 from .tokens import FixedWindows, RandomWindows, TokenSplits
-from .trainer import LabTrainer, QuietProgress
+from .trainer import DivergedError, LabTrainer, QuietProgress
 
 __all__ = ["Data", "build_model", "make_plans", "train_run"]
 
 RECORD = "record.json"
 MODEL = "model"
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -92,7 +98,9 @@ def train_run(
 ) -> dict[str, Any]:
     """Train one method with one seed, or go on where it stopped, or return what a finished run recorded.
 
-    The folder ends with ``record.json`` and the final model; checkpoints are kept only while it trains.
+    The folder ends with ``record.json`` and the final model; checkpoints are kept only while it trains. A run whose
+    loss is not finite stops there, with a warning that says what to do: its record has the step as
+    ``diverged_at_step`` (None for any other run) and NaN for losses, and there is no model.
 
     Args:
         config: The experiment.
@@ -105,19 +113,23 @@ def train_run(
         is_trial: Leave the test part alone, and keep no model.
 
     Returns:
-        The run's record, in the form of DESIGN.md; its latency is measured later, with those it is compared to.
+        The run's record; its latency is measured later, with those it is compared to.
 
     Raises:
-        ValueError: If a split is shorter than a window, or several processes were launched.
+        ValueError: If a split is shorter than a window, several processes were launched, or a file of the run is
+            damaged.
+        OSError: If the folder cannot be written, as on a full disk.
         KeyboardInterrupt: If a callback stopped the training; a later call goes on from the last checkpoint.
     """
     record_file = folder / RECORD
     if record_file.is_file():
-        record = read_json(record_file)
+        # Latencies are measured later.
+        record = read_json(record_file, keys=[key for key in REQUIRED_KEYS if key != "latency_ms"])
         # A kill may have come between the record and their removal.
         remove_checkpoints(folder)
         return record
     folder.mkdir(parents=True, exist_ok=True)
+    remove_drafts(folder)
     with quiet_transformers():
         label = label or f"{plan.method} seed {seed}"
         record = _train(config, plan, seed, data, folder, callbacks or [], label, is_trial=is_trial)
@@ -143,18 +155,17 @@ def _train(
     trainer = _trainer(config, plan.method, model, seed, data, folder, label)
     for callback in callbacks:
         trainer.add_callback(callback)
-    checkpoint = last_checkpoint(folder)
-    trainer.train(None if checkpoint is None else str(checkpoint))
-    if trainer.state.global_step < config.steps:
-        raise KeyboardInterrupt(f"stopped at step {trainer.state.global_step} of {config.steps}")
-    if not any("eval_loss" in entry and entry["step"] == config.steps for entry in trainer.state.log_history):
-        trainer.evaluate()
-    measured = _measured(config, plan, seed, trainer)
+    diverged = _fit(config, trainer, folder)
+    if diverged is not None:
+        _logger.warning("%s", _advice(config, plan.method, label, diverged))
+    measured = _measured(config, plan, seed, trainer, diverged)
     test_loss = None
-    if not is_trial:
+    if not is_trial and diverged is None:
         test = FixedWindows(data.tokens.test, config.window, config.test_windows)
         test_loss = trainer.evaluate(test)["eval_loss"]
-        model.save_pretrained(folder / MODEL)
+        _save(model, folder / MODEL)
+    elif not is_trial:
+        test_loss = math.nan
     return {
         **measured,
         "test_loss": test_loss,
@@ -166,6 +177,40 @@ def _train(
         "commit": commit(),
         "command": command_line(),
     }
+
+
+def _fit(config: ExperimentConfig, trainer: LabTrainer, folder: Path) -> DivergedError | None:
+    """Train to the last step and evaluate there; returns what ended the run before, or at, that step."""
+    checkpoint = last_checkpoint(folder)
+    try:
+        trainer.train(None if checkpoint is None else str(checkpoint))
+    except DivergedError as error:
+        # Without its traceback, which holds the step's graph.
+        return error.with_traceback(None)
+    if trainer.state.global_step < config.steps:
+        raise KeyboardInterrupt(f"stopped at step {trainer.state.global_step} of {config.steps}")
+    if not any("eval_loss" in entry and entry["step"] == config.steps for entry in trainer.state.log_history):
+        trainer.evaluate()
+    final = next(entry["eval_loss"] for entry in reversed(trainer.state.log_history) if "eval_loss" in entry)
+    return None if math.isfinite(final) else DivergedError(config.steps, final)
+
+
+def _advice(config: ExperimentConfig, method: str, label: str, diverged: DivergedError) -> str:
+    rate = config.of_method(method, "learning_rate")
+    return (
+        f"{label} diverged: {diverged} of {config.steps}, and it stopped there. Try a learning_rate below {rate:g}, "
+        f"more warmup_steps than {config.warmup_steps}, or precision fp32 where it is not, in another folder"
+    )
+
+
+def _save(model: DSCGPTForCausalLM, folder: Path) -> None:
+    """The model's folder is whole or absent; one from before a kill is replaced."""
+    with draft_beside(folder, is_folder=True) as draft, naming_writes(folder):
+        model.save_pretrained(draft)
+        # Drafts can be read by their owner alone.
+        draft.chmod(0o755)
+        shutil.rmtree(folder, ignore_errors=True)
+        draft.rename(folder)
 
 
 def _trainer(
@@ -229,16 +274,22 @@ def _trainer(
     return trainer
 
 
-def _measured(config: ExperimentConfig, plan: Plan, seed: int, trainer: LabTrainer) -> dict[str, Any]:
+def _measured(
+    config: ExperimentConfig, plan: Plan, seed: int, trainer: LabTrainer, diverged: DivergedError | None
+) -> dict[str, Any]:
     history, layers = trainer.state.log_history, trainer.routing
     per_step = config.batch_size * config.window
-    curve = [
-        {"step": entry["step"], "tokens": entry["step"] * per_step, "val_loss": entry["eval_loss"]}
+    found = {entry["step"]: entry["eval_loss"] for entry in history if "eval_loss" in entry}
+    # Curves of a comparison have the same steps: a run that diverged has NaN from there on.
+    steps = dict.fromkeys([*range(config.eval_every, config.steps + 1, config.eval_every), config.steps])
+    curve = [{"step": s, "tokens": s * per_step, "val_loss": found.get(s, math.nan)} for s in steps]
+    train_curve = [
+        {"step": entry["step"], "loss": entry["loss"], "task_loss": entry.get("task_loss", entry["loss"])}
         for entry in history
-        if "eval_loss" in entry
+        if "loss" in entry
     ]
-    losses = [point["val_loss"] for point in curve]
-    finite = [loss for loss in losses if loss == loss]
+    if diverged is not None:
+        train_curve.append({"step": diverged.step, "loss": diverged.loss, "task_loss": diverged.loss})
     return {
         "method": plan.method,
         "seed": seed,
@@ -246,16 +297,13 @@ def _measured(config: ExperimentConfig, plan: Plan, seed: int, trainer: LabTrain
         "params_active": plan.params_active,
         "tokens": config.steps * per_step,
         "steps": config.steps,
-        "val_loss_best": min(finite, default=float("nan")),
-        "val_loss_final": losses[-1],
+        "val_loss_best": math.nan if diverged else min(found.values()),
+        "val_loss_final": math.nan if diverged else found[config.steps],
+        "diverged_at_step": diverged.step if diverged else None,
         "train_seconds": trainer.seconds,
         "peak_memory_bytes": trainer.peak_memory_bytes,
         "curve": curve,
-        "train_curve": [
-            {"step": entry["step"], "loss": entry["loss"], "task_loss": entry.get("task_loss", entry["loss"])}
-            for entry in history
-            if "loss" in entry
-        ],
+        "train_curve": train_curve,
         "routing": {
             "history": [{"step": e["step"], **e["routing"]} for e in history if "routing" in e],
             "layers": layers,
