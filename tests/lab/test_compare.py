@@ -9,6 +9,7 @@ import re
 import pytest
 import yaml
 from rich.console import Console
+from safetensors.torch import load_file, save_file
 
 from torchdsc.lab import compare as lab_compare
 from torchdsc.lab import experiment, training
@@ -301,6 +302,17 @@ class TestUnusableExperiments:
 def test_draft_of_a_killed_start_is_no_foreign_file(one, tmp_path):
     (tmp_path / ".config.yaml.x1").write_text("meth")
     run(dataclasses.replace(one, steps=1), tmp_path)
+
+
+@pytest.mark.usefixtures("cache")
+def test_latency_of_a_model_that_lacks_weights(one, tmp_path):
+    run(one, tmp_path)
+    (tmp_path / "latency.json").unlink()
+    file = tmp_path / "dense-seed42" / "model" / "model.safetensors"
+    weights = load_file(file)
+    save_file({name: weights[name] for name in list(weights)[:4]}, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"the weights in .*/dense-seed42/model must be those .*: they lack "):
+        run(one, tmp_path)
 
 
 @pytest.mark.parametrize(

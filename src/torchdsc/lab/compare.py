@@ -20,6 +20,7 @@ from .environment import hardware, quiet_transformers
 from .experiment import prepare
 from .files import read_json, write_json, write_text
 from .latency import Timing, measure_in_turn
+from .loading import load_model
 from .report import write_report
 from .tables import print_table, summarize, to_markdown
 from .tokens import FixedWindows
@@ -145,7 +146,8 @@ def _latency(
 
     def forward(method: str) -> Callable[[], object]:
         path = folder / f"{method}-seed{whole[method]}" / MODEL
-        model = DSCGPTForCausalLM.from_pretrained(path).eval().to(device)
+        model: Any = load_model(DSCGPTForCausalLM, path).eval()
+        model.to(device)
         inputs = batch.to(device)
 
         @torch.inference_mode()

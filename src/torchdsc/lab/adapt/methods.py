@@ -17,6 +17,7 @@ from transformers import (
 )
 
 from torchdsc.adapters import DSCAdapterConfig, MixtureOfLoRAsConfig
+from torchdsc.lab.loading import load_model
 
 from .config import WITHOUT_ADAPTER, AdaptConfig, Method, Task, TaskKind, resolve_base
 from .data import TaskData
@@ -165,8 +166,8 @@ def _pretrained(study: AdaptConfig, task: Task, num_labels: int, *, weights: boo
     model: PreTrainedModel
     if weights:
         # A base model may come with the head of another task.
-        replaced = {} if is_causal else {"ignore_mismatched_sizes": True}
-        model = auto.from_pretrained(path, dtype=torch.float32, **settings, **replaced)
+        replaced = {} if is_causal else {"ignore_mismatched_sizes": True, "has_new_head": True}
+        model = load_model(auto, path, dtype=torch.float32, **settings, **replaced)
     else:
         model = auto.from_config(AutoConfig.from_pretrained(path, **settings))
     return SentenceClassifier(model, len(task.text)) if is_embedding else model
