@@ -155,6 +155,14 @@ class TestNamingWrites:
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
+    @pytest.mark.parametrize(
+        "text", ["[enforce fail at inline_container.cc:672] . unexpected pos 576", "basic_ios::clear: iostream error"]
+    )
+    def test_what_torch_says_of_a_full_disk(self, tmp_path, text):
+        message = r"optimizer.pt could not be written: .*; is the disk full\?"
+        with pytest.raises(OSError, match=message), naming_writes(tmp_path / "optimizer.pt"):
+            raise RuntimeError(text)
+
     @pytest.mark.parametrize("error", [RuntimeError("else"), KeyboardInterrupt()])
     def test_other_errors_pass(self, tmp_path, error):
         with pytest.raises(type(error)), naming_writes(tmp_path):

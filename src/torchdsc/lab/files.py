@@ -25,6 +25,7 @@ __all__ = [
     "write_text",
 ]
 
+_TORCH_CANNOT_WRITE = ("inline_container", "iostream error")
 _SUFFIX = ".tmp"
 # Eight characters by tempfile between the target's name and the suffix: names that no editor gives.
 _DRAFT = re.compile(rf"\..+\.[a-z0-9_]{{8}}{re.escape(_SUFFIX)}")
@@ -162,7 +163,7 @@ def naming_writes(path: Path) -> Iterator[None]:
     except Exception as error:
         # tokenizers raises plain Exception, and torch a RuntimeError from its writer, which tells no reason.
         is_of_writing = isinstance(error, OSError | SafetensorError) or type(error) is Exception
-        if not is_of_writing and "inline_container" not in str(error):
+        if not is_of_writing and not any(words in str(error) for words in _TORCH_CANNOT_WRITE):
             raise
         reason = error.strerror if isinstance(error, OSError) and error.strerror else f"{error}; is the disk full?"
         raise OSError(f"{path} could not be written: {reason}") from error

@@ -196,7 +196,7 @@ class LabTrainer(Trainer):
         self._since = time.perf_counter()
         try:
             return super().train(resume_from_checkpoint, **kwargs)
-        except DivergedError:
+        except (DivergedError, OSError):
             # As where training ends by itself: progress bars are closed.
             self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
             raise
