@@ -9,6 +9,7 @@ import re
 import pytest
 import yaml
 from rich.console import Console
+from safetensors.torch import load_file, save_file
 
 from torchdsc.lab import compare as lab_compare
 from torchdsc.lab import experiment, training
@@ -115,6 +116,49 @@ class TestEndToEnd:
         # MoE's realised number: 4 experts of 84.
         realised = config.budget(320).fixed + 4 * (2 * 84 + 1) * 32
         assert all(abs(total - realised) <= 3 * 32 for total in totals.values())
+
+
+@pytest.mark.usefixtures("cache")
+class TestDiverged:
+    def test_the_others_go_on(self, tiny, tmp_path):
+        overrides = {"moe": {"learning_rate": 1e30}}
+        config = dataclasses.replace(tiny, methods=["dense", "moe"], seeds=[1, 2], overrides=overrides, steps=4)
+        runs, output = run(config, tmp_path)
+        assert [record["diverged_at_step"] for record in runs] == [None, 3, None, 3]
+        assert all(math.isfinite(record["test_loss"]) for record in runs if record["method"] == "dense")
+        names = ", ".join(f"Standard MoE seed {seed} (at step 3)" for seed in (1, 2))
+        note = f"Diverged, so that the loss is not finite: {names}."
+        assert note in output
+        assert note in (tmp_path / "table.md").read_text()
+        report = (tmp_path / "report.html").read_text()
+        assert "Training diverged: Standard MoE seed 1 and Standard MoE seed 2 ended with" in report
+        assert math.isnan(json.loads((tmp_path / "latency.json").read_text())["moe"]["median"])
+        assert json.dumps(run(config, tmp_path)[0]) == json.dumps(runs)
+
+    def test_latency_is_that_of_a_seed_that_did_not(self, one, tmp_path, monkeypatch):
+        trained = lab_compare.train_run
+
+        def train(config, plan, seed, data, place):
+            rate = 1e30 if seed == 1 else 1e-3
+            return trained(dataclasses.replace(config, learning_rate=rate), plan, seed, data, place)
+
+        monkeypatch.setattr(lab_compare, "train_run", train)
+        runs, _ = run(dataclasses.replace(one, seeds=[1, 2]), tmp_path)
+        assert [record["diverged_at_step"] for record in runs] == [2, None]
+        assert runs[0]["latency_ms"]["median"] > 0
+
+    def test_settings_that_can_hardly_be_meant(self, one, tmp_path, caplog):
+        config = dataclasses.replace(
+            one, warmup_steps=50, tokenizer="bpe", vocab_size=10_000_000, overrides={"dense": {"learning_rate": 0.5}}
+        )
+        run(config, tmp_path)
+        assert "warmup_steps = 50 of 2 steps: no step has the full rate" in caplog.text
+        assert "learning_rate = 0.5 of dense: weights begin at about 0.02" in caplog.text
+        assert re.search(r"vocab_size = 10,000,000: the corpus gives a vocabulary of \d,?\d{2,}", caplog.text)
+
+    def test_usual_settings_are_not_doubted(self, one, tmp_path, caplog):
+        run(dataclasses.replace(one, warmup_steps=1), tmp_path)
+        assert caplog.text == ""
 
 
 class TestInterrupted:
@@ -258,6 +302,32 @@ class TestUnusableExperiments:
 def test_draft_of_a_killed_start_is_no_foreign_file(one, tmp_path):
     (tmp_path / ".config.yaml.x1").write_text("meth")
     run(dataclasses.replace(one, steps=1), tmp_path)
+
+
+@pytest.mark.usefixtures("cache")
+def test_latency_of_a_model_that_lacks_weights(one, tmp_path):
+    run(one, tmp_path)
+    (tmp_path / "latency.json").unlink()
+    file = tmp_path / "dense-seed42" / "model" / "model.safetensors"
+    weights = load_file(file)
+    save_file({name: weights[name] for name in list(weights)[:4]}, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"the weights in .*/dense-seed42/model must be those .*: they lack "):
+        run(one, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{}", "latency.json is damaged: it lacks dense; delete it to make it anew"),
+        ('{"dense": {"median": 1}}', "latency.json is damaged: it lacks quartiles of dense; delete it"),
+    ],
+)
+@pytest.mark.usefixtures("cache")
+def test_damaged_latency(one, tmp_path, content, message):
+    run(one, tmp_path)
+    (tmp_path / "latency.json").write_text(content)
+    with pytest.raises(ValueError, match=message):
+        run(one, tmp_path)
 
 
 class TestPace:

@@ -19,6 +19,7 @@ class TestPresets:
     def test_are_valid_experiments(self, name):
         config = ExperimentConfig(**load_preset(name))
         vocab_size = 50304 if config.tokenizer == "gpt2" else config.vocab_size
+        assert config.doubts() == []
         plans = make_plans(config, vocab_size)
         assert list(plans) == config.methods
         for plan in plans.values():
@@ -114,6 +115,7 @@ class TestExperimentConfig:
                 for value in (0, math.nan)
             ),
             ({"warmup_steps": -1}, "warmup_steps must be >= 0, got -1"),
+            ({"vocab_size": 10**9}, r"vocab_size must be at most 2\^24 = 16,777,216, got 1000000000"),
             ({"weight_decay": -0.1}, "weight_decay must be >= 0, got -0.1"),
             ({"dropout": 1.0}, r"dropout must be in \[0, 1\), got 1.0"),
             ({"beta1": 1.0}, r"beta1 must be in \[0, 1\)"),

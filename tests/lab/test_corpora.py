@@ -8,15 +8,19 @@ import lzma
 import os
 import re
 import sys
+import tracemalloc
 import types
 
 import pytest
 
-from torchdsc.lab import corpora, corpus_sources
+from torchdsc.lab import corpora, corpus_sources, text_files
 from torchdsc.lab.corpora import load_corpus
 
 SENTENCES = [f"sentence number {i} of the fixture, long enough to be kept\n" for i in range(400)]
 TEXT = "".join(SENTENCES)
+
+
+PACK = {".xz": lzma.compress, ".gz": gzip.compress, ".bz2": bz2.compress}
 
 
 def write_splits(folder, suffix=".txt", **splits):
@@ -348,7 +352,77 @@ class TestMaxBytes:
         assert load_corpus(folder, max_bytes=50).train == "x" * 50
 
 
+class TestMaxBytesOfCompressedFiles:
+    """The same text as of plain files, without unpacking what is not asked for."""
+
+    def pack(self, folder, suffix, **texts):
+        folder.mkdir(exist_ok=True)
+        for split, text in texts.items():
+            (folder / f"{split}.txt{suffix}").write_bytes(PACK[suffix](text.encode()))
+        return folder
+
+    @pytest.mark.parametrize("suffix", PACK)
+    @pytest.mark.parametrize("splits", [("train", "valid", "test"), ("train", "valid"), ("train", "test"), ("train",)])
+    def test_as_plain_files(self, tmp_path, suffix, splits):
+        doc = "\r\n".join(["<doc id=7 url=x>", "Title, größer", "é" * 40, "</doc>"]) + "\r\n"
+        texts = {split: "\ufeff" + split + "\r\n" + doc * 9 for split in splits}
+        plain = tmp_path / "plain"
+        plain.mkdir()
+        for split, text in texts.items():
+            (plain / f"{split}.txt").write_bytes(text.encode())
+        packed = self.pack(tmp_path / "packed", suffix, **texts)
+        for max_bytes in (*range(20, 420), 10**6):
+            expected, found = (load_corpus(folder, max_bytes=max_bytes) for folder in (plain, packed))
+            assert found.sha256 == expected.sha256, max_bytes
+
+    @pytest.mark.parametrize("suffix", PACK)
+    def test_no_more_is_unpacked_than_asked_for(self, tmp_path, suffix):
+        folder = self.pack(tmp_path, suffix, train="a line of text\n" * 1_000_000, valid="v\n" * 99, test="t\n" * 99)
+        tracemalloc.start()
+        try:
+            corpus = load_corpus(folder, max_bytes=1000)
+            peak = tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+        assert corpus.train == "a line of text\n" * 66
+        # LZMA's own window is 8 MB.
+        assert peak < 12_000_000
+
+    def test_published_preparation_sees_its_own_bytes(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(corpora, "_PUBLISHED_BYTES", 200)
+        text = "short\n" * 20 + "longer than ten\n" * 20
+        folder = self.pack(tmp_path, ".xz", train=text, valid=text, test=text)
+        corpus = load_corpus(folder, preparation="published", max_bytes=40)
+        assert "longer than ten\n" in corpus.train
+
+    @pytest.mark.parametrize("layout", ["file", "folder", "train alone"])
+    def test_one_that_is_cut_in_proportion_has_a_most(self, tmp_path, monkeypatch, layout):
+        monkeypatch.setattr(text_files, "_MOST_UNPACKED", 5000)
+        name = "train" if layout == "train alone" else "text"
+        folder = self.pack(tmp_path, ".xz", **{name: TEXT})
+        path = folder / f"{name}.txt.xz" if layout == "file" else folder
+        for max_bytes in (None, len(TEXT) // 99):
+            assert load_corpus(path, max_bytes=max_bytes).train
+        with pytest.raises(
+            ValueError, match=r"unpack to at most 5,000 bytes where max_bytes is given, got more from .*xz"
+        ):
+            load_corpus(path, max_bytes=10)
+
+
 class TestErrors:
+    @pytest.mark.parametrize("name", ["pipe", "train.txt", "train.txt.xz"])
+    def test_pipe(self, tmp_path, name):
+        os.mkfifo(tmp_path / name)
+        (tmp_path / "folder").mkdir()
+        (tmp_path / "folder" / "train.txt").symlink_to(tmp_path / name)
+        for spec in (tmp_path / name, tmp_path / "folder"):
+            with pytest.raises(ValueError, match="corpus must be regular files, got a pipe or a device: "):
+                load_corpus(spec)
+
+    def test_device(self):
+        with pytest.raises(ValueError, match="got a pipe or a device: /dev/zero"):
+            load_corpus("/dev/zero")
+
     def test_unknown_name(self):
         with pytest.raises(
             ValueError, match=r"corpus must be one of \['embedded', 'wikitext-2', 'wikitext-103'\].*'wiki'"

@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from torchdsc.lab.corpora import load_corpus
 from torchdsc.lab.generation import generate
@@ -72,6 +73,15 @@ def test_prompt_and_new_tokens_must_fit(run_folder):
 def test_arguments(run_folder, arguments, message):
     with pytest.raises(ValueError, match=message):
         generate(run_folder, "abc", **arguments)
+
+
+def test_weights_that_are_missing(experiment, tmp_path):
+    folder = shutil.copytree(experiment, tmp_path / "experiment") / "dsc-seed1"
+    file = folder / "model" / "model.safetensors"
+    weights = load_file(file)
+    save_file({name: weights[name] for name in list(weights)[:4]}, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"the weights in .*/dsc-seed1/model must be those .*: they lack "):
+        generate(folder, "abc", max_new_tokens=3)
 
 
 def test_no_model(experiment, tmp_path):

@@ -108,6 +108,21 @@ def test_all_diverged_is_nan(make_runs):
     assert "| NaN | NaN | NaN |" in to_markdown(summarize(runs))
 
 
+def test_diverged_runs_are_named(make_runs):
+    runs = with_losses(make_runs(("dense", "dsc")), dense=(3.5, math.nan), dsc=(math.nan, 3.4))
+    runs[1]["diverged_at_step"] = 1200
+    runs[1]["train_seconds"] = 1e9
+    runs[3]["diverged_at_step"] = None
+    summaries = summarize(runs)
+    assert summaries[0].tokens_per_second == pytest.approx(runs[0]["tokens"] / runs[0]["train_seconds"])
+    console = Console(file=io.StringIO(), width=160)
+    print_table(summaries, console)
+    note = "Diverged, so that the loss is not finite: Dense seed 1337 (at step 1,200), DSC seed 42."
+    for text in (to_markdown(summaries), console.file.getvalue()):
+        assert note in text.splitlines()
+    assert "Diverged" not in to_markdown(summarize(make_runs()))
+
+
 def test_leader_needs_intervals_apart(make_runs):
     clear = with_losses(make_runs(("dense", "dsc")), dense=(3.50, 3.52), dsc=(3.40, 3.42))
     close = with_losses(make_runs(("dense", "dsc")), dense=(3.41, 3.44), dsc=(3.40, 3.42))

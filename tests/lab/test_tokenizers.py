@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 
 import pytest
 from hypothesis import given, settings
@@ -125,6 +127,41 @@ class TestBpe:
         assert "ab" in vocabulary
         assert not [token for token in vocabulary if "en" in token and token != END_OF_TEXT]
 
+    @pytest.mark.slow
+    @pytest.mark.parametrize("unit", ["a", "ab" * 5000])
+    def test_words_without_end(self, tmp_path, unit):
+        """Three million bytes of one word, trained on and encoded; in a process of its own, as it once did not end."""
+        script = """
+import sys
+from pathlib import Path
+from torchdsc.lab.corpora import Corpus
+from torchdsc.lab.tokenizers import load_tokenizer
+from torchdsc.lab.tokens import tokenize_corpus
+
+unit, folder = sys.argv[1], Path(sys.argv[2])
+text = unit * (3_000_000 // len(unit))
+corpus = Corpus("c", "3" * 64, text, text[:1000], text[:1000])
+tokenizer = load_tokenizer("bpe", corpus, vocab_size=1000, cache_dir=folder)
+tokens = tokenize_corpus(corpus, tokenizer, cache_dir=folder, progress=False)
+assert tokenizer.decode(tokens.train.tolist()) == text
+assert len(tokens.train) < len(text) / 500
+"""
+        done = subprocess.run(
+            [sys.executable, "-c", script, unit, str(tmp_path)],
+            timeout=120,
+            check=False,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+
+    def test_longest_word_changes_nothing_where_all_are_shorter(self, corpus, bpe, tmp_path, monkeypatch):
+        monkeypatch.setattr(lab_tokenizers, "_LONGEST_WORD", 10**9)
+        free = load_tokenizer("bpe", corpus, vocab_size=500, cache_dir=tmp_path)
+        assert free.backend_tokenizer.to_str() == bpe.backend_tokenizer.to_str()
+        words = free.backend_tokenizer.pre_tokenizer.pre_tokenize_str("a" * 5000)
+        assert len(words) == 1
+
     def test_training_pieces_are_the_whole_text(self, corpus):
         pieces = list(lab_tokenizers._training_pieces(corpus.train))
         assert "".join(pieces) == corpus.train
@@ -157,6 +194,12 @@ class TestBpeCache:
         file.write_bytes(whole[:1000])
         assert content_hash(load_tokenizer("bpe", corpus, vocab_size=300, cache_dir=tmp_path)) == content_hash(good)
         assert file.read_bytes() == whole
+
+    def test_drafts_of_killed_runs_are_removed(self, corpus, tmp_path):
+        load_tokenizer("bpe", corpus, vocab_size=300, cache_dir=tmp_path)
+        (tmp_path / "tokenizers" / ".bpe-0-300.json.abcd_123.tmp").write_text("half")
+        load_tokenizer("bpe", corpus, vocab_size=300, cache_dir=tmp_path)
+        assert len(list((tmp_path / "tokenizers").iterdir())) == 1
 
     def test_default_place(self, corpus, tmp_path, monkeypatch):
         monkeypatch.setenv("HOME", str(tmp_path))

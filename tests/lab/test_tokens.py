@@ -192,7 +192,20 @@ class TestTokenCache:
             small.test,
         ]
 
-    @pytest.mark.parametrize("damage", ["truncate", "remove", "counts", "no counts", "wrong type"])
+    def test_drafts_of_killed_runs_are_removed(self, small, byte_tokenizer, bpe, tmp_path):
+        """Also where the cache is whole, and in the folders of other corpora."""
+        tokenize_corpus(small, byte_tokenizer, cache_dir=tmp_path, progress=False)
+        (folder,) = (tmp_path / "tokens").iterdir()
+        other = tmp_path / "tokens" / "other"
+        other.mkdir()
+        for draft in (folder / ".train.bin.abcd_123.tmp", other / ".valid.bin.abcd_123.tmp"):
+            draft.write_text("half")
+        tokenize_corpus(small, byte_tokenizer, cache_dir=tmp_path, progress=False)
+        assert not list(tmp_path.rglob(".*"))
+
+    @pytest.mark.parametrize(
+        "damage", ["truncate", "same size", "remove", "counts", "no counts", "wrong type", "no checksums"]
+    )
     def test_damage_is_repaired(self, damage, small, byte_tokenizer, encoded, tmp_path, caplog):
         tokenize_corpus(small, byte_tokenizer, cache_dir=tmp_path, progress=False)
         (folder,) = (tmp_path / "tokens").iterdir()
@@ -200,17 +213,21 @@ class TestTokenCache:
         whole = file.read_bytes()
         if damage == "truncate":
             file.write_bytes(whole[:-3])
+        elif damage == "same size":
+            file.write_bytes(whole[:-3] + bytes(3))
         elif damage == "remove":
             file.unlink()
         elif damage == "no counts":
             (folder / "counts.json").unlink()
         else:
-            (folder / "counts.json").write_text({"counts": '{"train": 700', "wrong type": "[]"}[damage])
+            texts = {"counts": '{"train": 700', "wrong type": "[]"}
+            texts["no checksums"] = '{"train": 700, "valid": 800, "test": 500}'
+            (folder / "counts.json").write_text(texts[damage])
         splits = tokenize_corpus(small, byte_tokenizer, cache_dir=tmp_path, progress=False)
         assert len(encoded) == 6
         assert file.read_bytes() == whole
         assert splits.valid.tolist() == list(small.valid.encode())
-        assert ("is damaged" in caplog.text) == (damage in ("truncate", "counts", "wrong type"))
+        assert ("is damaged" in caplog.text) == (damage not in ("remove", "no counts"))
         assert sorted(path.name for path in folder.iterdir()) == ["counts.json", "test.bin", "train.bin", "valid.bin"]
 
 

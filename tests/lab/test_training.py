@@ -1,14 +1,18 @@
 """One run: what it records, and that an interrupted one ends as if nothing had happened."""
 
 import dataclasses
+import errno
 import functools
 import json
 import math
+import re
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch.nn import functional
 from transformers import TrainerCallback, TrainingArguments, pipeline
@@ -208,10 +212,41 @@ class TestRecord:
         assert low["val_loss_final"] == pytest.approx(precise["val_loss_final"], abs=0.02)
         assert {p.dtype for p in DSCGPTForCausalLM.from_pretrained(tmp_path / "model").parameters()} == {torch.float32}
 
-    def test_a_run_that_diverges_says_so(self, train, tmp_path):
-        record = train(tmp_path, method="dense", learning_rate=1e30)
-        assert not math.isfinite(record["val_loss_final"])
+    def test_a_run_that_diverges_stops_and_says_so(self, train, tmp_path, caplog):
+        seen = []
+
+        class Steps(TrainerCallback):
+            def on_step_begin(self, args, state, control, **kwargs):
+                seen.append(state.global_step)
+
+        record = train(tmp_path, Steps(), method="dense", learning_rate=1e30)
+        # The first step of the warm-up has the rate 0, the second spoils the weights.
+        assert (record["diverged_at_step"], seen) == (3, [0, 1, 2])
+        assert record["train_curve"][-1]["step"] == 3
         assert not math.isfinite(record["train_curve"][-1]["loss"])
+        assert all(math.isfinite(point["loss"]) for point in record["train_curve"][:-1])
+        assert [point["step"] for point in record["curve"]] == [2, 4, 6]
+        for key in ("val_loss_best", "val_loss_final", "test_loss"):
+            assert math.isnan(record[key])
+        assert "dense seed 1 diverged: the loss was nan at step 3 of 6" in caplog.text
+        assert "Try a learning_rate below 1e+30" in caplog.text
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["record.json"]
+        again = train(tmp_path, method="dense", learning_rate=1e30)
+        assert json.dumps(again) == json.dumps(record)
+
+    def test_a_run_that_diverges_in_its_last_step(self, train, tmp_path):
+        record = train(tmp_path, method="dense", learning_rate=1e30, steps=2)
+        assert record["diverged_at_step"] == 2
+        assert math.isnan(record["val_loss_final"])
+        assert not (tmp_path / "model").exists()
+
+    def test_a_trial_that_diverges_has_no_test_loss(self, tiny, tiny_data, tmp_path):
+        config = dataclasses.replace(tiny, learning_rate=1e30)
+        plan = make_plans(config, tiny_data.vocab_size)["dense"]
+        assert train_run(config, plan, 1, tiny_data, tmp_path, is_trial=True)["test_loss"] is None
+
+    def test_one_that_does_not_is_none(self, whole):
+        assert whole("dense")[1]["diverged_at_step"] is None
 
 
 SPARSE = {"router": "product_key", "router_rank": 8, "sparse_gradients": True, "frame_samples": 8}
@@ -307,6 +342,45 @@ class TestResume:
         assert checkpoint_step(tmp_path) == 2
         assert_same_run(tmp_path, train(tmp_path), whole("dsc"))
 
+    PARTS = ("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")
+
+    @pytest.mark.parametrize("damage", ["cut off", "empty", "other bytes", "missing"])
+    @pytest.mark.parametrize("part", PARTS)
+    def test_damaged_checkpoint(self, train, whole, tmp_path, caplog, part, damage):
+        """A run goes on from the one before, and says why."""
+        with pytest.raises(KeyboardInterrupt):
+            train(tmp_path, StopAt(5))
+        self.harm(tmp_path / "checkpoint-4" / part, damage)
+        assert checkpoint_step(tmp_path) == 2
+        assert_same_run(tmp_path, train(tmp_path), whole("dsc"))
+        # Without its state a checkpoint is one that a kill cut off.
+        told = re.findall("checkpoint-4(?:/\\S+ is damaged| lacks \\S+)", caplog.text)
+        assert len(told) == (0 if (part, damage) == ("trainer_state.json", "missing") else 1)
+        assert all(part.split(".")[-1] in text for text in told)
+
+    @pytest.mark.parametrize("part", PARTS[:4])
+    def test_no_checkpoint_before_the_damaged_one(self, train, tmp_path, part):
+        with pytest.raises(KeyboardInterrupt):
+            train(tmp_path, StopAt(3), method="dense")
+        self.harm(tmp_path / "checkpoint-2" / part, "cut off")
+        message = (
+            rf"checkpoint-2/{part} is damaged \(.*\), and no checkpoint before it is whole: delete .* to begin anew"
+        )
+        with pytest.raises(ValueError, match=message):
+            train(tmp_path, method="dense")
+
+    @staticmethod
+    def harm(file, damage):
+        content = file.read_bytes()
+        middle = len(content) // 2
+        if damage == "missing":
+            file.unlink()
+        elif damage == "other bytes":
+            # In the header of safetensors; what its tensors hold has no checksum.
+            file.write_bytes(bytes(8) + content[8:middle] + bytes(64) + content[middle + 64 :])
+        else:
+            file.write_bytes(content[:middle] if damage == "cut off" else b"")
+
     @pytest.mark.parametrize("moment", ["evaluate", "save_pretrained", "write_json"])
     def test_killed_after_the_last_step(self, train, whole, tmp_path, monkeypatch, moment):
         """What the run saw before is recorded all the same, routing too."""
@@ -340,6 +414,50 @@ class TestResume:
         monkeypatch.setattr(training, "_train", lambda *args: pytest.fail("trained again"))
         assert train(tmp_path, method="dense", steps=2) == record
         assert not (tmp_path / "checkpoint-2").exists()
+
+
+class TestFilesOfARun:
+    def test_record_that_lacks_what_is_in_it(self, train, tmp_path):
+        (tmp_path / "record.json").write_text("{}")
+        with pytest.raises(ValueError, match=r"record.json is damaged: it lacks method, seed, .*; delete it"):
+            train(tmp_path)
+
+    def test_drafts_of_a_killed_process_are_removed(self, train, tmp_path):
+        (tmp_path / ".model.abcd_123.tmp").mkdir()
+        (tmp_path / ".model.abcd_123.tmp" / "config.json").write_text("{}")
+        (tmp_path / ".record.json.abcd_123.tmp").write_text("{")
+        train(tmp_path, method="dense", steps=1)
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "record.json"]
+
+    @pytest.mark.parametrize("place", ["checkpoint-2", "model"])
+    @pytest.mark.parametrize("kind", [SafetensorError, RuntimeError, OSError])
+    def test_full_disk(self, train, whole, tmp_path, monkeypatch, place, kind):
+        """An error that names what could not be written; with room again, the run goes on."""
+        error = {
+            SafetensorError: SafetensorError("Error while serializing: I/O error: No space left on device"),
+            RuntimeError: RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534"),
+            OSError: OSError(errno.ENOSPC, "No space left on device"),
+        }[kind]
+        save = DSCGPTForCausalLM.save_pretrained
+
+        def full(self, folder, **options):
+            save(self, folder, **options)
+            if Path(folder).name.lstrip(".").startswith(place):
+                raise error
+
+        with monkeypatch.context() as patch:
+            patch.setattr(DSCGPTForCausalLM, "save_pretrained", full)
+            with pytest.raises(OSError, match=rf"/{place} could not be written: "):
+                train(tmp_path)
+        assert not (tmp_path / "model").exists()
+        assert_same_run(tmp_path, train(tmp_path), whole("dsc"))
+
+    def test_model_of_a_killed_run_is_replaced(self, train, tmp_path):
+        (tmp_path / "model").mkdir()
+        (tmp_path / "model" / "model.safetensors").write_bytes(b"half")
+        record = train(tmp_path, method="dense", steps=1)
+        model = DSCGPTForCausalLM.from_pretrained(tmp_path / "model")
+        assert sum(p.numel() for p in model.parameters()) == record["params_total"]
 
 
 class TestClockAndMemory:

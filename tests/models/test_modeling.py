@@ -114,6 +114,17 @@ class TestFiles:
         assert type(backbone) is DSCGPTModel
         assert torch.equal(backbone(input_ids).last_hidden_state, model.model(input_ids).last_hidden_state)
 
+    @pytest.mark.parametrize("auto", [DSCGPTForCausalLM, DSCGPTModel, AutoModelForCausalLM, AutoModel])
+    def test_pickled_weights(self, auto, make_model, tmp_path):
+        model = make_model("dsc")
+        model.save_pretrained(tmp_path)
+        (tmp_path / "model.safetensors").unlink()
+        torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+        with pytest.raises(OSError, match=r"no file named model\.safetensors"):
+            auto.from_pretrained(tmp_path)
+        with pytest.raises(ValueError, match="use_safetensors must be None or True, got False: pickled"):
+            auto.from_pretrained(tmp_path, use_safetensors=False)
+
     def test_in_half_precision(self, kind, make_model, input_ids, tmp_path):
         model = make_model(kind)
         model.save_pretrained(tmp_path)

@@ -1,6 +1,7 @@
 """The main job: methods and seeds trained at equal budgets, and compared in a table, pictures and a report."""
 
 import gc
+import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,7 +20,8 @@ from .dry_run import Work, duration, measure_cost, print_work
 from .environment import hardware, quiet_transformers
 from .experiment import look, prepare
 from .files import read_json, write_json, write_text
-from .latency import measure_in_turn
+from .latency import Timing, measure_in_turn
+from .loading import load_model
 from .report import write_report
 from .tables import print_table, summarize, to_markdown
 from .tokens import FixedWindows
@@ -43,7 +45,7 @@ def compare(config: ExperimentConfig, folder: Path, *, console: Console | None =
         console: Where to print.
 
     Returns:
-        The records of all runs, in the form of DESIGN.md.
+        The records of all runs. One that diverged stops, and the others go on: see :func:`train_run`.
 
     Raises:
         ValueError: If ``folder`` holds another experiment or other files, the corpus is unusable or has changed since,
@@ -56,7 +58,7 @@ def compare(config: ExperimentConfig, folder: Path, *, console: Console | None =
     _print_plans(console, config, data, plans)
     runs = _train_all(config, data, plans, folder, console)
     with quiet_transformers():
-        latency = _latency(config, data, folder)
+        latency = _latency(config, data, folder, runs)
     runs = [{**run, "latency_ms": latency[run["method"]]} for run in runs]
     write_results(runs, folder)
     print_table(summarize(runs), console)
@@ -144,17 +146,29 @@ class _Pace:
         return f"; about {duration(seconds)} left for all runs"
 
 
-def _latency(config: ExperimentConfig, data: Data, folder: Path) -> dict[str, dict[str, Any]]:
-    """Forward pass of one evaluation batch through each method's first model, in turn; measured once."""
-    if (folder / _LATENCY).is_file():
-        return read_json(folder / _LATENCY)
+def _latency(
+    config: ExperimentConfig, data: Data, folder: Path, runs: list[dict[str, Any]]
+) -> dict[str, dict[str, Any]]:
+    """Forward pass of one evaluation batch through each method's first model, in turn; measured once.
+
+    A method all of whose runs diverged has no model, and NaN for latency.
+    """
+    file = folder / _LATENCY
+    if file.is_file():
+        kept = read_json(file, keys=config.methods)
+        for method in config.methods:
+            if not isinstance(kept[method], dict) or not {"median", "q1", "q3"} <= set(kept[method]):
+                raise ValueError(f"{file} is damaged: it lacks quartiles of {method}; delete it to make it anew")
+        return kept
+    whole = {run["method"]: run["seed"] for run in reversed(runs) if math.isfinite(run["val_loss_final"])}
     windows = FixedWindows(data.tokens.valid, config.window)
     batch = torch.stack([windows[i % len(windows)]["input_ids"] for i in range(config.eval_batch_size)])
     device = "cuda" if torch.cuda.is_available() else "cpu"
 
     def forward(method: str) -> Callable[[], object]:
-        path = folder / f"{method}-seed{config.seeds[0]}" / MODEL
-        model = DSCGPTForCausalLM.from_pretrained(path).eval().to(device)
+        path = folder / f"{method}-seed{whole[method]}" / MODEL
+        model: Any = load_model(DSCGPTForCausalLM, path).eval()
+        model.to(device)
         inputs = batch.to(device)
 
         @torch.inference_mode()
@@ -163,13 +177,17 @@ def _latency(config: ExperimentConfig, data: Data, folder: Path) -> dict[str, di
 
         return call
 
-    timings = measure_in_turn({method: forward(method) for method in config.methods}, rounds=config.latency_rounds)
+    timings = measure_in_turn(
+        {method: forward(method) for method in config.methods if method in whole}, rounds=config.latency_rounds
+    )
+    untimed = Timing(math.nan, math.nan, math.nan, [])
     shared = {"batch": list(batch.shape), "hardware": hardware()}
     measured = {
         method: {"median": t.median, "q1": t.q1, "q3": t.q3, **shared, "samples": t.samples}
-        for method, t in timings.items()
+        for method in config.methods
+        for t in [timings.get(method, untimed)]
     }
-    write_json(folder / _LATENCY, measured)
+    write_json(file, measured)
     return measured
 
 

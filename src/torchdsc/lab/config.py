@@ -29,6 +29,8 @@ _RANGES: dict[str, _Range] = {
     **dict.fromkeys(("warmup_steps", "weight_decay"), (lambda value: 0 <= value < inf, ">= 0")),
     **dict.fromkeys(("dropout", "beta1", "beta2"), (lambda value: 0 <= value < 1, "in [0, 1)")),
     "max_grad_norm": (lambda value: value > 0, "> 0"),
+    # Sixty times the largest vocabularies in use.
+    "vocab_size": (lambda value: value <= 2**24, "at most 2^24 = 16,777,216"),
     "min_lr_ratio": (lambda value: 0 <= value <= 1, "in [0, 1]"),
     "latency_rounds": (lambda value: value >= 2, ">= 2"),
 }
@@ -164,6 +166,18 @@ class ExperimentConfig:
         if name == "feed_forward":
             return dict(override.get(name, {}))
         return override.get(name, getattr(self, name))
+
+    def doubts(self) -> list[str]:
+        """What is allowed, and hardly meant, in sentences."""
+        found = []
+        if self.warmup_steps >= self.steps:
+            found.append(f"warmup_steps = {self.warmup_steps:,} of {self.steps:,} steps: no step has the full rate")
+        for method in self.methods:
+            rate = self.of_method(method, "learning_rate")
+            # AdamW moves a weight by about the rate each step.
+            if rate > 0.1:
+                found.append(f"learning_rate = {rate:g} of {method}: weights begin at about 0.02, and 0.01 is high")
+        return found
 
     def budget(self, vocab_size: int) -> Budget:
         """The budget of the solver, for a vocabulary of ``vocab_size`` tokens."""

@@ -78,7 +78,8 @@ def load_corpus(
             each with probability 0.15 an added line `Calc: a + b + c = sum` with a, b, c uniform in 0..99. Its
             last step, first 90 % of train's tokens and last 10 % of valid's, is taken by `tokenize_corpus`.
         max_bytes: the most UTF-8 bytes to keep of each prepared split, cut at a line boundary at or under it (inside a
-            line only where the first line alone is longer).
+            line only where the first line alone is longer). Compressed files are unpacked no further than this asks
+            for. One that is cut 90/5/5, or in halves, may unpack to 64 MiB or 100 times as much, and more is refused.
         seed: of the lines that "published" adds; "plain" does not use it.
 
     Returns:
@@ -86,7 +87,8 @@ def load_corpus(
 
     Raises:
         ValueError: `spec`, `preparation` or `max_bytes` is not one of the above; the corpus or one of its splits is
-            empty; a folder has held-out splits but no train; a file is unreadable, or is not UTF-8 text.
+            empty; a folder has held-out splits but no train; a file is unreadable, a pipe or a device, or is not UTF-8
+            text.
         FileNotFoundError: `spec` is a path that does not exist.
         ImportError: a hub corpus was asked for and `datasets` is not installed.
         OSError: a hub corpus could not be downloaded.
@@ -95,7 +97,9 @@ def load_corpus(
         raise ValueError(f"preparation must be one of {list(get_args(Preparation))}, got {preparation!r}")
     if max_bytes is not None and max_bytes < 1:
         raise ValueError(f"max_bytes must be None or at least 1, got {max_bytes}")
-    name, texts = _read(os.fspath(spec))
+    # What "published" leaves out is not known before.
+    limit = max_bytes if max_bytes is None or preparation == "plain" else _PUBLISHED_BYTES
+    name, texts = _read(os.fspath(spec), limit)
     if preparation == "published":
         texts = SplitTexts(*(_prepare_published(text, f"{seed}:{i}") for i, text in enumerate(texts)))
     if max_bytes is not None:
@@ -107,7 +111,7 @@ def load_corpus(
     return Corpus(name=name, sha256=_digest(texts), preparation=preparation, **texts._asdict())
 
 
-def _read(spec: str) -> tuple[str, SplitTexts]:
+def _read(spec: str, limit: int | None) -> tuple[str, SplitTexts]:
     if not spec.strip():
         raise ValueError(f"corpus must be a name or a path, got {spec!r}")
     if spec == "embedded":
@@ -116,7 +120,7 @@ def _read(spec: str) -> tuple[str, SplitTexts]:
         return spec, read_hub(spec)
     path = Path(expand(spec)).expanduser()
     if path.exists():
-        return path.resolve().name, read_local(path)
+        return path.resolve().name, read_local(path, limit=limit)
     known = ["embedded", *HUB_CONFIGURATIONS]
     # A bare word is more likely a misspelt name than a file of the current folder.
     if path.name == spec and not path.suffix:

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import bz2
-import gzip
 import hashlib
 import importlib
 import logging
-import lzma
 import os
 import re
 import sysconfig
-import zlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
+
+from torchdsc.lab.text_files import OPEN_COMPRESSED, binary, decode, read_text, text_or_none
 
 HUB_CONFIGURATIONS = {"wikitext-2": "wikitext-2-raw-v1", "wikitext-103": "wikitext-103-raw-v1"}
 _HUB_REPOSITORY = "Salesforce/wikitext"
@@ -28,16 +26,12 @@ _SPLIT_OF_WORD = {
     "dev": "valid",
     "test": "test",
 }
-_DECOMPRESS = {".xz": lzma.decompress, ".gz": gzip.decompress, ".bz2": bz2.decompress}
-_DECOMPRESSION_ERRORS = (lzma.LZMAError, zlib.error, EOFError, ValueError)
 # Source code is full of names such as test_io.py and train.py, which say nothing about splits.
 _CODE_SUFFIXES = frozenset(
     (".py", ".pyi", ".c", ".h", ".cc", ".cpp", ".hpp", ".cu", ".js", ".ts", ".go", ".rs", ".java", ".sh", ".rb", ".jl")
 )
 # In a folder without splits, a file of these suffixes has to be text; any other that is not text is passed over.
 _TEXT_SUFFIXES = frozenset((".txt", ".text", ".raw", ".tokens", ".md", ".rst"))
-_WIKI_EXTRACTOR_START = re.compile(r"^<doc id=", re.MULTILINE)
-_WIKI_EXTRACTOR_LINE = re.compile(r"^(?:<doc [^\n]*>|</doc>)[ \t]*(?:\n|\Z)", re.MULTILINE)
 _TRAIN_FRACTION, _VALID_FRACTION = 0.90, 0.05
 
 _logger = logging.getLogger(__name__)
@@ -68,7 +62,7 @@ def read_embedded() -> SplitTexts:
     hashed = {hashlib.sha256(relative.encode()).digest(): relative for relative in _stdlib_files(root)}
     parts: dict[str, list[str]] = {"train": [], "valid": [], "test": []}
     for digest in sorted(hashed):
-        text = _decode((root / hashed[digest]).read_bytes())
+        text = decode((root / hashed[digest]).read_bytes())
         if text is None:
             continue
         # The last bytes, because the first ones order the files.
@@ -125,30 +119,38 @@ def read_hub(name: str) -> SplitTexts:
     return SplitTexts(*(_join(lines) for lines in rows))
 
 
-def read_local(path: Path) -> SplitTexts:
+def read_local(path: Path, *, limit: int | None = None) -> SplitTexts:
     """Reads a file or a folder of text files; `load_corpus` says how the splits are found.
 
     Args:
         path: an existing file or folder.
+        limit: UTF-8 bytes at the beginning of each split that will be used, None for all. Compressed files are
+            unpacked no further than that where they are a split of their own; where they are cut in proportion to
+            their length, to 64 MiB or 100 times the limit at most.
 
     Returns:
-        The splits; any of them may be empty.
+        The splits, right in their first `limit` bytes; any of them may be empty.
 
     Raises:
-        ValueError: a file cannot be read or is not text, the folder has no text files, or it has held-out splits but
-            no train.
+        ValueError: a file cannot be read, is a pipe or a device, is not text, or unpacks to more than the most; the
+            folder has no text files, or it has held-out splits but no train.
     """
     if not path.is_dir():
-        return _split_contiguously(_read_text(path))
+        return _split_contiguously(read_text(path, limit, whole=True))
     files = _find_splits(path)
     if not files:
-        return _split_contiguously(_read_folder(path))
+        return _split_contiguously(_read_folder(path, limit))
     if "train" not in files:
         found = {split: [file.name for file in members] for split, members in files.items()}
         raise ValueError(
             f"corpus must be a folder with a train part when its files are named after splits, got {found} in {path}"
         )
-    texts = {split: _join(map(_read_text, members)) for split, members in files.items()}
+    # What lacks is cut out of these.
+    divided = "train" if "valid" not in files else "valid" if "test" not in files else ""
+    texts = {
+        split: _join(read_text(file, limit, whole=split == divided) for file in members)
+        for split, members in files.items()
+    }
     _logger.info("%s: splits from %s", path, {split: [file.name for file in files[split]] for split in files})
     if "valid" in texts and "test" not in texts:
         middle = _boundary(texts["valid"], len(texts["valid"]) // 2)
@@ -178,15 +180,15 @@ def _find_splits(folder: Path) -> dict[str, list[Path]]:
     return files
 
 
-def _read_folder(folder: Path) -> str:
+def _read_folder(folder: Path, limit: int | None) -> str:
     """All text files under `folder`, joined in sorted order."""
     texts = []
     for file in _without_compressed_twins(_walk(folder)):
-        text = _text_or_none(file)
+        text = text_or_none(file, limit, whole=True)
         if text is not None:
             texts.append(text)
         elif _plain_name(file).suffix.lower() in _TEXT_SUFFIXES:
-            raise _binary(file)
+            raise binary(file)
         else:
             _logger.info("%s is not text: passed over", file)
     if not texts:
@@ -219,54 +221,16 @@ def _walk(folder: Path) -> list[Path]:
 
 
 def _plain_name(file: Path) -> Path:
-    return file.with_suffix("") if file.suffix in _DECOMPRESS else file
+    return file.with_suffix("") if file.suffix in OPEN_COMPRESSED else file
 
 
 def _without_compressed_twins(files: Iterable[Path]) -> list[Path]:
     """Keeps one of `train.txt` and `train.txt.xz`, the plain one: both together would double the text."""
     chosen: dict[Path, Path] = {}
     for file in files:
-        if file.suffix not in _DECOMPRESS or _plain_name(file) not in chosen:
+        if file.suffix not in OPEN_COMPRESSED or _plain_name(file) not in chosen:
             chosen[_plain_name(file)] = file
     return list(chosen.values())
-
-
-def _read_bytes(file: Path) -> bytes:
-    try:
-        return _DECOMPRESS.get(file.suffix, bytes)(file.read_bytes())
-    except (OSError, *_DECOMPRESSION_ERRORS) as error:
-        raise ValueError(f"corpus must be readable files, got {file}: {error}") from error
-
-
-def _text_or_none(file: Path) -> str | None:
-    text = _decode(_read_bytes(file))
-    if text is not None and _WIKI_EXTRACTOR_START.search(text):
-        return _WIKI_EXTRACTOR_LINE.sub("", text)
-    return text
-
-
-def _read_text(file: Path) -> str:
-    text = _text_or_none(file)
-    if text is None:
-        raise _binary(file)
-    return text
-
-
-def _binary(file: Path) -> ValueError:
-    return ValueError(
-        f"corpus must be UTF-8 text, got a binary file (NUL bytes or undecodable as UTF-8): {file}; "
-        "text of another encoding has to be converted first, for example by iconv"
-    )
-
-
-def _decode(data: bytes) -> str | None:
-    """The text of `data` with lines ending in a newline alone, or None where it is not text."""
-    if b"\0" in data:
-        return None
-    try:
-        return data.decode("utf-8-sig").replace("\r\n", "\n")
-    except UnicodeDecodeError:
-        return None
 
 
 def _join(texts: Iterable[str]) -> str:

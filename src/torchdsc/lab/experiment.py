@@ -1,6 +1,6 @@
 """An experiment's folder: it belongs to one configuration and one corpus, and to no other once it holds them."""
 
-import tempfile
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +9,14 @@ import yaml
 from .budget import Plan
 from .config import ExperimentConfig
 from .corpora import Corpus, load_corpus
-from .files import new_folder, read_json, write_json, write_text
+from .files import draft_beside, naming_writes, new_folder, read_json, write_json, write_text
 from .tokenizers import load_tokenizer
 from .tokens import FixedWindows, tokenize_corpus
 from .training import Data, make_plans
 
 __all__ = ["load_data", "look", "prepare"]
+
+_logger = logging.getLogger(__name__)
 
 CONFIG, CORPUS, TOKENIZER = "config.yaml", "corpus.json", "tokenizer"
 
@@ -40,12 +42,13 @@ def prepare(config: ExperimentConfig, folder: Path) -> tuple[Data, dict[str, Pla
     _check_folder(folder, config)
     with new_folder(folder):
         # Found out now rather than after minutes of tokenising.
-        with tempfile.NamedTemporaryFile(dir=folder, prefix=f".{CONFIG}."):
+        with draft_beside(folder / CONFIG):
             pass
         data, plans = look(config, folder)
         write_text(folder / CONFIG, yaml.safe_dump(config.as_dict(), sort_keys=False))
         write_json(folder / CORPUS, {"name": data.corpus.name, "sha256": data.corpus.sha256})
-        data.tokenizer.save_pretrained(folder / TOKENIZER)
+        with naming_writes(folder / TOKENIZER):
+            data.tokenizer.save_pretrained(folder / TOKENIZER)
     return data, plans
 
 
@@ -75,11 +78,17 @@ def load_data(config: ExperimentConfig) -> Data:
 
 
 def _load_corpus(config: ExperimentConfig) -> Corpus:
+    for doubt in config.doubts():
+        _logger.warning("%s", doubt)
     return load_corpus(config.corpus, preparation=config.preparation, max_bytes=config.max_bytes)
 
 
 def _tokenize(config: ExperimentConfig, corpus: Corpus) -> Data:
     tokenizer = load_tokenizer(config.tokenizer, corpus, vocab_size=config.vocab_size)
+    if config.tokenizer == "bpe" and len(tokenizer) < config.vocab_size:
+        _logger.warning(
+            "vocab_size = %s: the corpus gives a vocabulary of %s", f"{config.vocab_size:,}", f"{len(tokenizer):,}"
+        )
     data = Data(corpus, tokenize_corpus(corpus, tokenizer), tokenizer)
     for split in ("train", "valid", "test"):
         _check_length(data, split, config.window)

@@ -2,6 +2,7 @@
 
 from math import inf
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoTokenizer
@@ -9,6 +10,7 @@ from transformers import AutoTokenizer
 from torchdsc.models import DSCGPTForCausalLM
 
 from .environment import quiet_transformers
+from .loading import load_model
 
 __all__ = ["generate"]
 
@@ -37,7 +39,8 @@ def generate(
 
     Raises:
         FileNotFoundError: If there is no model or tokenizer.
-        ValueError: If an argument is out of its range, or prompt and new tokens do not fit the positions.
+        ValueError: If an argument is out of its range, the folder does not hold the model's weights, or prompt and new
+            tokens do not fit the positions.
     """
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be >= 1, got {max_new_tokens}")
@@ -57,7 +60,7 @@ def generate(
         raise FileNotFoundError(f"no tokenizer in {path}, nor a folder tokenizer beside or above it")
     with quiet_transformers():
         tokenizer = AutoTokenizer.from_pretrained(tokenizer_path)
-        model = DSCGPTForCausalLM.from_pretrained(path).eval()
+        model: Any = load_model(DSCGPTForCausalLM, path).eval()
     ids = torch.tensor([tokenizer(prompt)["input_ids"] or [tokenizer.eos_token_id]])
     limit = model.config.max_position_embeddings
     if ids.shape[1] + max_new_tokens > limit:

@@ -50,15 +50,24 @@ def paired_difference(groups: Mapping[str, Sequence[float]]) -> Difference:
 
 
 def format_mean(values: Sequence[float], decimals: int) -> str:
-    """ "71.20 ± 0.84", the sample standard deviation over seeds; without it for one seed, a dash for none."""
+    """ "71.20 ± 0.84", the sample standard deviation over seeds; without it for one seed, a dash for none.
+
+    Values that are not finite, of runs that diverged, are left out, and the text says how many.
+    """
     if not values:
         return DASH
-    return f"{fmean(values):.{decimals}f}" + (f" ± {stdev(values):.{decimals}f}" if len(values) > 1 else "")
+    finite = [value for value in values if math.isfinite(value)]
+    if not finite:
+        return "NaN"
+    text = f"{fmean(finite):.{decimals}f}" + (f" ± {stdev(finite):.{decimals}f}" if len(finite) > 1 else "")
+    return text if len(finite) == len(values) else f"{text} ({len(finite)} of {len(values)} finite)"
 
 
 def format_difference(value: Difference | None, decimals: int) -> str:
-    """ "+0.41 ± 0.55" with the half width of the 95 % interval; a dash for None."""
+    """ "+0.41 ± 0.55" with the half width of the 95 % interval; a dash for None, "NaN" where a run diverged."""
     if value is None:
         return DASH
+    if not math.isfinite(value.mean):
+        return "NaN"
     text = f"{value.mean:+.{decimals}f}".replace("-", MINUS)
     return text if value.half_width is None else f"{text} ± {value.half_width:.{decimals}f}"

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-import shutil
 import struct
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +13,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from .environment import quiet_transformers
+from .files import draft_beside, naming_writes
 
 __all__ = ["convert_llama2c"]
 
@@ -67,23 +66,17 @@ def convert_llama2c(model: Path, tokenizer: Path, folder: Path) -> None:
         raise ValueError(f"{tokenizer} must have the {shape.vocab_size} tokens of {model}, got {len(scores)}")
     fast = _fast_tokenizer(scores)
     llama = _llama(shape, _read_tensors(model, shape))
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    # Beside the target, because a rename is atomic only within one file system.
-    draft = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-    try:
-        with quiet_transformers():
+    with draft_beside(folder, is_folder=True) as draft:
+        with quiet_transformers(), naming_writes(folder):
             llama.save_pretrained(draft)
             fast.save_pretrained(draft)
-        # mkdtemp makes folders, and safetensors files, that only their owner may read.
+        # Drafts, and files of safetensors, can be read by their owner alone.
         draft.chmod(0o755)
         for path in draft.iterdir():
             path.chmod(0o644)
         if folder.exists():
             folder.rmdir()
         draft.rename(folder)
-    except BaseException:
-        shutil.rmtree(draft, ignore_errors=True)
-        raise
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ REQUIRED_KEYS = (
     *("val_loss_best", "val_loss_final", "test_loss", "latency_ms", "peak_memory_bytes", "train_seconds"),
     *("curve", "routing", "description", "config", "corpus", "versions", "hardware", "commit", "command"),
 )
-"""Keys that every record has; `train_curve` is not needed here."""
+"""Keys that every record has; `train_curve` and `diverged_at_step`, which former records lack, are not needed here."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Statistic:
     @classmethod
     def over(cls, values: Iterable[float | None]) -> Statistic:
         """Summarises values; None and values that are not finite are left out and not counted."""
-        finite = [float(value) for value in values if value is not None and math.isfinite(value)]
+        finite = [float(value) for value in values if value is not None and _is_finite(value)]
         mean = statistics.fmean(finite) if finite else math.nan
         return cls(mean, statistics.stdev(finite) if len(finite) > 1 else None, len(finite))
 
@@ -67,6 +67,7 @@ class MethodSummary:
         label: Name of the method for people.
         description: The layer's sizes in words.
         seeds: Seeds run, ascending.
+        diverged: Those whose final loss is not finite, with the step at which they stopped where it is known.
         params_total: Parameters stored.
         params_active: Parameters that one token uses.
         val_best: Lowest validation loss of each run.
@@ -76,7 +77,7 @@ class MethodSummary:
         latency_q1: Median over runs of the runs' first quartiles.
         latency_q3: Median over runs of the runs' third quartiles.
         latency_ratio: `latency_ms` over that of Dense; None where Dense is absent or was not timed.
-        tokens_per_second: Tokens trained on over the seconds that took, all seeds together.
+        tokens_per_second: Tokens trained on over the seconds that took, all seeds together that did not diverge.
         peak_memory_bytes: Largest over the seeds; None where it was not measured.
     """
 
@@ -84,6 +85,7 @@ class MethodSummary:
     label: str
     description: str
     seeds: tuple[int, ...]
+    diverged: dict[int, int | None]
     params_total: int
     params_active: int
     val_best: Statistic
@@ -166,13 +168,17 @@ def summarize(runs: Iterable[Run]) -> list[MethodSummary]:
 
 
 def _summarize_method(method: str, runs: list[Run], ratio: float) -> MethodSummary:
-    seconds = sum(run["train_seconds"] for run in runs)
+    diverged = {run["seed"]: run.get("diverged_at_step") for run in runs if not _is_finite(run["val_loss_final"])}
+    # Those that stopped before their last step have not trained on all of their tokens.
+    whole = [run for run in runs if run.get("diverged_at_step") is None]
+    seconds = sum(run["train_seconds"] for run in whole)
     peaks = [run["peak_memory_bytes"] for run in runs if run["peak_memory_bytes"] is not None]
     return MethodSummary(
         method=method,
         label=METHOD_LABELS[method],
         description=runs[0]["description"],
         seeds=tuple(run["seed"] for run in runs),
+        diverged=diverged,
         params_total=runs[0]["params_total"],
         params_active=runs[0]["params_active"],
         val_best=Statistic.over(run["val_loss_best"] for run in runs),
@@ -182,9 +188,13 @@ def _summarize_method(method: str, runs: list[Run], ratio: float) -> MethodSumma
         latency_q1=_latency(runs, "q1"),
         latency_q3=_latency(runs, "q3"),
         latency_ratio=ratio if math.isfinite(ratio) else None,
-        tokens_per_second=sum(run["tokens"] for run in runs) / seconds if seconds else math.nan,
+        tokens_per_second=sum(run["tokens"] for run in whole) / seconds if seconds else math.nan,
         peak_memory_bytes=max(peaks, default=None),
     )
+
+
+def _is_finite(value: float | None) -> bool:
+    return value is not None and math.isfinite(value)
 
 
 def _latency(runs: list[Run], key: str) -> float:

@@ -79,7 +79,7 @@ def table_cells(summary: MethodSummary) -> list[str]:
 def to_markdown(summaries: Sequence[MethodSummary]) -> str:
     """Returns the table as GitHub markdown, with a note on ± below it.
 
-    A loss is bold only where `leader` says that it is lowest beyond noise.
+    A loss is bold only where `leader` says that it is lowest beyond noise. Runs that diverged are named below it.
     """
     leaders = {column: leader(summaries, name) for column, name in LOSS_COLUMNS.items()}
     rows = []
@@ -90,7 +90,18 @@ def to_markdown(summaries: Sequence[MethodSummary]) -> str:
                 cells[column] = f"**{cells[column]}**"
         rows.append([*cells, summary.description])
     markdown = markdown_table([*HEADER, "layer"], rows, left=(0, len(HEADER)))
-    return f"{markdown}\n{DEVIATION_NOTE}\n" if any(summary.num_seeds > 1 for summary in summaries) else markdown
+    return "\n".join([markdown, *(f"{note}\n" for note in notes(summaries))])
+
+
+def notes(summaries: Sequence[MethodSummary]) -> list[str]:
+    """Returns what stands below the table: which runs diverged, and what ± is."""
+    diverged = [
+        f"{summary.label} seed {seed}" + (f" (at step {step:,})" if step is not None else "")
+        for summary in summaries
+        for seed, step in summary.diverged.items()
+    ]
+    found = [f"Diverged, so that the loss is not finite: {', '.join(diverged)}."] if diverged else []
+    return found + ([DEVIATION_NOTE] if any(summary.num_seeds > 1 for summary in summaries) else [])
 
 
 def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]], *, left: Sequence[int] = (0,)) -> str:
@@ -111,7 +122,7 @@ def _stack(cell: str) -> str:
 
 
 def print_table(summaries: Sequence[MethodSummary], console: Console | None = None) -> None:
-    """Prints the table on a terminal, the layers' sizes below it.
+    """Prints the table on a terminal, the layers' sizes and the runs that diverged below it.
 
     Args:
         summaries: What `summarize` returned.
@@ -143,5 +154,5 @@ def print_table(summaries: Sequence[MethodSummary], console: Console | None = No
     console.print(table if fits else build(_stack, 0))
     for summary in summaries:
         console.print(Text(f"{summary.label}: {summary.description}"), style="dim", highlight=False)
-    if any(summary.num_seeds > 1 for summary in summaries):
-        console.print(Text(DEVIATION_NOTE), style="dim", highlight=False)
+    for note in notes(summaries):
+        console.print(Text(note), style="dim", highlight=False)

@@ -12,12 +12,15 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, GPT2TokenizerFast, PreTrainedTokenizerFast
 
 from torchdsc.lab.corpora import Corpus
-from torchdsc.lab.files import write_text
+from torchdsc.lab.files import remove_drafts, write_text
 
 END_OF_TEXT = "<|endoftext|>"
 
 _NUM_BYTES = 256
 _TRAINING_PIECE = 2**16
+# Bytes of a word that merges are learned from: training takes time with the square of a word's length. Words of
+# languages and of source code are far shorter.
+_LONGEST_WORD = 2**10
 
 _logger = logging.getLogger(__name__)
 
@@ -112,6 +115,7 @@ def _trained_bpe(corpus: Corpus, vocab_size: int, cache_dir: Path) -> Tokenizer:
             f"vocab_size must be at least {_NUM_BYTES + 1} for 'bpe' (bytes, end of text), got {vocab_size}"
         )
     path = cache_dir / "tokenizers" / f"bpe-{corpus.sha256}-{vocab_size}.json"
+    remove_drafts(path.parent)
     if path.is_file():
         try:
             return Tokenizer.from_file(str(path))
@@ -125,6 +129,8 @@ def _trained_bpe(corpus: Corpus, vocab_size: int, cache_dir: Path) -> Tokenizer:
 
 def _train_bpe(text: str, vocab_size: int) -> Tokenizer:
     tokenizer = _byte_level(models.BPE(), use_regex=True)
+    whole_words = tokenizer.pre_tokenizer
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([whole_words, pre_tokenizers.FixedLength(_LONGEST_WORD)])
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
@@ -132,6 +138,8 @@ def _train_bpe(text: str, vocab_size: int) -> Tokenizer:
         show_progress=False,
     )
     tokenizer.train_from_iterator(_training_pieces(text), trainer)
+    # Encoding has no need of it.
+    tokenizer.pre_tokenizer = whole_words
     return tokenizer
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import re
 from collections.abc import Iterator
@@ -22,7 +21,7 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 from transformers import PreTrainedTokenizerFast
 
 from torchdsc.lab.corpora import Corpus
-from torchdsc.lab.files import write_atomically, write_json
+from torchdsc.lab.files import file_sha256, read_json, remove_drafts, write_atomically, write_json
 from torchdsc.lab.tokenizers import content_hash, default_cache_dir, plain_backend
 
 TokenArray = npt.NDArray[np.uint16] | npt.NDArray[np.uint32]
@@ -30,6 +29,7 @@ TokenArray = npt.NDArray[np.uint16] | npt.NDArray[np.uint32]
 _SPLITS = ("train", "valid", "test")
 # Part of the cache's key: raise it when the same text and tokenizer would give other files.
 _FORMAT = 1
+_CHECKSUMS = "sha256"
 _CHUNK, _SEARCH, _BATCH = 2**14, 2**10, 64
 _PUBLISHED_FRACTION = 0.9
 # Between two printable ASCII characters, where a tokenizer that splits at spaces joins nothing.
@@ -66,7 +66,7 @@ def tokenize_corpus(
     cache_dir: Path | None = None,
     progress: bool = True,
 ) -> TokenSplits:
-    """Encodes the three splits of a corpus, once: later calls map the files of the first.
+    """Encodes the three splits of a corpus, once: later calls map the files of the first, if their checksums hold.
 
     A text is encoded in pieces of some 16,000 characters, cut before a space inside a line (after a line where there is
     no such space, anywhere where there is no line). A byte-level tokenizer that splits at spaces, as GPT-2's and the
@@ -88,6 +88,8 @@ def tokenize_corpus(
     """
     key = hashlib.sha256(f"{_FORMAT}:{corpus.sha256}:{content_hash(tokenizer)}".encode()).hexdigest()
     folder = (cache_dir or default_cache_dir()) / "tokens" / key
+    for place in folder.parent.glob("*/"):
+        remove_drafts(place)
     backend = plain_backend(tokenizer)
     vocab_size = 1 + max(backend.get_vocab(with_added_tokens=True).values())
     dtype = np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
@@ -104,19 +106,28 @@ def tokenize_corpus(
 
 
 def _complete_counts(folder: Path, dtype: np.dtype[Any]) -> dict[str, int] | None:
-    """The tokens in each split's file, or None where the cache is absent or damaged."""
+    """The tokens in each split's file, or None where the cache is absent, or another than was written."""
+    file = folder / "counts.json"
+    if not file.is_file():
+        return None
     try:
-        counts = json.loads((folder / "counts.json").read_text())
+        counts = read_json(file, keys=(*_SPLITS, _CHECKSUMS))
         sizes = {split: (folder / f"{split}.bin").stat().st_size for split in _SPLITS}
-        if sizes == {split: counts[split] * dtype.itemsize for split in _SPLITS}:
+        is_whole = sizes == {split: counts[split] * dtype.itemsize for split in _SPLITS}
+        # A file of the right size may hold anything, as after a crash of the file system.
+        if is_whole and _checksums(folder) == counts[_CHECKSUMS]:
             return {split: counts[split] for split in _SPLITS}
+        reason = "its files differ from counts.json"
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        _logger.warning("%s is damaged (%s): encoding the corpus again", folder, error)
-        return None
-    _logger.warning("%s is damaged (file sizes differ from counts.json): encoding the corpus again", folder)
+    except (OSError, ValueError, TypeError) as error:
+        reason = str(error)
+    _logger.warning("%s is damaged or of an older version (%s): encoding the corpus again", folder, reason)
     return None
+
+
+def _checksums(folder: Path) -> dict[str, str]:
+    return {split: file_sha256(folder / f"{split}.bin") for split in _SPLITS}
 
 
 def _encode_splits(
@@ -137,7 +148,7 @@ def _encode_splits(
             if counts[split] == 0:
                 raise ValueError(f"tokenizer must give tokens for every split, got none for {split} of {corpus.name}")
     # Written last: without it the files beside it do not count as complete.
-    write_json(folder / "counts.json", counts)
+    write_json(folder / "counts.json", {**counts, _CHECKSUMS: _checksums(folder)})
     return counts
 
 

@@ -1,5 +1,6 @@
 """Transformers' Trainer with the paper's parameter groups, and what the lab records beside the loss."""
 
+import math
 import sys
 import time
 from pathlib import Path
@@ -8,16 +9,31 @@ from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainerControl
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerState
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from torchdsc.diagnostics import LayerRouting, RoutingMonitor
 from torchdsc.optim import DenseAndSparseAdam, build_optimizer, clip_grad_norm
 
 from .environment import peak_memory_bytes
+from .files import naming_writes
 
-__all__ = ["LabTrainer", "QuietProgress", "show_progress"]
+__all__ = ["DivergedError", "LabTrainer", "QuietProgress", "show_progress"]
+
+
+class DivergedError(ArithmeticError):
+    """A training loss that is not finite: no later step can mend it.
+
+    Attributes:
+        step: The step that it is the loss of, counted from 1.
+        loss: NaN or an infinity.
+    """
+
+    def __init__(self, step: int, loss: float) -> None:
+        super().__init__(f"the loss was {loss} at step {step}")
+        self.step, self.loss = step, loss
 
 
 class LabTrainer(Trainer):
@@ -34,6 +50,7 @@ class LabTrainer(Trainer):
     """
 
     optimizer: Optimizer | None
+    control: TrainerControl
 
     def __init__(self, *, router_lr_multiplier: float = 1.0, atom_lr_multiplier: float = 1.0, **kwargs: Any) -> None:
         self.router_lr_multiplier, self.atom_lr_multiplier = router_lr_multiplier, atom_lr_multiplier
@@ -86,8 +103,14 @@ class LabTrainer(Trainer):
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any
     ) -> Any:
-        """Trainer's loss; in training, the task loss is added up for the log."""
+        """Trainer's loss; in training, the task loss is added up for the log.
+
+        Raises:
+            DivergedError: If the loss of a training step is not finite.
+        """
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
+        if model.training and not math.isfinite(loss.detach()):
+            raise DivergedError(self.state.global_step + 1, float(loss.detach()))
         if model.training and outputs.task_loss is not None:
             self._task_loss += float(outputs.task_loss)
             # A step's micro-batches add up to one loss, each divided by the tokens of the whole step.
@@ -95,7 +118,11 @@ class LabTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:
-        """Train, with the clock running on from the checkpoint's."""
+        """Train, with the clock running on from the checkpoint's.
+
+        Raises:
+            DivergedError: If the loss of a step is not finite.
+        """
         history: list[dict[str, Any]] = []
         if resume_from_checkpoint is not None:
             history = TrainerState.load_from_json(str(Path(resume_from_checkpoint) / TRAINER_STATE_NAME)).log_history
@@ -104,8 +131,16 @@ class LabTrainer(Trainer):
         self._since = time.perf_counter()
         try:
             return super().train(resume_from_checkpoint, **kwargs)
+        except (DivergedError, OSError):
+            # As where training ends by itself: progress bars are closed.
+            self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
+            raise
         finally:
             self._seconds, self._since = self.seconds, None
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        with naming_writes(Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"):
+            super()._save_checkpoint(*args, **kwargs)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add the mean task loss since the last log, the time and the peak memory."""

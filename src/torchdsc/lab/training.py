@@ -1,5 +1,8 @@
 """One training run: a method and a seed, from token files to a record."""
 
+import logging
+import math
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,14 +17,17 @@ from .checkpoints import last_checkpoint, remove_checkpoints
 from .config import ExperimentConfig
 from .corpora import Corpus
 from .environment import command_line, commit, hardware, quiet_transformers, reset_peak_memory, versions
-from .files import new_folder, read_json, write_json
+from .files import draft_beside, naming_writes, new_folder, read_json, remove_drafts, write_json
+from .summaries import REQUIRED_KEYS
 from .tokens import FixedWindows, RandomWindows, TokenSplits
-from .trainer import LabTrainer, show_progress
+from .trainer import DivergedError, LabTrainer, show_progress
 
 __all__ = ["Data", "build_model", "build_trainer", "make_plans", "train_run"]
 
 RECORD = "record.json"
 MODEL = "model"
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -92,7 +98,9 @@ def train_run(
 ) -> dict[str, Any]:
     """Train one method with one seed, or go on where it stopped, or return what a finished run recorded.
 
-    The folder ends with ``record.json`` and the final model with its tokenizer; checkpoints are kept while it trains.
+    The folder ends with ``record.json`` and the final model with its tokenizer; checkpoints are kept only while it
+    trains. A run whose loss is not finite stops there, with a warning that says what to do: its record has the step as
+    ``diverged_at_step`` (None for any other run) and NaN for losses, and there is no model.
 
     Args:
         config: The experiment.
@@ -105,19 +113,23 @@ def train_run(
         is_trial: Leave the test part alone, and keep no model.
 
     Returns:
-        The run's record, in the form of DESIGN.md; its latency is measured later, with those it is compared to.
+        The run's record; its latency is measured later, with those it is compared to.
 
     Raises:
-        ValueError: If a split is shorter than a window, or several processes were launched.
+        ValueError: If a split is shorter than a window, several processes were launched, or a file of the run is
+            damaged.
+        OSError: If the folder cannot be written, as on a full disk.
         KeyboardInterrupt: If a callback stopped the training; a later call goes on from the last checkpoint.
     """
     record_file = folder / RECORD
     if record_file.is_file():
-        record = read_json(record_file)
+        # Latencies are measured later.
+        record = read_json(record_file, keys=[key for key in REQUIRED_KEYS if key != "latency_ms"])
         # A kill may have come between the record and their removal.
         remove_checkpoints(folder)
         return record
     with new_folder(folder), quiet_transformers():
+        remove_drafts(folder)
         label = label or f"{plan.method} seed {seed}"
         record = _train(config, plan, seed, data, folder, callbacks or [], label, is_trial=is_trial)
     write_json(record_file, record)
@@ -142,18 +154,17 @@ def _train(
     trainer = build_trainer(config, plan.method, model, seed, data, folder, label)
     for callback in callbacks:
         trainer.add_callback(callback)
-    checkpoint = last_checkpoint(folder)
-    trainer.train(None if checkpoint is None else str(checkpoint))
-    if trainer.state.global_step < config.steps:
-        raise KeyboardInterrupt(f"stopped at step {trainer.state.global_step} of {config.steps}")
-    if not any("eval_loss" in entry and entry["step"] == config.steps for entry in trainer.state.log_history):
-        trainer.evaluate()
-    measured = _measured(config, plan, seed, trainer)
+    diverged = _fit(config, trainer, folder)
+    if diverged is not None:
+        _logger.warning("%s", _advice(config, plan.method, label, diverged))
+    measured = _measured(config, plan, seed, trainer, diverged)
     test_loss = None
-    if not is_trial:
+    if not is_trial and diverged is None:
         test = FixedWindows(data.tokens.test, config.window, config.test_windows)
         test_loss = trainer.evaluate(test)["eval_loss"]
         _save(model, data.tokenizer, folder / MODEL)
+    elif not is_trial:
+        test_loss = math.nan
     return {
         **measured,
         "test_loss": test_loss,
@@ -167,16 +178,48 @@ def _train(
     }
 
 
+def _fit(config: ExperimentConfig, trainer: LabTrainer, folder: Path) -> DivergedError | None:
+    """Train to the last step and evaluate there; returns what ended the run before, or at, that step."""
+    checkpoint = last_checkpoint(folder)
+    try:
+        trainer.train(None if checkpoint is None else str(checkpoint))
+    except DivergedError as error:
+        # Without its traceback, which holds the step's graph.
+        return error.with_traceback(None)
+    if trainer.state.global_step < config.steps:
+        raise KeyboardInterrupt(f"stopped at step {trainer.state.global_step} of {config.steps}")
+    if not any("eval_loss" in entry and entry["step"] == config.steps for entry in trainer.state.log_history):
+        trainer.evaluate()
+    final = next(entry["eval_loss"] for entry in reversed(trainer.state.log_history) if "eval_loss" in entry)
+    return None if math.isfinite(final) else DivergedError(config.steps, final)
+
+
+def _advice(config: ExperimentConfig, method: str, label: str, diverged: DivergedError) -> str:
+    rate = config.of_method(method, "learning_rate")
+    return (
+        f"{label} diverged: {diverged} of {config.steps}, and it stopped there. Try a learning_rate below {rate:g}, "
+        f"more warmup_steps than {config.warmup_steps}, or precision fp32 where it is not, in another folder"
+    )
+
+
 def _save(model: DSCGPTForCausalLM, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Model and tokenizer, so that transformers' pipelines take the folder."""
+    """Model and tokenizer, so that transformers' pipelines take the folder.
+
+    The folder is whole or absent; one from before a kill is replaced.
+    """
     # Without a length of its own a pipeline would go on past the model's positions.
     model.generation_config.update(
         max_length=model.config.max_position_embeddings,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.eos_token_id,
     )
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    with draft_beside(folder, is_folder=True) as draft, naming_writes(folder):
+        model.save_pretrained(draft)
+        tokenizer.save_pretrained(draft)
+        # Drafts can be read by their owner alone.
+        draft.chmod(0o755)
+        shutil.rmtree(folder, ignore_errors=True)
+        draft.rename(folder)
 
 
 def build_trainer(
@@ -239,16 +282,22 @@ def build_trainer(
     return trainer
 
 
-def _measured(config: ExperimentConfig, plan: Plan, seed: int, trainer: LabTrainer) -> dict[str, Any]:
+def _measured(
+    config: ExperimentConfig, plan: Plan, seed: int, trainer: LabTrainer, diverged: DivergedError | None
+) -> dict[str, Any]:
     history, layers = trainer.state.log_history, trainer.routing
     per_step = config.batch_size * config.window
-    curve = [
-        {"step": entry["step"], "tokens": entry["step"] * per_step, "val_loss": entry["eval_loss"]}
+    found = {entry["step"]: entry["eval_loss"] for entry in history if "eval_loss" in entry}
+    # Curves of a comparison have the same steps: a run that diverged has NaN from there on.
+    steps = dict.fromkeys([*range(config.eval_every, config.steps + 1, config.eval_every), config.steps])
+    curve = [{"step": s, "tokens": s * per_step, "val_loss": found.get(s, math.nan)} for s in steps]
+    train_curve = [
+        {"step": entry["step"], "loss": entry["loss"], "task_loss": entry.get("task_loss", entry["loss"])}
         for entry in history
-        if "eval_loss" in entry
+        if "loss" in entry
     ]
-    losses = [point["val_loss"] for point in curve]
-    finite = [loss for loss in losses if loss == loss]
+    if diverged is not None:
+        train_curve.append({"step": diverged.step, "loss": diverged.loss, "task_loss": diverged.loss})
     return {
         "method": plan.method,
         "seed": seed,
@@ -256,16 +305,13 @@ def _measured(config: ExperimentConfig, plan: Plan, seed: int, trainer: LabTrain
         "params_active": plan.params_active,
         "tokens": config.steps * per_step,
         "steps": config.steps,
-        "val_loss_best": min(finite, default=float("nan")),
-        "val_loss_final": losses[-1],
+        "val_loss_best": math.nan if diverged else min(found.values()),
+        "val_loss_final": math.nan if diverged else found[config.steps],
+        "diverged_at_step": diverged.step if diverged else None,
         "train_seconds": trainer.seconds,
         "peak_memory_bytes": trainer.peak_memory_bytes,
         "curve": curve,
-        "train_curve": [
-            {"step": entry["step"], "loss": entry["loss"], "task_loss": entry.get("task_loss", entry["loss"])}
-            for entry in history
-            if "loss" in entry
-        ],
+        "train_curve": train_curve,
         "routing": {
             "history": [{"step": e["step"], **e["routing"]} for e in history if "routing" in e],
             "layers": layers,

@@ -64,6 +64,26 @@ class DSCGPTPreTrainedModel(PreTrainedModel):
         """See :meth:`DSCGPTConfig.register_for_auto_class`."""
         DSCGPTConfig.register_for_auto_class()
 
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: Any, *args: Any, use_safetensors: bool | None = None, **kwargs: Any
+    ) -> Any:
+        """Transformers' loading, from safetensors alone: pickled weights are refused.
+
+        Args:
+            pretrained_model_name_or_path: Folder or hub id.
+            *args: See transformers, as for ``kwargs``.
+            use_safetensors: None or True.
+            **kwargs: See transformers.
+
+        Raises:
+            ValueError: If ``use_safetensors`` is False.
+            OSError: If there are no weights in safetensors, or none at all.
+        """
+        if use_safetensors is False:
+            raise ValueError("use_safetensors must be None or True, got False: pickled weights are not read")
+        return super().from_pretrained(pretrained_model_name_or_path, *args, use_safetensors=True, **kwargs)
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         initialize(module, self.config)

@@ -1,5 +1,8 @@
+import shutil
+
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from torchdsc.lab.adapt.config import AdaptConfig, Method, Task
 from torchdsc.lab.adapt.data import TaskData
@@ -63,6 +66,18 @@ def test_same_seed_gives_methods_the_same_head(encoder):
 def test_labels_are_saved_with_the_model(encoder):
     data = data_of(labels=("no", "yes"))
     assert build_model(Method("m", "full"), study(encoder), data).config.id2label == {0: "no", 1: "yes"}
+
+
+@pytest.mark.parametrize("options", [{}, {"head": "embedding"}])
+def test_base_that_lacks_weights(encoder, tmp_path, options):
+    folder = shutil.copytree(encoder, tmp_path / "encoder")
+    file = folder / "model.safetensors"
+    weights = {name: weight for name, weight in load_file(file).items() if "layer.1" not in name}
+    save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(
+        ValueError, match=r"the weights in .*/encoder must be those .*: they lack (bert\.)?encoder.layer.1"
+    ):
+        build_model(Method("m", "full"), study(str(folder), **options), DATA)
 
 
 def test_head_alone(encoder):

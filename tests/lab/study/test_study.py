@@ -77,6 +77,18 @@ def test_trials_choose_and_runs_follow(finished):
     assert json.loads((folder / "results.json").read_text())["runs"] == results["runs"]
 
 
+def test_variants_that_diverge(study, tmp_path, module_cache):
+    variants = [
+        {"name": "Dense", "method": "dense"},
+        {"name": "wild", "method": "dense", "trials": [{"learning_rate": 1e30}]},
+    ]
+    results = run_study(study(variants=variants), tmp_path / "out")
+    assert [run["diverged_at_step"] for run in results["runs"]] == [None, 3, None, 3]
+    table = (tmp_path / "out" / "table.md").read_text()
+    assert table.splitlines()[3].count("| NaN |") == 2
+    assert (tmp_path / "out" / "report.html").is_file()
+
+
 def test_trials_leave_the_test_part_alone(finished):
     _, folder, results = finished
     assert {trial["test_loss"] for trial in results["trials"]} == {None}

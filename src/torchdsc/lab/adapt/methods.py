@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from torchdsc.adapters import DSCAdapterConfig, MixtureOfLoRAsConfig
+from torchdsc.lab.loading import load_model
 from torchdsc.lab.schema import SettingsError, check_fields
 
 from .config import WITHOUT_ADAPTER, AdaptConfig, Method, Task, TaskKind, resolve_base
@@ -204,13 +205,8 @@ def _pretrained(study: AdaptConfig, task: Task, num_labels: int, *, weights: boo
     with naming_base(study):
         if weights:
             # A base model may come with the head of another task.
-            replaced = {} if is_causal else {"ignore_mismatched_sizes": True}
-            model, info = auto.from_pretrained(
-                path, dtype=torch.float32, output_loading_info=True, **settings, **replaced
-            )
-            other = [key for key, *_ in info["mismatched_keys"] if not _HEADS & set(key.split("."))]
-            if other:
-                raise ValueError(f"base_options must keep the sizes of its weights, got another of {other[0]}")
+            replaced = {} if is_causal else {"ignore_mismatched_sizes": True, "has_new_head": True}
+            model = load_model(auto, path, dtype=torch.float32, **settings, **replaced)
         else:
             config, unknown = AutoConfig.from_pretrained(path, **settings, return_unused_kwargs=True)
             if unknown:

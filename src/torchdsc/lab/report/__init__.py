@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
+from torchdsc.lab.files import write_text
 from torchdsc.lab.summaries import Run, check_runs, summarize
 
 from . import sections
@@ -31,13 +32,7 @@ def write_report(runs: Iterable[Run], folder: str | os.PathLike[str]) -> Path:
     """
     page = render_report(runs)
     target = Path(folder) / "report.html"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    draft = target.with_name(f".{target.name}.{os.getpid()}")
-    try:
-        draft.write_text(page, encoding="utf-8")
-        draft.replace(target)
-    finally:
-        draft.unlink(missing_ok=True)
+    write_text(target, page)
     return target
 
 

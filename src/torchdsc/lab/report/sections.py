@@ -189,7 +189,7 @@ def every_run(runs: Sequence[Run]) -> Html:
             method_name(run["method"], METHOD_LABELS[run["method"]]),
             run["seed"],
             *(_loss(run[key]) for key in ("val_loss_best", "val_loss_final", "test_loss")),
-            f"{run['latency_ms']['median']:.2f}",
+            f"{run['latency_ms']['median']:.2f}" if math.isfinite(run["latency_ms"]["median"]) else DASH,
             _memory(run["peak_memory_bytes"]),
             _duration(run["train_seconds"]),
             format_millions(run["tokens"]),
