@@ -299,3 +299,28 @@ def test_sizes_can_be_given_where_no_linear_layer_tells_them():
     convert(model, target=r"ffn\.1$", in_features=24, out_features=24, **OPTIONS)
     assert isinstance(model.blocks[0].ffn[1].module, DSCResidual)
     assert model(torch.ones(2, 3, dtype=torch.long)).shape == (2, 3, 16)
+
+
+@pytest.mark.parametrize("kind", ["dsc", "moe", "dense"])
+def test_a_dscgpt_keeps_what_its_routers_see(kind, input_ids):
+    from torchdsc.models import DSCGPTConfig, DSCGPTForCausalLM
+
+    options = {
+        "dsc": {"num_atoms": 20, "top_k": 3, "router_input": "embeddings", "router_context": 3, "input_context": 2},
+        "moe": {"num_experts": 4, "top_k": 2, "router_input": "embeddings"},
+        "dense": {"input_context": 2},
+    }
+    sizes = {"vocab_size": 61, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = DSCGPTConfig(
+        feed_forward=kind, feed_forward_options=options[kind], intermediate_size=8, dropout=0.0, **sizes
+    )
+    model = DSCGPTForCausalLM(config).eval()
+    expected = model(input_ids).logits
+    terms = model.train()(input_ids, labels=input_ids)
+    own = 0.0 if kind == "dense" else terms.loss - terms.task_loss
+    convert(model.eval(), gamma_init=0.0, in_features=16, out_features=16, num_atoms=20, top_k=3)
+    assert torch.equal(model(input_ids).logits, expected)
+    converted = model.train()(input_ids, labels=input_ids)
+    # The regularisers of an added layer have no weight until its gamma has moved; those of the base stay.
+    torch.testing.assert_close(converted.loss - converted.task_loss, own + torch.zeros(()), atol=1e-5, rtol=1e-4)
+    converted.loss.backward()

@@ -97,6 +97,10 @@ class _Converted(nn.Module, TokenMasked):
 class _Wrapped(_Converted):
     module: DSCResidual
 
+    @property
+    def takes_router_input(self) -> bool:
+        return getattr(self.module.base, "takes_router_input", False)
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         # The base has the arguments that it had before, whatever their names.
         y: Tensor = self.module.base(x, *args, **kwargs)
@@ -106,6 +110,7 @@ class _Wrapped(_Converted):
 
 class _Replaced(_Converted):
     module: DSC
+    takes_router_input = True
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         y: Tensor = self.module(x, *args, **{"token_mask": self.mask_of(x), **kwargs})

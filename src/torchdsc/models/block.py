@@ -32,7 +32,7 @@ class DSCGPTBlock(GradientCheckpointingLayer):
         self.router_input, self.past_tokens = options.router_input, options.past_tokens
         self.router_context = _context(config.hidden_size, options.router_context)
         self.input_context = _context(config.hidden_size, options.input_context, own=0.0, earlier=0.25)
-        self.layer_idx, self.is_routed = layer_idx, self.routed_layer is not None
+        self.layer_idx = layer_idx
         if isinstance(self.routed_layer, DSC):
             bank = self.routed_layer.bank
             self.attention.update = build_attention_update(config.feed_forward, config.feed_forward_options, bank)
@@ -76,7 +76,7 @@ class DSCGPTBlock(GradientCheckpointingLayer):
             routed = self.router_context(with_past, length=x.shape[1], positions=positions)
         if self.input_context is not None:
             x = self.input_context(with_past, length=x.shape[1], positions=positions, onto=x)
-        if not self.is_routed:
+        if self.routed_layer is None and not getattr(self.feed_forward, "takes_router_input", False):
             update = self.feed_forward(x)
         elif self.routed_layer is None:
             # A converted or adapted one, which leaves its statistics itself.

@@ -15,6 +15,8 @@ class DSCResidual(nn.Module):
         dsc: The update: a :class:`DSC`, or another routed layer of the same shape.
     """
 
+    takes_router_input = True
+
     def __init__(self, base: nn.Module, dsc: RoutedLayer) -> None:
         super().__init__()
         self.base = base

@@ -87,6 +87,8 @@ class RoutedLayer(nn.Module):
     Subclasses set ``regularizers`` and ``router`` and implement :meth:`_forward`.
     """
 
+    # Whether ``token_mask`` and ``router_input`` are among the arguments of a call, for models around it.
+    takes_router_input = True
     regularizers: RegularizerWeights
     router: nn.Module
 

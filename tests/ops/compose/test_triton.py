@@ -94,7 +94,7 @@ from torchdsc.ops import compose
 inputs = torch.randn(9, 4), torch.randn(5, 4), torch.randn(5, 3), torch.randint(5, (9, 2)), torch.rand(9, 2)
 compose(*inputs)
 layer = torchdsc.DSC(4, num_atoms=5, top_k=2)
-layer(inputs[0]).sum().backward()
+(layer(inputs[0]).sum() + torchdsc.regularization(layer).total).backward()
 for no_grad in (True, False):
     with torch.set_grad_enabled(not no_grad):
         try:
