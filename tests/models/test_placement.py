@@ -151,7 +151,7 @@ def test_a_monitor_counts_what_an_adapted_router_selects():
 
 def test_regularisers_of_an_offloaded_layer_alone(tmp_path):
     layer, x = spread(LAYERS["dsc"]()), torch.randn(3, 5, 8)
-    layer(x)
+    _y = layer(x)
     expected = regularization(layer).as_dict()
     offload(layer, "cpu", tmp_path)
     y = layer(x)
