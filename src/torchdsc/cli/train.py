@@ -28,7 +28,9 @@ def run(arguments: list[str]) -> None:
     data, plans = prepare(config, folder)
     plan = plans[options.method]
     record = train_run(config, plan, options.seed, data, folder)
+    # One that diverged leaves none.
+    model = f"model: {folder / MODEL}" if (folder / MODEL).is_dir() else f"no model: see {folder}"
     print(
         f"{options.method}: {plan.description}; validation loss {record['val_loss_final']:.4f}, "
-        f"test loss {record['test_loss']:.4f}\nmodel: {folder / MODEL}"
+        f"test loss {record['test_loss']:.4f}\n{model}"
     )
