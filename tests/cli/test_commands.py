@@ -270,6 +270,13 @@ class TestTrainAndGenerate:
         monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
         assert "dsc seed 42: " in torchdsc("train", "--config", tiny, "--output", "two").err
 
+    def test_a_run_that_diverges_has_no_model(self, torchdsc, tiny, workplace, caplog):
+        command = ("train", "--config", tiny, "--method", "dense", "--learning_rate", "1e30")
+        status, out, _ = torchdsc(*command)
+        assert status == 0
+        assert out.endswith("validation loss nan, test loss nan\nno model: see runs/quick-dense-seed42\n")
+        assert "dense seed 42 diverged: the loss was nan at step 2 of 2, and it stopped there. Try" in caplog.text
+
     def test_train_then_generate(self, torchdsc, fails, tiny, workplace):
         status, out, _ = torchdsc("train", "--config", tiny, "--method", "moe", "--seed", 3)
         assert status == 0

@@ -35,7 +35,9 @@ def run(arguments: list[str]) -> None:
     for line in describe_misses(plans, config.budget(data.vocab_size), config.match):
         print(f"warning: {line}")
     record = train_run(config, plan, options.seed, data, folder)
+    # One that diverged leaves none.
+    model = f"model: {folder / MODEL}" if (folder / MODEL).is_dir() else f"no model: see {folder}"
     print(
         f"{options.method}: {plan.description}; validation loss {record['val_loss_final']:.4f}, "
-        f"test loss {record['test_loss']:.4f}\nmodel: {folder / MODEL}"
+        f"test loss {record['test_loss']:.4f}\n{model}"
     )

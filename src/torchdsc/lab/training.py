@@ -195,10 +195,14 @@ def _fit(config: ExperimentConfig, trainer: LabTrainer, folder: Path) -> Diverge
 
 
 def _advice(config: ExperimentConfig, method: str, label: str, diverged: DivergedError) -> str:
-    rate = config.of_method(method, "learning_rate")
+    cures = [f"a learning_rate below {config.of_method(method, 'learning_rate'):g}"]
+    if config.warmup_steps < config.steps:
+        cures.append(f"more warmup_steps than {config.warmup_steps}")
+    if config.precision != "fp32":
+        cures.append("precision fp32")
     return (
-        f"{label} diverged: {diverged} of {config.steps}, and it stopped there. Try a learning_rate below {rate:g}, "
-        f"more warmup_steps than {config.warmup_steps}, or precision fp32 where it is not, in another folder"
+        f"{label} diverged: {diverged} of {config.steps}, and it stopped there. "
+        f"Try {' or '.join(cures)}, in another folder"
     )
 
 
