@@ -21,6 +21,9 @@ from .block import DSCGPTBlock, Statistics
 from .configuration import DSCGPTConfig
 from .initialization import initialize
 
+# What outputs call the key-value cache: transformers 5.24 has renamed it, and the argument too, for every model.
+_CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
+
 
 @dataclass
 class DSCGPTModelOutput(BaseModelOutputWithPast):
@@ -112,12 +115,13 @@ class DSCGPTModel(DSCGPTPreTrainedModel):
             inputs_embeds: Embeddings of shape (B, T, d) in place of ``input_ids``.
             use_cache: Whether to return a cache.
             output_hidden_states: Whether to return the hidden states before each block and after the last.
-            **kwargs: Passed on to the attention function.
+            **kwargs: ``cache``, another name of ``past_key_values``; others are passed on to the attention function.
 
         Raises:
             ValueError: If not exactly one of ``input_ids`` and ``inputs_embeds`` is given, or a sequence is longer
                 than the positions.
         """
+        past_key_values = kwargs.pop("cache", past_key_values)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("exactly one of input_ids and inputs_embeds must be given")
         if inputs_embeds is None:
@@ -151,7 +155,7 @@ class DSCGPTModel(DSCGPTPreTrainedModel):
         hidden_states = self.final_norm(hidden_states)
         return DSCGPTModelOutput(
             last_hidden_state=hidden_states,
-            past_key_values=past_key_values if use_cache else None,
+            **{_CACHE: past_key_values if use_cache else None},
             hidden_states=(*all_hidden[:-1], hidden_states) if output_hidden_states else None,
             routing_statistics=tuple(collected) if self.training else None,
         )
@@ -168,12 +172,9 @@ class DSCGPTModel(DSCGPTPreTrainedModel):
             # Generation with a static cache makes them beforehand, by name where there are several.
             tokens = attention_mask.get("linear_attention")
             return attention_mask["full_attention"], None if tokens is None else tokens.bool()
+        # By position: transformers 5.24 has renamed the cache.
         causal_mask: Tensor | None = create_causal_mask(
-            config=self.config,
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            past_key_values=cache,
-            position_ids=position_ids,
+            self.config, inputs_embeds, attention_mask, cache, position_ids=position_ids
         )
         length = inputs_embeds.shape[1]
         if attention_mask is None or attention_mask.dim() != 2 or attention_mask.shape[1] < length:
@@ -250,7 +251,7 @@ class DSCGPTForCausalLM(DSCGPTPreTrainedModel, GenerationMixin):
             logits_to_keep: Positions, from the end, whose logits are computed; 0 for all.
             num_items_in_batch: Labelled tokens of the whole optimizer step, as Trainer passes them.
             **kwargs: ``shift_labels`` of shape (B, T), shifted already, the token that follows each position: used
-                before ``labels``. Others are passed on to the attention function.
+                before ``labels``. Others are those of :meth:`DSCGPTModel.forward`.
 
         Raises:
             ValueError: If ``num_items_in_batch`` comes without labels: something took them out of the model (label
@@ -289,7 +290,7 @@ class DSCGPTForCausalLM(DSCGPTPreTrainedModel, GenerationMixin):
             for layer, statistics in collected:
                 layer.statistics_log.add(statistics)
         return DSCGPTOutput(
-            logits=logits, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states, **losses
+            logits=logits, hidden_states=outputs.hidden_states, **{_CACHE: getattr(outputs, _CACHE)}, **losses
         )
 
     def _losses(
