@@ -14,11 +14,11 @@ from torch.nn import functional
 
 from torchdsc import DSC, BasisBank, DSCResidual, frame_regularization, regularization
 from torchdsc.baselines import DenseFFN
-from torchdsc.nn import Router, RoutedLayer
+from torchdsc.nn import RoutedLayer, Router
 
-pytest.importorskip("transformers")
-peft = pytest.importorskip("peft")
+pytest.importorskip("peft")
 
+from peft import get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from torchdsc.adapters import DSCAdapterConfig
@@ -64,7 +64,7 @@ def precise_loss(logits, labels, vocab_size=None, num_items_in_batch=None, **_):
 def make_llama(targets=("q_proj", "mlp"), **options):
     base = LlamaForCausalLM(LlamaConfig(**SIZES, initializer_range=0.3)).double()
     config = DSCAdapterConfig(target_modules=list(targets), **OPTIONS | options)
-    model = peft.get_peft_model(base, config).double()
+    model = get_peft_model(base, config).double()
     move_some_gamma(model)
     model.base_model.model.loss_function = precise_loss
     return model, model.base_model.model.model.layers
@@ -139,7 +139,7 @@ def sharded_gradients(case, rank):
 
 
 def flattened_error(rank):
-    """What FSDP1 says with a unit a block, for parameters that it hides and that it shows; then one unit's gradients."""
+    """What FSDP1 says with a unit a block, where it hides parameters and where not; then one unit's gradients."""
     messages = []
     for shows in (False, True):
         model, blocks, loss = build("default")

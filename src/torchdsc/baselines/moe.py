@@ -11,6 +11,7 @@ from torchdsc.arguments import check_at_least, check_types
 from torchdsc.nn import RegularizerWeights, RoutedLayer, RoutingStatistics
 from torchdsc.nn.options import RouterNorm
 from torchdsc.nn.statistics import check_token_mask
+from torchdsc.ops.export import is_exporting
 
 from .dense import DenseFFN
 from .router import SoftmaxRouter
@@ -111,6 +112,8 @@ class StandardMoE(RoutedLayer):
             if self.impl == "grouped_mm" and not grouped:
                 raise ValueError("impl='grouped_mm' has no float64 kernel, use 'eager' or 'batched_mm'")
             return self.impl
+        if is_exporting():
+            return "batched_mm"
         if torch.compiler.is_compiling():
             return "grouped_mm"
         if x.device.type == "cpu" or not grouped:

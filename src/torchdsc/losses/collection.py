@@ -122,9 +122,9 @@ def regularization_of(
     """
     collected = list(collected)
     frame_layers = [layer for layer, _ in collected] if frame_layers is None else list(frame_layers)
-    parameter = next(frame_layers[0].parameters(), None) if frame_layers else None
     # An offloaded parameter is on another device than what was computed with it.
-    sums = _Sums(collected[0][1].num_tokens if collected else parameter)
+    counts = [entry.num_tokens for _, entry in collected]
+    sums = _Sums(counts or [parameter for layer in frame_layers for parameter in layer.parameters()])
     token_share: Tensor | float = 1.0 if num_tokens is None or not collected else 0.0
     for layer, entry in collected:
         _check_gradient(layer, entry)
@@ -149,7 +149,7 @@ def frame_regularization(model: nn.Module) -> Tensor:
     Returns:
         Scalar; 0 without a bank of positive ``frame_weight``.
     """
-    sums = _Sums(next(iter(model.parameters()), None))
+    sums = _Sums(list(model.parameters()))
     layers = list(_regularized_layers(model))
     _add_frame(sums, layers, 1.0)
     for layer in layers:
@@ -162,9 +162,10 @@ def frame_regularization(model: nn.Module) -> Tensor:
 class _Sums:
     """Running sums of the weighted total and of the detached terms."""
 
-    def __init__(self, like: Tensor | None) -> None:
-        dtype = torch.float32 if like is None else torch.promote_types(like.dtype, torch.float32)
-        zero = torch.zeros((), dtype=dtype, device=None if like is None else like.device)
+    def __init__(self, like: list[Tensor]) -> None:
+        """Of the device and, from float32 on, the dtype of the first tensor in ``like``."""
+        dtype = torch.promote_types(like[0].dtype, torch.float32) if like else torch.float32
+        zero = torch.zeros((), dtype=dtype, device=like[0].device if like else None)
         self.total = zero
         self.terms = dict.fromkeys(("aux", "budget", "frame", "z"), zero)
 

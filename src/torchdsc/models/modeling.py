@@ -27,6 +27,9 @@ from .packing import check_positions, number_sequences, separate
 
 logger = logging.get_logger(__name__)
 
+# What outputs call the key-value cache: transformers 5.24 has renamed it, and the argument too, for every model.
+_CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
+
 
 @dataclass
 class DSCGPTModelOutput(BaseModelOutputWithPast):
@@ -151,13 +154,15 @@ class DSCGPTModel(DSCGPTPreTrainedModel):
                 :func:`torchdsc.regularization`.
             **kwargs: ``output_hidden_states`` for the hidden states before each block and after the last,
                 ``output_attentions`` for the attention weights of each block (of eager attention, which alone has
-                them), and ``return_dict``; by default what the config says. All go on to the attention function.
+                them), and ``return_dict``; by default what the config says. ``cache`` is another name of
+                ``past_key_values``. All others go on to the attention function.
 
         Raises:
             ValueError: If not exactly one of ``input_ids`` and ``inputs_embeds`` is given, a position is not in
                 [0, ``max_position_embeddings``) (on an accelerator, or compiled, the embedding's own assertion may come
                 first), or sequences are packed where a cache holds tokens already.
         """
+        past_key_values = kwargs.pop("cache", past_key_values)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("exactly one of input_ids and inputs_embeds must be given")
         if inputs_embeds is None:
@@ -193,7 +198,7 @@ class DSCGPTModel(DSCGPTPreTrainedModel):
         hidden_states = self.final_norm(hidden_states)
         return DSCGPTModelOutput(
             last_hidden_state=hidden_states,
-            past_key_values=past_key_values,
+            **{_CACHE: past_key_values},
             routing_statistics=tuple(collected) if output_routing_statistics else None,
         )
 
@@ -220,12 +225,9 @@ class DSCGPTModel(DSCGPTPreTrainedModel):
         if isinstance(cache, DynamicCache) and cache.get_seq_length() == 0:
             # It changes no mask, and transformers tells packed sequences apart only without one.
             cache = None
+        # By position: transformers 5.24 has renamed the cache.
         causal_mask: Tensor | None = create_causal_mask(
-            config=self.config,
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            past_key_values=cache,
-            position_ids=position_ids,
+            self.config, inputs_embeds, attention_mask, cache, position_ids=position_ids
         )
         length, token_mask = inputs_embeds.shape[1], None
         if attention_mask is not None and attention_mask.dim() == 2 and attention_mask.shape[1] >= length:
@@ -366,9 +368,9 @@ class DSCGPTForCausalLM(DSCGPTPreTrainedModel, GenerationMixin):
                 demand_use([logits, *(outputs.hidden_states or ())], task_loss, losses["loss"])
         return DSCGPTOutput(
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            **{_CACHE: getattr(outputs, _CACHE)},
             **losses,
         )
 

@@ -5,6 +5,7 @@ from torch import Tensor, library
 
 from .compose.gather import sampled_product
 from .devices import several_devices
+from .export import is_exporting
 
 
 def latents(x: Tensor, u: Tensor, indices: Tensor) -> Tensor:
@@ -23,6 +24,9 @@ def latents(x: Tensor, u: Tensor, indices: Tensor) -> Tensor:
     """
     if not (x.device == u.device == indices.device):
         raise several_devices(x=x, u=u, indices=indices)
+    if is_exporting():
+        dtype = x.dtype if x.dtype == torch.float64 else torch.float32
+        return torch.einsum("td,tkd->tk", x.detach().to(dtype), u.detach()[indices].to(dtype))
     found: Tensor = _latents_op(x.detach(), u.detach(), indices)
     return found
 

@@ -35,7 +35,8 @@ def compose(
         indices: Selected atoms of shape (..., K), int64, each in [0, M). An atom may occur twice.
         coefficients: Their coefficients z of shape (..., K), float32 (float64 where ``x`` is).
         eps: Lower bound of an atom's norm, > 0; None leaves the atoms as they are, unnormalised.
-        impl: "auto" chooses by the measured crossovers; any other name is used as given, or refused.
+        impl: "auto" chooses by the measured crossovers; any other name is used as given, or refused. What is exported
+            (``torch.export``, ``torch.onnx.export``) are the tensor operations of "reference", from torch 2.7 on.
 
     Returns:
         Tensor of shape (..., d_out) and the dtype of ``x``. Differentiable in ``x``, ``u``, ``v`` and

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, library
 
+from torchdsc.ops.export import is_exporting
+
 from . import dense, gather, reference, triton
 from .crossover import choose_implementation
 
@@ -29,6 +31,8 @@ _BACKWARD: dict[str, Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]] = {
 def run(x: Tensor, u: Tensor, v: Tensor, indices: Tensor, coefficients: Tensor, eps: float | None, impl: str) -> Tensor:
     """Call the operator, or in plain inference its implementation: dispatch would cost more than a token's work."""
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or type(x) is not Tensor:
+        if is_exporting():
+            return reference.forward(x, u, v, indices, coefficients, eps)[0]
         y: Tensor = compose_op(x, u, v, indices, coefficients, eps, impl)[0]
         return y
     return _forward(x, u, v, indices, coefficients, eps, impl)[0]
