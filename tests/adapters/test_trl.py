@@ -29,6 +29,17 @@ def tokenizer():
     )
 
 
+SETTINGS = {
+    "logging_steps": 1,
+    "report_to": [],
+    "save_strategy": "no",
+    "use_cpu": True,
+    "bf16": False,
+    "gradient_checkpointing": False,
+    "disable_tqdm": True,
+}
+
+
 class RegularizedSFTTrainer(RegularizedLoss, trl.SFTTrainer):
     """TRL computes its loss outside the model."""
 
@@ -43,13 +54,7 @@ def make_trainer(tokenizer, make_base, make_config, tmp_path):
             per_device_train_batch_size=8 // accumulation,
             gradient_accumulation_steps=accumulation,
             learning_rate=3e-2,
-            logging_steps=1,
-            report_to=[],
-            save_strategy="no",
-            use_cpu=True,
-            bf16=False,
-            gradient_checkpointing=False,
-            disable_tqdm=True,
+            **SETTINGS,
         )
         return cls(
             make_base("llama"),
@@ -129,13 +134,7 @@ def make_trained(tokenizer, tmp_path):
             max_steps=3,
             per_device_train_batch_size=4,
             learning_rate=1e-3,
-            logging_steps=1,
-            report_to=[],
-            save_strategy="no",
-            use_cpu=True,
-            bf16=False,
-            gradient_checkpointing=False,
-            disable_tqdm=True,
+            **SETTINGS,
             **options,
         )
         examples = datasets.Dataset.from_dict(dataset)
