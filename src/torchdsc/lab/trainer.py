@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import Trainer, TrainerCallback, TrainerControl
 from transformers.trainer import TRAINER_STATE_NAME
@@ -34,6 +34,12 @@ class DivergedError(ArithmeticError):
     def __init__(self, step: int, loss: float) -> None:
         super().__init__(f"the loss was {loss} at step {step}")
         self.step, self.loss = step, loss
+
+    @classmethod
+    def check(cls, trainer: Trainer, loss: Tensor) -> None:
+        """Raise if the loss of a training step that ``trainer`` is at is not finite."""
+        if not math.isfinite(loss.detach()):
+            raise cls(trainer.state.global_step + 1, float(loss.detach()))
 
 
 class LabTrainer(Trainer):
@@ -109,8 +115,8 @@ class LabTrainer(Trainer):
             DivergedError: If the loss of a training step is not finite.
         """
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
-        if model.training and not math.isfinite(loss.detach()):
-            raise DivergedError(self.state.global_step + 1, float(loss.detach()))
+        if model.training:
+            DivergedError.check(self, loss)
         if model.training and outputs.task_loss is not None:
             self._task_loss += float(outputs.task_loss)
             # A step's micro-batches add up to one loss, each divided by the tokens of the whole step.

@@ -1,5 +1,6 @@
 import io
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -155,6 +156,26 @@ def test_a_rate_that_diverged_is_not_chosen(study):
     scores = {1e-3: 50.0, 1e-2: 60.0, 1e-1: float("nan")}
     trials = [{"method": "DSC", "learning_rate": rate, "score": score} for rate, score in scores.items()]
     assert _best_rate(config, config.methods[1], trials) == 1e-2
+
+
+def test_a_run_that_diverges_stops_and_is_told_apart(study, tmp_path, caplog):
+    """The other trial and method go on; the rate that can be trained is chosen."""
+    methods = [
+        {"name": "full", "kind": "full", "learning_rates": [1e30]},
+        {"name": "LoRA", "kind": "lora", "options": {"r": 2, "target_modules": ["query", "value"]}},
+    ]
+    config = study(methods=methods, learning_rates=[1e-3], seeds=[0])
+    results = adapt(config, tmp_path / "out")
+    runs = {run["method"]: run for run in results["runs"]}
+    assert runs["full"]["diverged_at_step"] in (2, 3, 4)
+    assert math.isnan(runs["full"]["score"])
+    assert runs["LoRA"]["diverged_at_step"] is None
+    assert math.isfinite(runs["LoRA"]["score"])
+    assert "diverged: the loss was nan at step" in caplog.text
+    assert "| full |" in (table := to_markdown(results))
+    assert "NaN" in table
+    # Again from its records.
+    assert repr(adapt(config, tmp_path / "out")["runs"]) == repr(results["runs"])
 
 
 class TestErrors:

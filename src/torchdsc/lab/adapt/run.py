@@ -1,5 +1,7 @@
 """One adaptation: a base model, a method, a task, a learning rate and a seed, to a record."""
 
+import logging
+import math
 import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,9 +22,9 @@ from torchdsc.lab.environment import (
     reset_peak_memory,
     versions,
 )
-from torchdsc.lab.files import new_folder, write_json
+from torchdsc.lab.files import naming_writes, new_folder, write_json
 from torchdsc.lab.queue import read_record
-from torchdsc.lab.trainer import show_progress
+from torchdsc.lab.trainer import DivergedError, show_progress
 
 from .config import AdaptConfig, Method
 from .data import TaskData
@@ -31,6 +33,8 @@ from .metrics import score
 from .trainer import HeadTrainer, Notes, noted
 
 __all__ = ["RECORD", "Job", "adapt_run"]
+
+_logger = logging.getLogger(__name__)
 
 RECORD, WEIGHTS = "record.json", "adapter"
 # What tables and reports are made from.
@@ -133,13 +137,13 @@ def _adapt(
     model = build_model(job.method, config, data, tokenizer.pad_token_id)
     trainer = _trainer(config, job, data, model, folder, label)
     retained = None if data.retain is None or job.is_trial else _loss(trainer, data.retain)
-    checkpoint = last_checkpoint(folder)
-    trainer.train(None if checkpoint is None else str(checkpoint))
-    if trainer.state.global_step < trainer.state.max_steps:
-        raise KeyboardInterrupt(f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}")
-    metrics = _evaluate(trainer, data, data.validation if job.is_trial else data.evaluation)
+    diverged = _fit(trainer, job, folder, label)
+    metrics = {"score": math.nan, "loss": math.nan}
+    if diverged is None:
+        metrics = _evaluate(trainer, data, data.validation if job.is_trial else data.evaluation)
     if retained is not None and data.retain is not None:
-        metrics |= {"retain_loss_before": retained, "retain_loss_after": _loss(trainer, data.retain)}
+        after = _loss(trainer, data.retain) if diverged is None else math.nan
+        metrics |= {"retain_loss_before": retained, "retain_loss_after": after}
     record = {
         "task": job.task,
         "method": job.method.name,
@@ -152,6 +156,7 @@ def _adapt(
         "params_adapter": adapter_parameters(model),
         "params_trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "steps": trainer.state.max_steps,
+        "diverged_at_step": None if diverged is None else diverged.step,
         "curve": _curve(trainer),
         **noted(trainer.state.log_history),
         "config": {**_settings(config), "task": asdict(data.task), "method": asdict(job.method)},
@@ -166,6 +171,26 @@ def _adapt(
     return record
 
 
+def _fit(trainer: Trainer, job: Job, folder: Path, label: str) -> DivergedError | None:
+    """Train to the last step; returns what ended the run before it."""
+    checkpoint = last_checkpoint(folder)
+    try:
+        trainer.train(None if checkpoint is None else str(checkpoint))
+    except DivergedError as error:
+        _logger.warning(
+            "%s diverged: %s of %s, and it stopped there; its score is NaN. Try a learning rate below %g",
+            label,
+            error,
+            trainer.state.max_steps,
+            job.learning_rate,
+        )
+        # Without its traceback, which holds the step's graph.
+        return error.with_traceback(None)
+    if trainer.state.global_step < trainer.state.max_steps:
+        raise KeyboardInterrupt(f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}")
+    return None
+
+
 def _settings(config: AdaptConfig) -> dict[str, Any]:
     return {name: value for name, value in config.as_dict().items() if name not in ("tasks", "methods", "seeds")}
 
@@ -175,8 +200,9 @@ def _save(method: Method, model: Any, tokenizer: PreTrainedTokenizerBase, folder
     options: dict[str, Any] = {}
     if method.kind == "head":
         options["state_dict"] = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    model.save_pretrained(folder, **options)
-    tokenizer.save_pretrained(folder)
+    with naming_writes(folder):
+        model.save_pretrained(folder, **options)
+        tokenizer.save_pretrained(folder)
     weights = folder / SAFETENSORS_WEIGHTS_NAME
     files = [weights] if weights.is_file() else list(folder.glob("*.safetensors"))
     return sum(file.stat().st_size for file in files)
