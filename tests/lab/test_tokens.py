@@ -2,6 +2,7 @@
 
 import dataclasses
 import pickle
+import sys
 
 import numpy as np
 import pytest
@@ -110,7 +111,8 @@ class TestTokenizeCorpus:
         splits = tokenize_corpus(Corpus("c", "c" * 64, "?", "w1", "w2"), tokenizer, cache_dir=tmp_path, progress=False)
         assert (splits.vocab_size, splits.train.dtype, splits.train.tolist()) == (words, dtype, [words - 1])
 
-    def test_progress_can_be_silenced(self, small, byte_tokenizer, tmp_path, capsys):
+    def test_progress_can_be_silenced(self, small, byte_tokenizer, tmp_path, capsys, monkeypatch):
+        monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
         tokenize_corpus(small, byte_tokenizer, cache_dir=tmp_path / "a", progress=False)
         assert capsys.readouterr() == ("", "")
         tokenize_corpus(small, byte_tokenizer, cache_dir=tmp_path / "b")

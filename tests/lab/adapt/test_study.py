@@ -73,7 +73,7 @@ def test_dry_run(finished, study, tmp_path):
 
 def test_a_missing_base_is_named(study, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(OSError, match="base must be a model's folder or hub id, got 'nosuch': "):
+    with pytest.raises(SettingsError, match=r"^base 'nosuch': "):
         adapt(study(base="nosuch"), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
