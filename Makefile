@@ -8,7 +8,7 @@ compare: .venv/ready
 	$(BIN)/torchdsc compare --preset quick $(ARGS)
 
 test: .venv/ready
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
 
 check: lint types test
 

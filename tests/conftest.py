@@ -3,8 +3,14 @@
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Each of the processes that share the tests has a core.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import torch
 
 # Triton decides on its first import whether its kernels are compiled or interpreted.
@@ -48,9 +54,18 @@ def pytest_runtest_call(item: pytest.Item):
         _slow_seconds += time.perf_counter() - start
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Add what the tests of another process took."""
+    global _slow_seconds
+    _slow_seconds += getattr(node, "workeroutput", {}).get("slow_seconds", 0.0)
+
+
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """Fail the run when slow tests outgrow their budget, rather than let it creep."""
-    if _slow_seconds > SLOW_BUDGET:
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["slow_seconds"] = _slow_seconds
+    elif _slow_seconds > SLOW_BUDGET:
         reporter = session.config.pluginmanager.get_plugin("terminalreporter")
         if reporter is not None:
             reporter.write_line(f"slow tests took {_slow_seconds:.0f} s, over their budget of {SLOW_BUDGET:.0f} s")
