@@ -180,3 +180,10 @@ class TestErrors:
         monkeypatch.setattr(cli_main, "import_module", lambda name: module)
         with pytest.raises(AssertionError, match="a bug"):
             torchdsc("budget")
+
+
+def test_a_reader_that_has_gone_is_no_error():
+    command = [sys.executable, "-m", "torchdsc", "presets"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.close()
+        assert (process.stderr.read(), process.wait()) == ("", 1)

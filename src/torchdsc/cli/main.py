@@ -59,6 +59,11 @@ def _run(command: str, arguments: list[str]) -> int:
     try:
         run: Callable[[list[str]], None] = import_module(_COMMANDS[command][0]).run
         run(underscored(arguments))
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # The reader has gone, as head does when it has read enough: what is still to be written has nowhere to go.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except KeyboardInterrupt:
         further = "; the same command goes on from what is saved" if command in _RESUMABLE else ""
         print(f"\ntorchdsc {command}: interrupted{further}", file=sys.stderr)
