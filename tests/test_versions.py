@@ -7,8 +7,9 @@ import pytest
 import torch
 from transformers.cache_utils import DynamicCache
 
-from torchdsc import DSC, regularization
+from torchdsc import DSC
 from torchdsc.baselines import PEER, MixtureOfLoRAs, StandardMoE
+from torchdsc.losses import regularization_of
 from torchdsc.models import DSCGPTConfig, DSCGPTForCausalLM, modeling
 
 
@@ -33,8 +34,9 @@ def test_no_forward_pass_asks_a_type_for_its_arguments(make):
     layer, called = make(), []
     sys.setprofile(lambda frame, event, _: called.append(frame.f_code))
     try:
-        layer(torch.randn(3, 8))
-        regularization(layer)
+        _, statistics = layer.forward_with_statistics(torch.randn(3, 8))
+        # As regularization does when it is compiled: what checks its arguments is not.
+        regularization_of([(layer, statistics)])
     finally:
         sys.setprofile(None)
     assert type(layer).forward.__code__ in called
@@ -53,8 +55,10 @@ def test_masks_do_not_name_the_cache(monkeypatch):
     expected = model(input_ids).logits
     monkeypatch.setattr(modeling, "create_causal_mask", renamed)
     cache = DynamicCache(config=model.config)
-    torch.testing.assert_close(model(input_ids, past_key_values=cache).logits, expected)
-    assert caches == [cache]
+    model(input_ids[:, :4], past_key_values=cache)
+    torch.testing.assert_close(model(input_ids[:, 4:], past_key_values=cache).logits, expected[:, 4:])
+    # An empty one changes no mask, and is left out.
+    assert caches == [None, cache]
 
 
 def test_a_cache_by_its_new_name_is_used():
