@@ -136,6 +136,31 @@ class TestWhatWouldBeSilent:
         with pytest.raises(ValueError, match=r"must be those of its config, got .*layers.1.mlp.module.dsc.gamma"):
             load_converted(tmp_path)
 
+    @pytest.mark.parametrize(
+        ("changes", "match"),
+        [
+            ({"torchdsc_conversions": ["mlp"]}, "must be what torchdsc.convert has written, got .'mlp'.$"),
+            ({"torchdsc_conversions": [{"modules": []}]}, "must be what torchdsc.convert has written"),
+            ({"architectures": ["pipeline"]}, "model_class must be given .* got 'pipeline'"),
+            ({"architectures": None}, "model_class must be given .* got 'none'"),
+        ],
+    )
+    def test_a_changed_config(self, changes, match, tmp_path):
+        converted().save_pretrained(tmp_path)
+        settings = json.loads((tmp_path / "config.json").read_text())
+        (tmp_path / "config.json").write_text(json.dumps(settings | changes))
+        with pytest.raises(ValueError, match=match):
+            load_converted(tmp_path)
+
+    def test_pickled_weights(self, tmp_path, monkeypatch):
+        model = converted()
+        model.save_pretrained(tmp_path)
+        (tmp_path / "model.safetensors").unlink()
+        torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+        monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("a pickle was read"))
+        with pytest.raises(OSError, match=r"model\.safetensors"):
+            load_converted(tmp_path)
+
     def test_a_class_that_transformers_does_not_have(self, input_ids, tmp_path):
         class OwnLlama(transformers.LlamaForCausalLM):
             pass

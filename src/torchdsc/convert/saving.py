@@ -45,6 +45,7 @@ def load_converted(folder: str | Path, *, model_class: type[nn.Module] | None = 
 
     Raises:
         FileNotFoundError: If ``folder`` holds no config.json.
+        OSError: If it holds no weights in safetensors.
         ValueError: If it holds no converted model, transformers has no class of its name, or weights are missing or
             belong to another model.
     """
@@ -55,14 +56,20 @@ def load_converted(folder: str | Path, *, model_class: type[nn.Module] | None = 
     conversions = settings.pop(CONVERSIONS, None)
     if not conversions:
         raise ValueError(f"folder must hold a model that torchdsc.convert has converted, got {str(folder)!r}")
+    if not isinstance(conversions, list) or not all(_is_conversion(each) for each in conversions):
+        raise ValueError(
+            f"{CONVERSIONS} in {str(path)!r} must be what torchdsc.convert has written, got {conversions!r}"
+        )
     settings.pop(_REDIRECTION, None)
     config = transformers.AutoConfig.for_model(**settings)
     name = (settings.get("architectures") or ["none"])[0]
     model_class = getattr(transformers, name, None) if model_class is None else model_class
-    if model_class is None:
+    if not (isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel)):
         raise ValueError(f"model_class must be given for a model that is not one of transformers' own, got {name!r}")
     cls = _loading_class(model_class, conversions)
-    model, report = cls.from_pretrained(folder, config=config, output_loading_info=True, **options)
+    # Pickled weights are not read.
+    options = {**options, "config": config, "output_loading_info": True, "use_safetensors": True}
+    model, report = cls.from_pretrained(folder, **options)
     wrong = {name: sorted(map(str, report[name])) for name in ("missing_keys", "unexpected_keys") if report.get(name)}
     if wrong:
         raise ValueError(f"the weights in {str(folder)!r} must be those of its config, got {wrong}")
@@ -95,6 +102,10 @@ class _Converted:
 def _blank(cls: type[nn.Module]) -> Any:
     made = _converted_class(cls)
     return made.__new__(made)
+
+
+def _is_conversion(value: Any) -> bool:
+    return isinstance(value, dict) and value.keys() == {"modules", "arguments"} and isinstance(value["arguments"], dict)
 
 
 def _is_among(names: list[str], name: str, module: nn.Module) -> bool:
