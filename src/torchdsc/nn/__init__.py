@@ -6,7 +6,8 @@ from .dsc import DSC, Routing
 from .options import DSCOptions
 from .residual import DSCResidual
 from .routers import LinearRouter, LowRankRouter, ProductKeyRouter, Router
-from .statistics import RegularizerWeights, RoutedLayer, RoutingStatistics, forget_statistics
+from .statistics import RegularizerWeights, RoutedLayer, forget_statistics
+from .statistics_log import RoutingStatistics
 
 __all__ = [
     "DSC",

@@ -12,7 +12,8 @@ from .bank import BasisBank
 from .options import DSCOptions
 from .routers import Router, build_router
 from .sharding import check_not_flattened, whole
-from .statistics import RoutedLayer, RoutingStatistics, check_token_mask, sum_statistics
+from .statistics import RoutedLayer, check_token_mask, sum_statistics
+from .statistics_log import RoutingStatistics
 
 
 class Routing(NamedTuple):

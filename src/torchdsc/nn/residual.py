@@ -4,7 +4,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .statistics import RoutedLayer, RoutingStatistics
+from .statistics import RoutedLayer
+from .statistics_log import RoutingStatistics
 
 
 class DSCResidual(nn.Module):

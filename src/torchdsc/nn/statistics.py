@@ -2,33 +2,13 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from torchdsc.arguments import check_at_least, check_not_negative, check_positive, check_types
 
-from .statistics_log import StatisticsLog
-
-
-class RoutingStatistics(NamedTuple):
-    """Sums over the counted tokens of one forward pass, in the dtype of the router's logits.
-
-    Attributes:
-        num_tokens: Counted tokens, scalar.
-        probability_sum: Sum of the softmax over atoms, of shape (M,); equation (9). Empty where not needed.
-        strength_sum: Sum of the signal strengths S, scalar; equation (10).
-        squared_log_normalizer_sum: Sum of ``logsumexp(r)^2``, scalar; equation (12).
-        load: Selections of each expert, of shape (N,), where the load balance is the product of probability and load
-            as in Mixture-of-Experts; None where it is the square of the probability, equation (9).
-    """
-
-    num_tokens: Tensor
-    probability_sum: Tensor
-    strength_sum: Tensor
-    squared_log_normalizer_sum: Tensor
-    load: Tensor | None = None
+from .statistics_log import RoutingStatistics, StatisticsLog
 
 
 @dataclass(frozen=True)

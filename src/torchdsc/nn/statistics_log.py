@@ -1,16 +1,11 @@
 """What forward passes leave for the regularisers until it is collected."""
 
-from __future__ import annotations
-
 import itertools
 import weakref
-from typing import TYPE_CHECKING
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from .statistics import RoutingStatistics
 
 _WAYS_OUT = (
     "Give a Hugging Face model its labels and use the loss it returns; put torchdsc.RegularizedLoss before the class "
@@ -38,6 +33,25 @@ _numbers = itertools.count(1)
 def next_number() -> int:
     """A number greater than those of all forward passes so far."""
     return next(_numbers)
+
+
+class RoutingStatistics(NamedTuple):
+    """Sums over the counted tokens of one forward pass, in the dtype of the router's logits.
+
+    Attributes:
+        num_tokens: Counted tokens, scalar.
+        probability_sum: Sum of the softmax over atoms, of shape (M,); equation (9). Empty where not needed.
+        strength_sum: Sum of the signal strengths S, scalar; equation (10).
+        squared_log_normalizer_sum: Sum of ``logsumexp(r)^2``, scalar; equation (12).
+        load: Selections of each expert, of shape (N,), where the load balance is the product of probability and load
+            as in Mixture-of-Experts; None where it is the square of the probability, equation (9).
+    """
+
+    num_tokens: Tensor
+    probability_sum: Tensor
+    strength_sum: Tensor
+    squared_log_normalizer_sum: Tensor
+    load: Tensor | None = None
 
 
 class _Left:
@@ -136,11 +150,11 @@ class StatisticsLog:
     def __len__(self) -> int:
         return len(self._compiled) + len(self._waiting())
 
-    def __deepcopy__(self, memo: dict[int, object]) -> StatisticsLog:
+    def __deepcopy__(self, memo: dict[int, object]) -> "StatisticsLog":
         # What waits belongs to a graph: a copied module starts without any.
         return StatisticsLog()
 
-    def __reduce__(self) -> tuple[type[StatisticsLog], tuple[()]]:
+    def __reduce__(self) -> tuple[type["StatisticsLog"], tuple[()]]:
         return StatisticsLog, ()
 
 
