@@ -10,7 +10,7 @@ from transformers.cache_utils import DynamicCache
 from torchdsc import DSC
 from torchdsc.baselines import PEER, MixtureOfLoRAs, StandardMoE
 from torchdsc.losses import regularization_of
-from torchdsc.models import DSCGPTConfig, DSCGPTForCausalLM, modeling
+from torchdsc.models import DSCGPTConfig, DSCGPTForCausalLM, modeling, packing
 
 
 def make_model():
@@ -45,7 +45,7 @@ def test_no_forward_pass_asks_a_type_for_its_arguments(make):
 
 def test_masks_do_not_name_the_cache(monkeypatch):
     # Transformers 5.24 calls the argument "cache", and says so when it is given by its former name.
-    real, input_ids = modeling.create_causal_mask, torch.arange(6).unsqueeze(0)
+    real, input_ids = packing.create_causal_mask, torch.arange(6).unsqueeze(0)
     model, caches = make_model(), []
 
     def renamed(config, inputs_embeds, attention_mask, cache, position_ids=None):
@@ -53,7 +53,7 @@ def test_masks_do_not_name_the_cache(monkeypatch):
         return real(config, inputs_embeds, attention_mask, cache, position_ids=position_ids)
 
     expected = model(input_ids).logits
-    monkeypatch.setattr(modeling, "create_causal_mask", renamed)
+    monkeypatch.setattr(packing, "create_causal_mask", renamed)
     cache = DynamicCache(config=model.config)
     model(input_ids[:, :4], past_key_values=cache)
     torch.testing.assert_close(model(input_ids[:, 4:], past_key_values=cache).logits, expected[:, 4:])

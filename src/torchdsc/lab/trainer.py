@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 from transformers import Trainer, TrainerCallback, TrainerControl
 from transformers.trainer import TRAINER_STATE_NAME
@@ -20,7 +20,7 @@ from torchdsc.optim import DenseAndSparseAdam, build_optimizer, clip_grad_norm
 from .environment import peak_memory_bytes
 from .files import naming_writes
 
-__all__ = ["DivergedError", "LabTrainer", "QuietProgress", "show_progress"]
+__all__ = ["DivergedError", "GuardedTrainer", "LabTrainer", "QuietProgress", "show_progress"]
 
 
 class DivergedError(ArithmeticError):
@@ -35,14 +35,45 @@ class DivergedError(ArithmeticError):
         super().__init__(f"the loss was {loss} at step {step}")
         self.step, self.loss = step, loss
 
-    @classmethod
-    def check(cls, trainer: Trainer, loss: Tensor) -> None:
-        """Raise if the loss of a training step that ``trainer`` is at is not finite."""
-        if not math.isfinite(loss.detach()):
-            raise cls(trainer.state.global_step + 1, float(loss.detach()))
+
+class GuardedTrainer(Trainer):
+    """Trainer that stops where its loss is not finite, and names what it could not write."""
+
+    control: TrainerControl
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any
+    ) -> Any:
+        """Trainer's.
+
+        Raises:
+            DivergedError: If the loss of a training step is not finite.
+        """
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
+        if model.training and not math.isfinite(loss.detach()):
+            raise DivergedError(self.state.global_step + 1, float(loss.detach()))
+        return (loss, outputs) if return_outputs else loss
+
+    def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:
+        """Trainer's.
+
+        Raises:
+            DivergedError: If the loss of a step is not finite.
+            OSError: If a checkpoint cannot be written.
+        """
+        try:
+            return super().train(resume_from_checkpoint, **kwargs)
+        except (DivergedError, OSError):
+            # As where training ends by itself: progress bars are closed.
+            self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
+            raise
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        with naming_writes(Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"):
+            super()._save_checkpoint(*args, **kwargs)
 
 
-class LabTrainer(Trainer):
+class LabTrainer(GuardedTrainer):
     """Trainer with :func:`torchdsc.parameter_groups`, and a log that a record is made from.
 
     Beside transformers' entries the log holds the task loss without regularisers, the seconds of training (evaluations
@@ -56,7 +87,6 @@ class LabTrainer(Trainer):
     """
 
     optimizer: Optimizer | None
-    control: TrainerControl
 
     def __init__(self, *, router_lr_multiplier: float = 1.0, atom_lr_multiplier: float = 1.0, **kwargs: Any) -> None:
         self.router_lr_multiplier, self.atom_lr_multiplier = router_lr_multiplier, atom_lr_multiplier
@@ -109,14 +139,8 @@ class LabTrainer(Trainer):
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any
     ) -> Any:
-        """Trainer's loss; in training, the task loss is added up for the log.
-
-        Raises:
-            DivergedError: If the loss of a training step is not finite.
-        """
+        """Trainer's loss; in training, the task loss is added up for the log."""
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
-        if model.training:
-            DivergedError.check(self, loss)
         if model.training and outputs.task_loss is not None:
             self._task_loss += float(outputs.task_loss)
             # A step's micro-batches add up to one loss, each divided by the tokens of the whole step.
@@ -124,11 +148,7 @@ class LabTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:
-        """Train, with the clock running on from the checkpoint's.
-
-        Raises:
-            DivergedError: If the loss of a step is not finite.
-        """
+        """Train, with the clock running on from the checkpoint's."""
         history: list[dict[str, Any]] = []
         if resume_from_checkpoint is not None:
             history = TrainerState.load_from_json(str(Path(resume_from_checkpoint) / TRAINER_STATE_NAME)).log_history
@@ -137,16 +157,8 @@ class LabTrainer(Trainer):
         self._since = time.perf_counter()
         try:
             return super().train(resume_from_checkpoint, **kwargs)
-        except (DivergedError, OSError):
-            # As where training ends by itself: progress bars are closed.
-            self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
-            raise
         finally:
             self._seconds, self._since = self.seconds, None
-
-    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        with naming_writes(Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"):
-            super()._save_checkpoint(*args, **kwargs)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add the mean task loss since the last log, the time and the peak memory."""

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import can_return_tuple, logging
 from transformers.utils.output_capturing import capture_outputs
@@ -23,7 +22,7 @@ from .attention import DSCGPTAttention
 from .block import DSCGPTBlock, Statistics
 from .configuration import DSCGPTConfig
 from .initialization import initialize
-from .packing import check_positions, number_sequences, separate
+from .packing import find_positions, make_masks
 
 logger = logging.get_logger(__name__)
 
@@ -172,8 +171,10 @@ class DSCGPTModel(DSCGPTPreTrainedModel):
             past_key_values = DynamicCache(config=self.config)
         # Those that are given may tell sequences packed in one apart.
         given_positions = position_ids
-        position_ids = self._positions(inputs_embeds, position_ids, past_key_values)
-        causal_mask, token_mask = self._masks(inputs_embeds, attention_mask, past_key_values, given_positions)
+        position_ids = find_positions(self.config, inputs_embeds, position_ids, past_key_values)
+        causal_mask, token_mask = make_masks(
+            self.config, inputs_embeds, attention_mask, past_key_values, given_positions
+        )
         hidden_states = self.dropout(inputs_embeds + self.embed_positions(position_ids))
         embeddings = None
         if self.embeddings_are_seen:
@@ -209,67 +210,6 @@ class DSCGPTModel(DSCGPTPreTrainedModel):
             logger.warning_once("use_cache=True does not go with gradient checkpointing: no cache is made")
             return False
         return bool(use_cache)
-
-    def _masks(
-        self,
-        inputs_embeds: Tensor,
-        attention_mask: Tensor | dict[str, Tensor | None] | None,
-        cache: Cache | None,
-        position_ids: Tensor | None,
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """What attention is masked with, and which of the T tokens are no padding, None where nothing says it."""
-        if isinstance(attention_mask, dict):
-            # Generation with a static cache makes them beforehand, by name where there are several.
-            tokens = attention_mask.get("linear_attention")
-            return attention_mask["full_attention"], None if tokens is None else tokens.bool()
-        if isinstance(cache, DynamicCache) and cache.get_seq_length() == 0:
-            # It changes no mask, and transformers tells packed sequences apart only without one.
-            cache = None
-        # By position: transformers 5.24 has renamed the cache.
-        causal_mask: Tensor | None = create_causal_mask(
-            self.config, inputs_embeds, attention_mask, cache, position_ids=position_ids
-        )
-        length, token_mask = inputs_embeds.shape[1], None
-        if attention_mask is not None and attention_mask.dim() == 2 and attention_mask.shape[1] >= length:
-            token_mask = attention_mask[:, attention_mask.shape[1] - length :].bool()
-        if position_ids is not None and length > 1:
-            causal_mask = self._separated(causal_mask, attention_mask, token_mask, cache, position_ids)
-        return causal_mask, token_mask
-
-    @staticmethod
-    def _separated(
-        causal_mask: Tensor | None,
-        attention_mask: Tensor | None,
-        token_mask: Tensor | None,
-        cache: Cache | None,
-        position_ids: Tensor,
-    ) -> Tensor | None:
-        """The mask, also between packed sequences where transformers does not tell those apart."""
-        if cache is None:
-            # Without padding transformers has done it; masks of four dimensions are the caller's own.
-            if token_mask is None or attention_mask is None or attention_mask.shape != token_mask.shape:
-                return causal_mask
-            sequences = number_sequences(position_ids, token_mask)
-            return causal_mask if sequences is None else separate(causal_mask, sequences)
-        is_own = attention_mask is not None and token_mask is None
-        if not is_own and not torch.compiler.is_compiling() and number_sequences(position_ids, token_mask) is not None:
-            raise ValueError(
-                "position_ids must go on from token to token with past_key_values that hold some, got sequences packed "
-                "in one: a cache goes on with one a row"
-            )
-        return causal_mask
-
-    def _positions(self, inputs_embeds: Tensor, position_ids: Tensor | None, cache: Cache | None) -> Tensor:
-        """Those given, or counted from the cache; refused where there are no such positions."""
-        length, most = inputs_embeds.shape[1], self.config.max_position_embeddings
-        seen = cache.get_seq_length() if cache is not None else 0
-        total = seen + length if isinstance(seen, int) else None
-        if position_ids is None:
-            if total is not None and total > most:
-                raise ValueError(f"a sequence must have at most max_position_embeddings = {most} tokens, got {total}")
-            position_ids = (torch.arange(length, device=inputs_embeds.device) + seen).unsqueeze(0)
-        check_positions(position_ids, total, most)
-        return position_ids
 
 
 class DSCGPTForCausalLM(DSCGPTPreTrainedModel, GenerationMixin):
@@ -335,7 +275,6 @@ class DSCGPTForCausalLM(DSCGPTPreTrainedModel, GenerationMixin):
         # Trainer takes every parameter with "label" in its name for one that evaluation needs.
         shift_labels: Tensor | None = kwargs.pop("shift_labels", None)
         has_labels = labels is not None or shift_labels is not None
-        with_terms = self.training and has_labels
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -343,7 +282,7 @@ class DSCGPTForCausalLM(DSCGPTPreTrainedModel, GenerationMixin):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
-            output_routing_statistics=with_terms,
+            output_routing_statistics=self.training and has_labels,
             return_dict=True,
             **kwargs,
         )
@@ -351,21 +290,7 @@ class DSCGPTForCausalLM(DSCGPTPreTrainedModel, GenerationMixin):
         logits = self.lm_head(outputs.last_hidden_state[:, kept])
         losses: dict[str, Any] = {}
         if has_labels:
-            task_loss = self.loss_function(
-                logits=logits,
-                labels=labels,
-                vocab_size=self.config.vocab_size,
-                num_items_in_batch=num_items_in_batch,
-                shift_labels=shift_labels,
-            )
-            losses = {"loss": task_loss, "task_loss": task_loss.detach()}
-        if with_terms:
-            targets = shift_labels if shift_labels is not None else labels[:, 1:]  # type: ignore[index]
-            terms = self._regularization(outputs.routing_statistics, targets, num_items_in_batch)
-            if terms is not None:
-                losses["loss"] = task_loss + terms.total
-                losses["regularization"] = {name: getattr(terms, name) for name in ("aux", "budget", "frame", "z")}
-                demand_use([logits, *(outputs.hidden_states or ())], task_loss, losses["loss"])
+            losses = self._losses(logits, labels, shift_labels, num_items_in_batch, outputs)
         return DSCGPTOutput(
             logits=logits,
             hidden_states=outputs.hidden_states,
@@ -373,6 +298,32 @@ class DSCGPTForCausalLM(DSCGPTPreTrainedModel, GenerationMixin):
             **{_CACHE: getattr(outputs, _CACHE)},
             **losses,
         )
+
+    def _losses(
+        self,
+        logits: Tensor,
+        labels: Tensor | None,
+        shift_labels: Tensor | None,
+        num_items_in_batch: Tensor | int | None,
+        outputs: DSCGPTModelOutput,
+    ) -> dict[str, Any]:
+        """The output's loss, its task's part, and in training the regularisers."""
+        task_loss = self.loss_function(
+            logits=logits,
+            labels=labels,
+            vocab_size=self.config.vocab_size,
+            num_items_in_batch=num_items_in_batch,
+            shift_labels=shift_labels,
+        )
+        losses = {"loss": task_loss, "task_loss": task_loss.detach()}
+        if outputs.routing_statistics is not None:
+            targets = shift_labels if shift_labels is not None else labels[:, 1:]  # type: ignore[index]
+            terms = self._regularization(outputs.routing_statistics, targets, num_items_in_batch)
+            if terms is not None:
+                losses["loss"] = task_loss + terms.total
+                losses["regularization"] = {name: getattr(terms, name) for name in ("aux", "budget", "frame", "z")}
+                demand_use([logits, *(outputs.hidden_states or ())], task_loss, losses["loss"])
+        return losses
 
     def _regularization(
         self,

@@ -1,7 +1,103 @@
-"""Positions of tokens: whether the model has them, and which sequence of those packed in one a token belongs to."""
+"""Positions and masks of tokens, and which sequence of those packed in one a token belongs to."""
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.masking_utils import create_causal_mask
+
+from .configuration import DSCGPTConfig
+
+
+def find_positions(
+    config: DSCGPTConfig, inputs_embeds: Tensor, position_ids: Tensor | None, cache: Cache | None
+) -> Tensor:
+    """Those given, or counted from the cache; refused where there are no such positions.
+
+    Args:
+        config: The model's.
+        inputs_embeds: Shape (B, T, d).
+        position_ids: Shape (B, T) or (1, T), or None.
+        cache: Key-value cache, or None.
+
+    Returns:
+        Positions of shape (B, T) or (1, T).
+
+    Raises:
+        ValueError: If one is outside [0, ``max_position_embeddings``).
+    """
+    length, most = inputs_embeds.shape[1], config.max_position_embeddings
+    seen = cache.get_seq_length() if cache is not None else 0
+    total = seen + length if isinstance(seen, int) else None
+    if position_ids is None:
+        if total is not None and total > most:
+            raise ValueError(f"a sequence must have at most max_position_embeddings = {most} tokens, got {total}")
+        position_ids = (torch.arange(length, device=inputs_embeds.device) + seen).unsqueeze(0)
+    check_positions(position_ids, total, most)
+    return position_ids
+
+
+def make_masks(
+    config: DSCGPTConfig,
+    inputs_embeds: Tensor,
+    attention_mask: Tensor | dict[str, Tensor | None] | None,
+    cache: Cache | None,
+    position_ids: Tensor | None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """What attention is masked with, and which of the T tokens are no padding, None where nothing says it.
+
+    Args:
+        config: The model's.
+        inputs_embeds: Shape (B, T, d).
+        attention_mask: As the model is given it.
+        cache: Key-value cache, or None.
+        position_ids: Those that are given, shape (B, T) or (1, T), or None.
+
+    Returns:
+        A mask for the attention function, and one of shape (B, T).
+
+    Raises:
+        ValueError: If sequences are packed where a cache holds tokens already.
+    """
+    if isinstance(attention_mask, dict):
+        # Generation with a static cache makes them beforehand, by name where there are several.
+        tokens = attention_mask.get("linear_attention")
+        return attention_mask["full_attention"], None if tokens is None else tokens.bool()
+    if isinstance(cache, DynamicCache) and cache.get_seq_length() == 0:
+        # It changes no mask, and transformers tells packed sequences apart only without one.
+        cache = None
+    # By position: transformers 5.24 has renamed the cache.
+    causal_mask: Tensor | None = create_causal_mask(
+        config, inputs_embeds, attention_mask, cache, position_ids=position_ids
+    )
+    length, token_mask = inputs_embeds.shape[1], None
+    if attention_mask is not None and attention_mask.dim() == 2 and attention_mask.shape[1] >= length:
+        token_mask = attention_mask[:, attention_mask.shape[1] - length :].bool()
+    if position_ids is not None and length > 1:
+        causal_mask = _separated(causal_mask, attention_mask, token_mask, cache, position_ids)
+    return causal_mask, token_mask
+
+
+def _separated(
+    causal_mask: Tensor | None,
+    attention_mask: Tensor | None,
+    token_mask: Tensor | None,
+    cache: Cache | None,
+    position_ids: Tensor,
+) -> Tensor | None:
+    """The mask, also between packed sequences where transformers does not tell those apart."""
+    if cache is None:
+        # Without padding transformers has done it; masks of four dimensions are the caller's own.
+        if token_mask is None or attention_mask is None or attention_mask.shape != token_mask.shape:
+            return causal_mask
+        sequences = number_sequences(position_ids, token_mask)
+        return causal_mask if sequences is None else separate(causal_mask, sequences)
+    is_own = attention_mask is not None and token_mask is None
+    if not is_own and not torch.compiler.is_compiling() and number_sequences(position_ids, token_mask) is not None:
+        raise ValueError(
+            "position_ids must go on from token to token with past_key_values that hold some, got sequences packed "
+            "in one: a cache goes on with one a row"
+        )
+    return causal_mask
 
 
 def check_positions(position_ids: Tensor, length: int | None, most: int) -> None:

@@ -6,14 +6,12 @@ from typing import Any, cast
 
 from torch import nn
 from torch.optim import Optimizer
-from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerCallback, TrainerState
 
 from torchdsc.adapters import last_regularization
 from torchdsc.lab.environment import peak_memory_bytes
-from torchdsc.lab.files import naming_writes
-from torchdsc.lab.trainer import DivergedError
+from torchdsc.lab.trainer import GuardedTrainer
 from torchdsc.optim import decay_parameter_names
 
 from .methods import head_parameters
@@ -52,7 +50,7 @@ class Notes(TrainerCallback):
         self.since = None
 
 
-class HeadTrainer(Trainer):
+class HeadTrainer(GuardedTrainer):
     """Trainer with a learning rate of its own for the head, the schedule being the same; it trains no step too many."""
 
     def __init__(self, head_learning_rate: float | None, **kwargs: Any) -> None:
@@ -72,23 +70,6 @@ class HeadTrainer(Trainer):
             best = chosen.with_name(Path(state.best_model_checkpoint).name)
             chosen = best if best.is_dir() else chosen
         return self._load_from_checkpoint(str(chosen))
-
-    def compute_loss(
-        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any
-    ) -> Any:
-        """Trainer's.
-
-        Raises:
-            DivergedError: If the loss of a training step is not finite.
-        """
-        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
-        if model.training:
-            DivergedError.check(self, loss)
-        return (loss, outputs) if return_outputs else loss
-
-    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        with naming_writes(Path(self.args.output_dir)):
-            super()._save_checkpoint(*args, **kwargs)
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Trainer's, without gamma and routers."""

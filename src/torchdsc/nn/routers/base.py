@@ -1,7 +1,7 @@
 """What routers share. A router is a module of its own, so that hooks see what it selects."""
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, overload
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -164,13 +164,7 @@ class _AffineLayerNorm(nn.LayerNorm):
         return functional.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
 
 
-@overload
-def parameter_like(parameter: Tensor, like: Tensor) -> Tensor: ...
-@overload
-def parameter_like(parameter: Tensor | None, like: Tensor) -> Tensor | None: ...
-def parameter_like(parameter: Tensor | None, like: Tensor) -> Tensor | None:
+def parameter_like(parameter: Tensor, like: Tensor) -> Tensor:
     """All of a parameter, where FSDP shards it, in the dtype of ``like``."""
-    if parameter is None:
-        return None
     parameter = whole(parameter)
     return parameter if parameter.dtype == like.dtype else parameter.to(like.dtype)

@@ -82,7 +82,8 @@ class LinearRouter(Router):
 
     def _operands(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """What the logits are the linear function of: input, weight (M, .) and bias, in the dtype of ``x``."""
-        return x, parameter_like(self.weight, x), parameter_like(self.bias, x)
+        bias = None if self.bias is None else parameter_like(self.bias, x)
+        return x, parameter_like(self.weight, x), bias
 
 
 class LowRankRouter(LinearRouter):
