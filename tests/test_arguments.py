@@ -11,7 +11,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import pytest
 import torch
 
-from torchdsc import DSC, BasisBank, CausalContext, DSCOptions, convert, regularization
+from torchdsc import DSC, BasisBank, DSCOptions, ShortConvolution, convert, regularization
 from torchdsc.arguments import check_at_least, check_types, own_copies
 from torchdsc.baselines import PEER, DenseFFN, MixtureOfLoRAs, SoftmaxRouter, StandardMoE
 from torchdsc.nn import LinearRouter, LowRankRouter, ProductKeyRouter, RegularizerWeights
@@ -28,7 +28,7 @@ OWNERS = {
     LinearRouter: LAYER,
     LowRankRouter: {**LAYER, "rank": 2},
     ProductKeyRouter: {**LAYER, "rank": 2},
-    CausalContext: {"features": 8, "num_tokens": 2},
+    ShortConvolution: {"features": 8, "num_tokens": 2},
     DenseFFN: {"in_features": 8, "hidden_features": 4},
     StandardMoE: {"in_features": 8, "hidden_features": 4, "num_experts": 4},
     MixtureOfLoRAs: {"in_features": 8, "num_experts": 4, "rank": 2},

@@ -127,7 +127,7 @@ def run_blocked(code):
 def test_works_with_torch_alone():
     out = run_blocked("""
 import torch, torchdsc, torchdsc.baselines, torchdsc.diagnostics
-layer = torchdsc.DSCResidual(torch.nn.Linear(8, 8), torchdsc.DSC(8, num_atoms=12, top_k=3))
+layer = torchdsc.Residual(torch.nn.Linear(8, 8), torchdsc.DSC(8, num_atoms=12, top_k=3))
 (layer(torch.randn(5, 8)).sum() + torchdsc.regularization(layer).total).backward()
 torchdsc.baselines.StandardMoE(8, 6, 4)(torch.randn(5, 8))
 for name in ("models", "lab.compare", "cli.main"):

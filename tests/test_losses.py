@@ -8,7 +8,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import torchdsc
-from torchdsc import DSC, BasisBank, DSCResidual, frame_regularization, regularization
+from torchdsc import DSC, BasisBank, Residual, frame_regularization, regularization
 from torchdsc.baselines import DenseFFN
 from torchdsc.losses import aux_loss, budget_loss, frame_loss, frame_potential, z_loss
 from torchdsc.nn import forget_statistics
@@ -23,7 +23,7 @@ class Model(torch.nn.Module):
     def __init__(self, **options):
         super().__init__()
         options = {"num_atoms": 14, "top_k": 3, "budget": 5.0} | options
-        self.blocks = torch.nn.ModuleList(DSCResidual(DenseFFN(6, 8), DSC(6, **options)) for _ in range(2))
+        self.blocks = torch.nn.ModuleList(Residual(DenseFFN(6, 8), DSC(6, **options)) for _ in range(2))
         self.double()
         for block in self.blocks:
             torch.nn.init.normal_(block.dsc.router.weight, std=0.5)

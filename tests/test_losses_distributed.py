@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from torchdsc import DSC, DSCResidual, regularization
+from torchdsc import DSC, Residual, regularization
 from torchdsc.baselines import DenseFFN
 
 ONLY = {"aux_weight": 0.0, "budget_weight": 0.0, "frame_weight": 0.0, "z_weight": 0.0}
@@ -21,7 +21,7 @@ TOKENS = 29
 def make_model(terms):
     torch.manual_seed(3)
     options = ONLY | {f"{term}_weight": 0.5 for term in terms}
-    model = DSCResidual(DenseFFN(6, 8), DSC(6, num_atoms=14, top_k=3, budget=5.0, **options)).double()
+    model = Residual(DenseFFN(6, 8), DSC(6, num_atoms=14, top_k=3, budget=5.0, **options)).double()
     torch.nn.init.normal_(model.dsc.router.weight, std=0.5)
     return model
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import torchdsc
-from torchdsc import DSC, CausalContext, DSCResidual, build_optimizer, decay_parameter_names, parameter_groups
+from torchdsc import DSC, Residual, ShortConvolution, build_optimizer, decay_parameter_names, parameter_groups
 from torchdsc.optim import DenseAndSparseAdam
 
 NOT_DECAYED = ("gamma", "router", "context", "embed", "norm", "bias")
@@ -18,8 +18,8 @@ class Model(torch.nn.Module):
     def __init__(self, **options):
         super().__init__()
         self.embed = torch.nn.Embedding(20, 8)
-        self.context = CausalContext(8, 3)
-        self.layer = DSCResidual(torch.nn.Linear(8, 8), DSC(8, num_atoms=16, top_k=4, router_bias=True, **options))
+        self.context = ShortConvolution(8, 3)
+        self.layer = Residual(torch.nn.Linear(8, 8), DSC(8, num_atoms=16, top_k=4, router_bias=True, **options))
         self.norm = torch.nn.LayerNorm(8)
         self.head = torch.nn.Linear(8, 20)
         self.head.weight = self.embed.weight

@@ -12,7 +12,7 @@ from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 from torch.nn import functional
 
-from torchdsc import DSC, BasisBank, DSCResidual, frame_regularization, regularization
+from torchdsc import DSC, BasisBank, Residual, frame_regularization, regularization
 from torchdsc.baselines import DenseFFN
 from torchdsc.nn import RoutedLayer, Router
 
@@ -76,7 +76,7 @@ def loss_of(model, tokens):
 
 def make_layers():
     bank = BasisBank(14, 8)
-    layers = [DSCResidual(DenseFFN(8, 6), DSC(8, bank=bank, **OPTIONS)) for _ in range(2)]
+    layers = [Residual(DenseFFN(8, 6), DSC(8, bank=bank, **OPTIONS)) for _ in range(2)]
     return nn.Sequential(nn.Embedding(32, 8), *layers).double(), [bank, *layers]
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.case import Benchmark, Case, Cases, Floor, Settings
-from torchdsc import DSC, DSCResidual
+from torchdsc import DSC, Residual
 from torchdsc.baselines import DenseFFN, MixtureOfLoRAs, StandardMoE
 
 from .published import PublishedLayer
@@ -112,9 +112,9 @@ def _layers(sizes: Sizes) -> dict[str, nn.Module]:
     return {
         "dense": DenseFFN(width, sizes.dense),
         "floor": ProductsAlone(sizes),
-        "dsc": DSCResidual(DenseFFN(width, static), dsc),
+        "dsc": Residual(DenseFFN(width, static), dsc),
         **moes,
-        "mixture_of_loras": DSCResidual(DenseFFN(width, static), loras),
+        "mixture_of_loras": Residual(DenseFFN(width, static), loras),
         "published": PublishedLayer(width, sizes.num_atoms, sizes.top_k, static),
     }
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.case import Benchmark, Case, Cases, Settings
-from torchdsc import DSC, CausalContext, DSCResidual
+from torchdsc import DSC, Residual, ShortConvolution
 from torchdsc.baselines import DenseFFN, StandardMoE
 
 from .layer import KINDS, TESTS, Sizes
@@ -28,8 +28,8 @@ class Recommended(nn.Module):
 
     def __init__(self, sizes: Sizes) -> None:
         super().__init__()
-        self.router_context = CausalContext(sizes.width, 3)
-        self.input_context = CausalContext(sizes.width, 4, own=0.0, earlier=0.25)
+        self.router_context = ShortConvolution(sizes.width, 3)
+        self.input_context = ShortConvolution(sizes.width, 4, own=0.0, earlier=0.25)
         dsc = DSC(
             sizes.width,
             num_atoms=sizes.num_atoms,
@@ -37,7 +37,7 @@ class Recommended(nn.Module):
             gamma_init=1.0,
             frame_weight=0.0,
         )
-        self.layer = DSCResidual(DenseFFN(sizes.width, sizes.static), dsc)
+        self.layer = Residual(DenseFFN(sizes.width, sizes.static), dsc)
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.layer(self.input_context(x, onto=x), router_input=self.router_context(x))
@@ -70,7 +70,7 @@ def _layers(paper: Sizes, own: Sizes) -> dict[str, nn.Module]:
         "moe": StandardMoE(width, paper.expert, 5, 2),
         # What the study of opponents found the best of the kind: more experts of half the width, one of them shared.
         "moe, one shared": StandardMoE(width, paper.expert // 2, 9, 3, shared_experts=1),
-        "dsc": DSCResidual(DenseFFN(width, paper.static), DSC(width, num_atoms=paper.num_atoms, top_k=paper.top_k)),
+        "dsc": Residual(DenseFFN(width, paper.static), DSC(width, num_atoms=paper.num_atoms, top_k=paper.top_k)),
         "recommended": Recommended(own),
     }
 

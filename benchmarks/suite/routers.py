@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.case import Benchmark, Case, Cases, Settings
-from torchdsc import DSC, DSCResidual
+from torchdsc import DSC, Residual
 from torchdsc.baselines import DenseFFN
 
 from .layer import KINDS, Sizes
@@ -48,7 +48,7 @@ def _beside_static(router: str, x: Tensor) -> Cases:
 
 
 def _layer(sizes: Sizes, **options: int | str) -> nn.Module:
-    return DSCResidual(DenseFFN(sizes.width, sizes.static), DSC(sizes.width, top_k=sizes.top_k, **options))
+    return Residual(DenseFFN(sizes.width, sizes.static), DSC(sizes.width, top_k=sizes.top_k, **options))
 
 
 def _atoms(counts: tuple[int, ...], x: Tensor) -> Cases:

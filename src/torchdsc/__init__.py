@@ -3,7 +3,7 @@
 from .bounds import certified_spectral_bound, spectral_norm
 from .convert import convert, load_converted
 from .losses import Regularization, RegularizedLoss, frame_regularization, last_regularization, regularization
-from .nn import DSC, BasisBank, CausalContext, DSCOptions, DSCResidual
+from .nn import DSC, BasisBank, DSCOptions, Residual, ShortConvolution
 from .optim import build_optimizer, decay_parameter_names, parameter_groups
 
 __version__ = "0.1.0.dev0"
@@ -11,11 +11,11 @@ __version__ = "0.1.0.dev0"
 __all__ = [
     "DSC",
     "BasisBank",
-    "CausalContext",
     "DSCOptions",
-    "DSCResidual",
     "Regularization",
     "RegularizedLoss",
+    "Residual",
+    "ShortConvolution",
     "build_optimizer",
     "certified_spectral_bound",
     "convert",

@@ -9,7 +9,7 @@ from torch.nn.utils import get_total_norm
 from torch.optim import AdamW, Optimizer, SparseAdam
 
 from torchdsc.arguments import check_not_negative, check_positive
-from torchdsc.nn import BasisBank, CausalContext, Router
+from torchdsc.nn import BasisBank, Router, ShortConvolution
 
 __all__ = ["DenseAndSparseAdam", "build_optimizer", "clip_grad_norm", "decay_parameter_names", "parameter_groups"]
 
@@ -74,7 +74,7 @@ def _kinds(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, str]]:
     """Every parameter with its name and its group."""
     routers, atoms, without = (
         {id(p) for module in model.modules() if isinstance(module, kind) for p in module.parameters()}
-        for kind in (Router, BasisBank, (nn.Embedding, CausalContext))
+        for kind in (Router, BasisBank, (nn.Embedding, ShortConvolution))
     )
     sparse = _sparse_parameters(model)
     for name, parameter in model.named_parameters():

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from torchdsc import DSCResidual, regularization
+from torchdsc import Residual, regularization
 from torchdsc.baselines import DenseFFN, MixtureOfLoRAs
 from torchdsc.ops import compose
 
@@ -48,7 +48,7 @@ def test_rank_one_is_the_composition_of_raw_atoms(x):
 
 def test_starts_as_the_zero_update(x):
     base = DenseFFN(6, 8, dtype=torch.float64)
-    layer = DSCResidual(base, MixtureOfLoRAs(6, num_experts=5, rank=3, dtype=torch.float64))
+    layer = Residual(base, MixtureOfLoRAs(6, num_experts=5, rank=3, dtype=torch.float64))
     assert torch.equal(layer.eval()(x), base(x))
     layer(x).sum().backward()
     assert layer.dsc.up.grad.any()

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from torchdsc import DSC, BasisBank, DSCResidual, convert, regularization
+from torchdsc import DSC, BasisBank, Residual, convert, regularization
 from torchdsc.nn import RoutedLayer
 
 OPTIONS = {"num_atoms": 20, "top_k": 3}
@@ -297,7 +297,7 @@ def test_an_error_leaves_the_model_as_it_was(changes, match):
 def test_sizes_can_be_given_where_no_linear_layer_tells_them():
     model = Plain()
     convert(model, target=r"ffn\.1$", in_features=24, out_features=24, **OPTIONS)
-    assert isinstance(model.blocks[0].ffn[1].module, DSCResidual)
+    assert isinstance(model.blocks[0].ffn[1].module, Residual)
     assert model(torch.ones(2, 3, dtype=torch.long)).shape == (2, 3, 16)
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from torchdsc import DSC, DSCResidual
+from torchdsc import DSC, Residual
 from torchdsc.baselines import DenseFFN, MixtureOfLoRAs, StandardMoE
 from torchdsc.diagnostics import RoutingMonitor
 
@@ -82,7 +82,7 @@ def test_layers_come_in_order_and_those_without_tokens_are_left_out():
     model = nn.ModuleList(
         [
             DenseFFN(5, 4),
-            DSCResidual(DenseFFN(5, 4), DSC(5, num_atoms=11, top_k=3)),
+            Residual(DenseFFN(5, 4), DSC(5, num_atoms=11, top_k=3)),
             StandardMoE(5, 4, 6),
             one_hot_dsc(),
         ]

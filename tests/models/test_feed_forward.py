@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from torchdsc import DSC, DSCResidual
+from torchdsc import DSC, Residual
 from torchdsc.baselines import DenseFFN, MixtureOfLoRAs, StandardMoE
 from torchdsc.models.feed_forward import build_feed_forward, check_feed_forward
 
@@ -17,7 +17,7 @@ from torchdsc.models.feed_forward import build_feed_forward, check_feed_forward
 )
 def test_builds_each_kind_with_its_options(kind, options, expected):
     layer = build_feed_forward(kind, 8, 6, options)
-    if isinstance(layer, DSCResidual):
+    if isinstance(layer, Residual):
         assert isinstance(layer.base, DenseFFN)
         layer = layer.dsc
     assert type(layer) is expected

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from torchdsc import DSC, CausalContext, certified_spectral_bound, spectral_norm
+from torchdsc import DSC, ShortConvolution, certified_spectral_bound, spectral_norm
 from torchdsc.baselines import PEER, MixtureOfLoRAs, StandardMoE
 from torchdsc.nn import LinearRouter
 
@@ -20,7 +20,7 @@ def literal(context, x, positions=None):
 
 @pytest.fixture
 def context():
-    made = CausalContext(5, 4, dtype=torch.float64)
+    made = ShortConvolution(5, 4, dtype=torch.float64)
     torch.nn.init.normal_(made.weight)
     return made
 
@@ -60,33 +60,33 @@ def test_gradients(context):
 
 
 def test_starts_with_the_token_itself_foremost():
-    assert CausalContext(2, 3).weight.tolist() == [[1.0, 1.0], [0.5, 0.5], [0.5, 0.5]]
-    other = CausalContext(1, 3, own=0.0, earlier=0.25)
+    assert ShortConvolution(2, 3).weight.tolist() == [[1.0, 1.0], [0.5, 0.5], [0.5, 0.5]]
+    other = ShortConvolution(1, 3, own=0.0, earlier=0.25)
     assert other.weight.tolist() == [[0.0], [0.25], [0.25]]
 
 
 @pytest.mark.parametrize(
     ("call", "match"),
     [
-        (lambda: CausalContext(0, 2), "features must be >= 1, got 0"),
-        (lambda: CausalContext(4, 1), "num_tokens must be >= 2, got 1"),
-        (lambda: CausalContext(4, 2)(torch.zeros(3, 5)), r"x must have shape \(..., T, 4\), got \(3, 5\)"),
-        (lambda: CausalContext(4, 2)(torch.zeros(4)), r"x must have shape \(..., T, 4\), got \(4,\)"),
+        (lambda: ShortConvolution(0, 2), "features must be >= 1, got 0"),
+        (lambda: ShortConvolution(4, 1), "num_tokens must be >= 2, got 1"),
+        (lambda: ShortConvolution(4, 2)(torch.zeros(3, 5)), r"x must have shape \(..., T, 4\), got \(3, 5\)"),
+        (lambda: ShortConvolution(4, 2)(torch.zeros(4)), r"x must have shape \(..., T, 4\), got \(4,\)"),
         (
-            lambda: CausalContext(4, 2)(torch.zeros(3, 4), length=2, onto=torch.zeros(3, 4)),
+            lambda: ShortConvolution(4, 2)(torch.zeros(3, 4), length=2, onto=torch.zeros(3, 4)),
             r"onto must have shape \(2, 4\), got \(3, 4\)",
         ),
-        (lambda: CausalContext(4, 2)(torch.zeros(3, 4), length=4), r"length must be in \[0, 3\], got 4"),
+        (lambda: ShortConvolution(4, 2)(torch.zeros(3, 4), length=4), r"length must be in \[0, 3\], got 4"),
         (
-            lambda: CausalContext(4, 2)(torch.zeros(3, 4), positions=torch.zeros(2)),
+            lambda: ShortConvolution(4, 2)(torch.zeros(3, 4), positions=torch.zeros(2)),
             r"positions must broadcast to \(3,\), got shape \(2,\)",
         ),
         (
-            lambda: CausalContext(4, 2)(torch.zeros(2, 3, 4), positions=torch.zeros(4, 3)),
+            lambda: ShortConvolution(4, 2)(torch.zeros(2, 3, 4), positions=torch.zeros(4, 3)),
             r"positions must broadcast to \(2, 3\), got shape \(4, 3\)",
         ),
         (
-            lambda: CausalContext(4, 2)(torch.zeros(1, 3, 4), positions=torch.zeros(2, 3)),
+            lambda: ShortConvolution(4, 2)(torch.zeros(1, 3, 4), positions=torch.zeros(2, 3)),
             r"positions must broadcast to \(1, 3\), got shape \(2, 3\)",
         ),
     ],

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from torchdsc import DSC, BasisBank, DSCResidual, certified_spectral_bound, regularization, spectral_norm
+from torchdsc import DSC, BasisBank, Residual, certified_spectral_bound, regularization, spectral_norm
 
 SIZES = {"num_atoms": 11, "top_k": 3}
 
@@ -183,7 +183,7 @@ def test_gamma_zero_changes_nothing_and_gets_the_first_gradient():
     layer = DSC(6, **SIZES, gamma_init=0.0)
     base = torch.nn.Linear(6, 6)
     x = torch.randn(9, 6)
-    residual = DSCResidual(base, layer.eval())
+    residual = Residual(base, layer.eval())
     assert torch.equal(residual(x), base(x))
     optimizer = torch.optim.SGD(residual.parameters(), lr=0.1)
     residual(x).square().sum().backward()

@@ -57,8 +57,8 @@ CALLS = {
         },
         {"top_k": TOP_K, "logit_clamp": 20.0, "statistics": True},
     ),
-    "causal_mix": (
-        ops.causal_mix,
+    "short_convolution": (
+        ops.short_convolution,
         {
             "x": floats(TOKENS, 8),
             "weight": floats(3, 8),

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from torchdsc.arguments import check_at_least, check_types
 from torchdsc.losses import add_regularization
-from torchdsc.nn import DSC, BasisBank, DSCResidual
+from torchdsc.nn import DSC, BasisBank, Residual
 from torchdsc.nn.host import TokenMasked, feature_sizes, leave_fused_encoder, pass_attention_mask, stream_width
 
 from .saving import remember_conversion
@@ -66,7 +66,7 @@ def convert(
         layers.append(layer.train(base.training))
     for name, layer in zip(names, layers, strict=True):
         base = model.get_submodule(name)
-        converted = _Wrapped(DSCResidual(base, layer)) if mode == "wrap" else _Replaced(layer)
+        converted = _Wrapped(Residual(base, layer)) if mode == "wrap" else _Replaced(layer)
         converted.training = converted.module.training = base.training
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, converted)
@@ -89,13 +89,13 @@ def convert(
 class _Converted(nn.Module, TokenMasked):
     """A converted module: hands the attention mask of its model to the DSC layer."""
 
-    def __init__(self, module: DSCResidual | DSC) -> None:
+    def __init__(self, module: Residual | DSC) -> None:
         super().__init__()
         self.module = module
 
 
 class _Wrapped(_Converted):
-    module: DSCResidual
+    module: Residual
 
     @property
     def takes_router_input(self) -> bool:

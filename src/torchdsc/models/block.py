@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from torchdsc.nn import DSC, CausalContext, DSCResidual, RoutedLayer, RoutingStatistics
+from torchdsc.nn import DSC, Residual, RoutedLayer, RoutingStatistics, ShortConvolution
 
 from .attention import DSCGPTAttention
 from .configuration import DSCGPTConfig
@@ -42,7 +42,7 @@ class DSCGPTBlock(GradientCheckpointingLayer):
     @property
     def routed_layer(self) -> RoutedLayer | None:
         """The feed-forward layer that routes; None without one, or where another module has been put around it."""
-        layer = self.feed_forward.dsc if isinstance(self.feed_forward, DSCResidual) else self.feed_forward
+        layer = self.feed_forward.dsc if isinstance(self.feed_forward, Residual) else self.feed_forward
         return layer if isinstance(layer, RoutedLayer) else None
 
     @property
@@ -105,5 +105,5 @@ class DSCGPTBlock(GradientCheckpointingLayer):
         return seen
 
 
-def _context(features: int, num_tokens: int, own: float = 1.0, earlier: float = 0.5) -> CausalContext | None:
-    return CausalContext(features, num_tokens, own=own, earlier=earlier) if num_tokens > 1 else None
+def _context(features: int, num_tokens: int, own: float = 1.0, earlier: float = 0.5) -> ShortConvolution | None:
+    return ShortConvolution(features, num_tokens, own=own, earlier=earlier) if num_tokens > 1 else None

@@ -37,9 +37,9 @@ class DSCGPTConfig(PretrainedConfig):
             :class:`torchdsc.baselines.StandardMoE` and :class:`torchdsc.baselines.PEER` ("num_experts"), or
             :class:`torchdsc.baselines.MixtureOfLoRAs` ("num_experts" and "rank"). Any of them takes "router_input",
             "embeddings" for routers that see those of the tokens in place of what the layers do; "router_context", of
-            how many tokens they see the mix (:class:`torchdsc.CausalContext`); and "input_context", of how many tokens
-            embeddings are mixed into what a layer sees, which a dense one takes as well. The config keeps a copy, which
-            is read-only: other options are assigned as a whole.
+            how many tokens they see the mix (:class:`torchdsc.ShortConvolution`); and "input_context", of how many
+            tokens embeddings are mixed into what a layer sees, which a dense one takes as well. The config keeps a
+            copy, which is read-only: other options are assigned as a whole.
         dropout: Of embeddings, attention weights and residual branches.
         layer_norm_eps: Of every LayerNorm.
         initializer_range: Standard deviation of initial weights.

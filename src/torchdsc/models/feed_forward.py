@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from torchdsc.baselines import PEER, DenseFFN, MixtureOfLoRAs, StandardMoE
-from torchdsc.nn import DSC, BasisBank, DSCResidual
+from torchdsc.nn import DSC, BasisBank, Residual
 
 from .options import FeedForwardKind, split_options
 
@@ -36,11 +36,11 @@ def build_feed_forward(
         if kind == "moe":
             return StandardMoE(hidden_size, intermediate_size, **options)
         if kind == "mixture_of_loras":
-            return DSCResidual(_static(hidden_size, intermediate_size), MixtureOfLoRAs(hidden_size, **options))
+            return Residual(_static(hidden_size, intermediate_size), MixtureOfLoRAs(hidden_size, **options))
         if kind == "peer":
-            return DSCResidual(_static(hidden_size, intermediate_size), PEER(hidden_size, **options))
+            return Residual(_static(hidden_size, intermediate_size), PEER(hidden_size, **options))
         if kind == "dsc":
-            return DSCResidual(_static(hidden_size, intermediate_size), DSC(hidden_size, **options))
+            return Residual(_static(hidden_size, intermediate_size), DSC(hidden_size, **options))
     except TypeError as error:
         raise ValueError(f"feed_forward_options do not fit feed_forward={kind!r}: {error}") from error
     raise ValueError(f"feed_forward must be one of {get_args(FeedForwardKind)}, got {kind!r}")

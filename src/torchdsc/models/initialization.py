@@ -5,7 +5,7 @@ from transformers import initialization as init
 
 from torchdsc.baselines import PEER, MixtureOfLoRAs
 from torchdsc.baselines.moe import Experts
-from torchdsc.nn import DSC, BasisBank, CausalContext, Router
+from torchdsc.nn import DSC, BasisBank, Router, ShortConvolution
 
 from .configuration import DSCGPTConfig
 
@@ -41,8 +41,8 @@ def initialize(module: nn.Module, config: DSCGPTConfig) -> None:
         fresh = BasisBank(module.num_atoms, module.in_features, module.out_features, init_norm=module.init_norm)
         init.copy_(module.u, fresh.u)
         init.copy_(module.v, fresh.v)
-    elif isinstance(module, CausalContext):
-        started = CausalContext(module.weight.shape[1], module.num_tokens, own=module.own, earlier=module.earlier)
+    elif isinstance(module, ShortConvolution):
+        started = ShortConvolution(module.weight.shape[1], module.num_tokens, own=module.own, earlier=module.earlier)
         init.copy_(module.weight, started.weight)
     elif isinstance(module, DSC):
         init.constant_(module.gamma, module.options.gamma_init)

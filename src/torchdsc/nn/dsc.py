@@ -35,7 +35,7 @@ class Routing(NamedTuple):
 class DSC(RoutedLayer):
     """Dynamic Subspace Composition: ``y = scale gamma * ((x U_I^T) * z) V_I``, equations (4), (5) and (14).
 
-    It maps x to the update x dW(z(x)) alone; :class:`DSCResidual` adds it to a base. The default is the paper's
+    It maps x to the update x dW(z(x)) alone; :class:`Residual` adds it to a base. The default is the paper's
     Algorithm 2, ``DSC.basic(...)`` its Algorithm 1. With ``activation="relu"`` the latent values x . u_k are rectified:
     ``y = scale gamma * (relu(x U_I^T) * z) V_I``. ``|dW|_2 < scale max |gamma|`` for every token, equations (7), (8).
 

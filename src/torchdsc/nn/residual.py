@@ -8,8 +8,8 @@ from .statistics import RoutedLayer
 from .statistics_log import RoutingStatistics
 
 
-class DSCResidual(nn.Module):
-    """``y = base(x) + dsc(x)``, equation (1): the paper's feed-forward layer is ``DSCResidual(MLP, DSC)``.
+class Residual(nn.Module):
+    """``y = base(x) + dsc(x)``, equation (1): the paper's feed-forward layer is ``Residual(MLP, DSC)``.
 
     Args:
         base: Any module from (..., d_in) to (..., d_out); its first positional argument is what ``dsc`` sees too.

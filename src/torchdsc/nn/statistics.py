@@ -92,7 +92,7 @@ class RoutedLayer(nn.Module):
                 whatever they hold. Where they are not finite and the loss does not look at them, they leave no trace in
                 the layer's gradients either.
             router_input: What the router sees in place of ``x``, of its shape: tokens mixed with those before them
-                (:class:`CausalContext`), say. The update is still composed of ``x``.
+                (:class:`ShortConvolution`), say. The update is still composed of ``x``.
             with_statistics: Return the statistics instead of keeping them, see :meth:`forward_with_statistics`.
 
         Returns:

@@ -4,14 +4,13 @@ from .compose import compose
 from .frame import frame_potential
 from .gate import gate
 from .latents import latents
-from .mix import causal_mix
 from .product_key import select_product_key
 from .route import route
 from .select import Selection, select
+from .short_convolution import short_convolution
 
 __all__ = [
     "Selection",
-    "causal_mix",
     "compose",
     "frame_potential",
     "gate",
@@ -19,4 +18,5 @@ __all__ = [
     "route",
     "select",
     "select_product_key",
+    "short_convolution",
 ]

@@ -95,8 +95,8 @@ static PyMethodDef methods[] = {
     {"select_sums", select_sums, METH_VARARGS, "Top-K of the sums of two halves."},
     {"round_rows", round_rows, METH_VARARGS, "Rows in bfloat16, their norms, and those of what rounding took away."},
     {"screen", screen, METH_VARARGS, "Exact top-K from logits in bfloat16 and bounds on their errors."},
-    {"causal_mix", causal_mix, METH_VARARGS, "Tokens mixed with those before them."},
-    {"causal_mix_backward", causal_mix_backward, METH_VARARGS, "Its gradients."},
+    {"short_convolution", short_convolution, METH_VARARGS, "Tokens mixed with those before them."},
+    {"short_convolution_backward", short_convolution_backward, METH_VARARGS, "Its gradients."},
     {"has_bfloat16", has_bfloat16, METH_NOARGS, "Whether the processor multiplies bfloat16 natively."},
     {NULL, NULL, 0, NULL},
 };

@@ -256,7 +256,7 @@ PyObject *largest_of_rows(PyObject *self, PyObject *args);
 PyObject *select_sums(PyObject *self, PyObject *args);
 PyObject *round_rows(PyObject *self, PyObject *args);
 PyObject *screen(PyObject *self, PyObject *args);
-PyObject *causal_mix(PyObject *self, PyObject *args);
-PyObject *causal_mix_backward(PyObject *self, PyObject *args);
+PyObject *short_convolution(PyObject *self, PyObject *args);
+PyObject *short_convolution_backward(PyObject *self, PyObject *args);
 
 #endif

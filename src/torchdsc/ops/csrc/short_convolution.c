@@ -63,8 +63,8 @@ static int can_mix(int64_t taps) {
     return 0;
 }
 
-/* causal_mix(x, weight, onto or 0, y, sequences, length, width, taps, threads). */
-PyObject *causal_mix(PyObject *self, PyObject *args) {
+/* short_convolution(x, weight, onto or 0, y, sequences, length, width, taps, threads). */
+PyObject *short_convolution(PyObject *self, PyObject *args) {
     int64_t p[9];
     if (!read_integers(args, p, 9)) return NULL;
     Mix m = {(const float *)(intptr_t)p[0], NULL, (const float *)(intptr_t)p[1], (const float *)(intptr_t)p[2],
@@ -79,8 +79,8 @@ PyObject *causal_mix(PyObject *self, PyObject *args) {
     Py_RETURN_NONE;
 }
 
-/* causal_mix_backward(grad, x, weight, dx, dweight, sequences, length, width, taps, threads): gradients of causal_mix. */
-PyObject *causal_mix_backward(PyObject *self, PyObject *args) {
+/* short_convolution_backward(grad, x, weight, dx, dweight, sequences, length, width, taps, threads): gradients of short_convolution. */
+PyObject *short_convolution_backward(PyObject *self, PyObject *args) {
     int64_t p[10];
     if (!read_integers(args, p, 10)) return NULL;
     Mix m = {(const float *)(intptr_t)p[0], (const float *)(intptr_t)p[1], (const float *)(intptr_t)p[2], NULL,

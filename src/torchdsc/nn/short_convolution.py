@@ -4,10 +4,10 @@ import torch
 from torch import Tensor, nn
 
 from torchdsc.arguments import check_at_least, check_finite, check_types
-from torchdsc.ops import causal_mix
+from torchdsc.ops import short_convolution
 
 
-class CausalContext(nn.Module):
+class ShortConvolution(nn.Module):
     """``c_t = sum_{i < w} a_i * x_{t-i}``, a weight for every feature and distance: a causal depthwise convolution.
 
     Given to a routed layer as its ``router_input``, it makes weights composed for a token depend on the tokens before
@@ -42,7 +42,7 @@ class CausalContext(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check_types(CausalContext.__init__, locals())
+        check_types(ShortConvolution.__init__, locals())
         check_at_least(1, features=features)
         check_at_least(2, num_tokens=num_tokens)
         check_finite(own=own, earlier=earlier)
@@ -85,7 +85,7 @@ class CausalContext(nn.Module):
             raise ValueError(f"positions must broadcast to {places}, got shape {tuple(positions.shape)}")
         if onto is not None and onto.shape != (*places, x.shape[-1]):
             raise ValueError(f"onto must have shape {(*places, x.shape[-1])}, got {tuple(onto.shape)}")
-        return causal_mix(x, self.weight, length, positions, onto)
+        return short_convolution(x, self.weight, length, positions, onto)
 
     def extra_repr(self) -> str:
         """Sizes, for ``print(model)``."""

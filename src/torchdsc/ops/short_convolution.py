@@ -8,10 +8,10 @@ from torch import Tensor, library
 from .devices import several_devices
 from .native import MOST_MIXED, address, module_for
 
-__all__ = ["causal_mix"]
+__all__ = ["short_convolution"]
 
 
-def causal_mix(
+def short_convolution(
     x: Tensor, weight: Tensor, length: int, positions: Tensor | None = None, onto: Tensor | None = None
 ) -> Tensor:
     """``y_t = onto_t + sum_{i < w} weight_i * x_{t-i}``, with zeros before the first token.
@@ -68,22 +68,22 @@ def _sizes(x: Tensor, weight: Tensor) -> tuple[int, ...]:
 def _mix(x: Tensor, weight: Tensor, onto: Tensor | None) -> Tensor:
     native, y = module_for(x, weight, onto), torch.empty_like(x)
     assert native is not None
-    native.causal_mix(*map(address, (x, weight, onto, y)), *_sizes(x, weight))
+    native.short_convolution(*map(address, (x, weight, onto, y)), *_sizes(x, weight))
     return y
 
 
-@library.custom_op("torchdsc::causal_mix", mutates_args=())
+@library.custom_op("torchdsc::short_convolution", mutates_args=())
 def _mix_op(x: Tensor, weight: Tensor, onto: Tensor | None) -> Tensor:
     return _mix(x, weight, onto)
 
 
-@library.custom_op("torchdsc::causal_mix_backward", mutates_args=())
+@library.custom_op("torchdsc::short_convolution_backward", mutates_args=())
 def _mix_backward_op(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     # Autograd may hand on a gradient that is expanded.
     grad = grad.contiguous()
     native, dx, dweight = module_for(grad, x, weight), torch.empty_like(x), torch.empty_like(weight)
     assert native is not None
-    native.causal_mix_backward(*map(address, (grad, x, weight, dx, dweight)), *_sizes(x, weight))
+    native.short_convolution_backward(*map(address, (grad, x, weight, dx, dweight)), *_sizes(x, weight))
     return dx, dweight
 
 
