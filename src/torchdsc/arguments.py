@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import fields
 from functools import cache
 from math import isfinite
-from typing import Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, Union, Unpack, get_args, get_origin, get_type_hints
 
 __all__ = ["check_at_least", "check_finite", "check_not_negative", "check_positive", "check_types", "own_copies"]
 
@@ -75,7 +75,9 @@ def own_copies(instance: Any) -> None:
 @cache
 def _hints(of: Callable[..., Any]) -> dict[str, Any]:
     hints = get_type_hints(of)
-    return {name: kind for name, kind in hints.items() if name != "return" and get_origin(kind) is not ClassVar}
+    # Keywords that are unpacked are checked by what they are handed to.
+    left = (ClassVar, Unpack)
+    return {name: kind for name, kind in hints.items() if name != "return" and get_origin(kind) not in left}
 
 
 def _parts(kind: Any) -> tuple[Any, ...]:

@@ -42,7 +42,7 @@ def test_equals_literal_loop(impl, rank, top_k, options, x, literal_choice, equa
 def test_rank_one_is_the_composition_of_raw_atoms(x):
     layer = make(rank=1, scale=0.5)
     choice = layer.router(x.reshape(-1, 6))
-    expected = compose(x.reshape(-1, 6), layer.down, layer.up, choice.indices, 0.5 * choice.weights, eps=None)
+    expected = compose(x.reshape(-1, 6), layer.down, layer.up, choice.indices, 0.5 * choice.coefficients, eps=None)
     torch.testing.assert_close(layer(x), expected.view(2, 7, 4), rtol=1e-12, atol=1e-12)
 
 

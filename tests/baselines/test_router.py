@@ -24,7 +24,7 @@ def test_chooses_as_a_literal_sort_does(x, literal_choice, norm, normalize_weigh
     for t in range(len(x)):
         experts, weights = zip(*literal_choice(router, x[t]), strict=True)
         assert choice.indices[t].tolist() == list(experts)
-        torch.testing.assert_close(choice.weights[t], torch.stack(weights), rtol=1e-12, atol=0)
+        torch.testing.assert_close(choice.coefficients[t], torch.stack(weights), rtol=1e-12, atol=0)
 
 
 def test_statistics_are_sums_over_counted_tokens(x):
@@ -45,7 +45,7 @@ def test_jitter_only_in_training_and_from_the_seed(x):
 
     def weights(seed):
         torch.manual_seed(seed)
-        return router(x).weights
+        return router(x).coefficients
 
     assert torch.equal(weights(1), weights(1))
     assert not torch.equal(weights(1), weights(2))
@@ -56,7 +56,7 @@ def test_jitter_only_in_training_and_from_the_seed(x):
 def test_jitter_is_the_standard_deviation_on_logits():
     router, x = make(2, 2, jitter=0.3, normalize_weights=False), torch.zeros(20_000, 4, dtype=torch.float64)
     choice = router(x)
-    log_weights = choice.weights.log().gather(1, choice.indices)
+    log_weights = choice.coefficients.log().gather(1, choice.indices)
     assert (log_weights[:, 0] - log_weights[:, 1]).std().item() == pytest.approx(0.3 * 2**0.5, rel=0.02)
 
 
@@ -66,7 +66,7 @@ def test_weights_of_tokens_that_are_not_finite_are_nan_and_only_those(x, normali
     with torch.no_grad():  # One infinite logit: the other experts' share is 0.
         router.linear.weight[:, 0] = torch.tensor([-1.0, -1.0, -1.0, 1.0, -1.0])
     x[2, 1], x[5, 0] = torch.nan, torch.inf
-    weights = router(x).weights
+    weights = router(x).coefficients
     assert weights.isnan().all(1).tolist() == [t in (2, 5) for t in range(9)]
     assert weights.isnan().any(1).sum() == 2
 
@@ -87,7 +87,7 @@ class TestOneExpert:
 
     def test_its_weight_is_its_probability(self, x):
         router = make(top_k=1)
-        torch.testing.assert_close(router(x).weights, router.linear(x).softmax(-1).amax(-1, keepdim=True))
+        torch.testing.assert_close(router(x).coefficients, router.linear(x).softmax(-1).amax(-1, keepdim=True))
 
     def test_routers_learn_from_the_task(self, x, make_layer):
         layer = make_layer()
@@ -99,12 +99,12 @@ class TestOneExpert:
         layer = make_layer(normalize_weights=True)
         with pytest.raises(ValueError, match="normalize_weights must be False to train with top_k = 1, got True"):
             layer(x)
-        assert (layer.eval().router(x).weights == 1).all()
+        assert (layer.eval().router(x).coefficients == 1).all()
         assert layer(x).isfinite().all()
 
 
 def test_several_are_normalised_by_default(x):
-    torch.testing.assert_close(make(top_k=2)(x).weights.sum(-1), torch.ones(9, dtype=torch.float64))
+    torch.testing.assert_close(make(top_k=2)(x).coefficients.sum(-1), torch.ones(9, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -113,8 +113,8 @@ def test_routes_in_float32_also_under_autocast(dtype):
     x = torch.randn(9, 4, dtype=dtype)
     with torch.autocast("cpu", torch.bfloat16):
         choice = router(x, collect=True)
-    assert choice.weights.dtype == choice.statistics.probability_sum.dtype == torch.float32
-    assert torch.equal(choice.weights, router(x).weights)
+    assert choice.coefficients.dtype == choice.statistics.probability_sum.dtype == torch.float32
+    assert torch.equal(choice.coefficients, router(x).coefficients)
 
 
 @pytest.mark.parametrize(

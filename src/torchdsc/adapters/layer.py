@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from torchdsc.baselines import MixtureOfLoRAs
 from torchdsc.nn import DSC, RoutedLayer
-from torchdsc.nn.host import TokenMasked, feature_sizes, is_linear, refer, stream_width
+from torchdsc.nn.host import TokenMasked, feature_sizes, is_linear, stream_width
 
 from .config import AdapterConfig, DSCAdapterConfig, MixtureOfLoRAsConfig
 
@@ -139,7 +139,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer, TokenMasked):
         layer = self.build(config, None if owner is None else owner.adapters[adapter_name])
         self.adapters[adapter_name] = layer.train(self.training)
         self._move_adapter_to_device_of_base_layer(adapter_name)
-        devices = {part.device for part in _parameters(self.adapters[adapter_name])} - {torch.device("meta")}
+        devices = {part.device for part in self.adapters[adapter_name].parameters()} - {torch.device("meta")}
         if len(devices) > 1:
             raise ValueError(f"shared banks and routers must be on the device of every target module, got {devices}")
         self.set_adapter(self.active_adapters, inference_mode=kwargs.get("inference_mode", False))
@@ -187,15 +187,18 @@ class AdapterLayer(nn.Module, BaseTunerLayer, TokenMasked):
 
     def _update(self, name: str, x: Tensor, y: Tensor, mask: Tensor | None) -> Tensor:
         layer = cast(RoutedLayer, self.adapters[name])
-        x = self._cast_input_dtype(x, next(_parameters(layer)).dtype)
-        # What is frozen leaves nothing to collect.
-        update = layer(x, mask) if trains(layer) else layer.forward_with_statistics(x, mask)[0]
+        x = self._cast_input_dtype(x, next(layer.parameters()).dtype)
+        routing = layer.route(x, mask)
+        if not trains(layer):
+            # What is frozen leaves nothing to collect.
+            routing, _ = routing.take_statistics()
+        update: Tensor = layer(x, mask, routing=routing)
         if update.shape != y.shape:
             raise ValueError(
                 f"in_features and out_features must be those of {self.target!r}, got ({self.in_features}, "
                 f"{self.out_features}) for {tuple(x.shape)} mapped to {tuple(y.shape)}"
             )
-        return cast(Tensor, update.to(y.dtype))
+        return update.to(y.dtype)
 
     def _mixed(self, x: Tensor, y: Tensor, names: list[str]) -> Tensor:
         y = y.clone()
@@ -248,14 +251,10 @@ class DSCAdapterLayer(AdapterLayer):
         assert isinstance(config, DSCAdapterConfig)
         options = config.options()
         if not isinstance(owner, DSC):
-            return DSC(self.in_features, self.out_features, **vars(options))
-        layer = DSC(
-            self.in_features, self.out_features, bank=owner.bank if config.share_bank else None, **vars(options)
-        )
-        if config.share_bank:
-            refer(layer, "bank", owner.bank)
+            return DSC(self.in_features, self.out_features, options)
+        layer = DSC(self.in_features, self.out_features, options, bank=owner.bank if config.share_bank else None)
         if config.share_router:
-            refer(layer, "router", owner.router)
+            layer.router = owner.router
         return layer
 
 
@@ -269,11 +268,3 @@ class MixtureOfLoRAsLayer(AdapterLayer):
         """See :class:`AdapterLayer`."""
         assert isinstance(config, MixtureOfLoRAsConfig)
         return MixtureOfLoRAs(self.in_features, self.out_features, **config.arguments())
-
-
-def _parameters(layer: nn.Module) -> Iterator[nn.Parameter]:
-    """Parameters of a layer, those of parts it refers to first."""
-    for name in ("bank", "router"):
-        if isinstance(layer.__dict__.get(name), nn.Module):
-            yield from layer.__dict__[name].parameters()
-    yield from layer.parameters()

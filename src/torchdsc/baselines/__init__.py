@@ -1,6 +1,7 @@
 """What DSC is measured against: a dense feed-forward layer, Standard MoE, Mixture-of-LoRAs and PEER."""
 
-from .dense import DenseFFN
+from torchdsc.nn import DenseFFN
+
 from .mixture_of_loras import MixtureOfLoRAs
 from .moe import StandardMoE
 from .peer import PEER

@@ -6,9 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from torchdsc.arguments import check_at_least, check_positive, check_types
-from torchdsc.nn import RegularizerWeights, RoutedLayer, RoutingStatistics
+from torchdsc.nn import RegularizerWeights, RoutedLayer, Routing
 from torchdsc.nn.options import RouterNorm
-from torchdsc.nn.statistics import check_token_mask
 from torchdsc.ops import compose
 from torchdsc.ops.compose.api import Implementation
 
@@ -89,17 +88,18 @@ class MixtureOfLoRAs(RoutedLayer):
         nn.init.kaiming_uniform_(self.down, a=math.sqrt(5))
         nn.init.zeros_(self.up)
 
-    def _forward(
-        self, x: Tensor, token_mask: Tensor | None, router_input: Tensor | None
-    ) -> tuple[Tensor, RoutingStatistics | None]:
-        flat = self._flatten(x, self.in_features, self.down.dtype)
-        collect = self.training and self.regularizers.need_tokens
-        mask = check_token_mask(token_mask, x)
-        flat, routed, with_lost = self._shut_out(flat, self._flatten_router_input(router_input, x, flat), mask)
-        choice = self.router(routed, mask, collect)
+    @property
+    def parameter_dtype(self) -> torch.dtype:
+        """See :class:`torchdsc.nn.RoutedLayer`."""
+        return self.down.dtype
+
+    def _route(self, routed: Tensor, token_mask: Tensor | None) -> Routing:
+        found: Routing = self.router(routed, token_mask, self.training and self.regularizers.need_tokens)
+        return found
+
+    def _compose(self, flat: Tensor, routing: Routing) -> Tensor:
         # Expert e is the atoms e r ... e r + r - 1.
         offsets = torch.arange(self.rank, device=flat.device)
-        indices = (choice.indices.unsqueeze(-1) * self.rank + offsets).flatten(1)
-        coefficients = (choice.weights * self.scale).repeat_interleave(self.rank, dim=1)
-        y = with_lost(compose(flat, self.down, self.up, indices, coefficients, eps=None, impl=self.impl))
-        return y.to(x.dtype).reshape(*x.shape[:-1], self.out_features), choice.statistics
+        indices = (routing.indices.unsqueeze(-1) * self.rank + offsets).flatten(1)
+        coefficients = (routing.coefficients * self.scale).repeat_interleave(self.rank, dim=1)
+        return compose(flat, self.down, self.up, indices, coefficients, eps=None, impl=self.impl)

@@ -8,12 +8,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from torchdsc.arguments import check_at_least, check_types
-from torchdsc.nn import RegularizerWeights, RoutedLayer, RoutingStatistics
+from torchdsc.nn import DenseFFN, RegularizerWeights, RoutedLayer, Routing
 from torchdsc.nn.options import RouterNorm
-from torchdsc.nn.statistics import check_token_mask
 from torchdsc.ops.export import is_exporting
 
-from .dense import DenseFFN
 from .router import SoftmaxRouter
 
 ExpertKernel = Literal["auto", "eager", "batched_mm", "grouped_mm"]
@@ -73,7 +71,8 @@ class StandardMoE(RoutedLayer):
         check_types(StandardMoE.__init__, locals())
         check_at_least(1, in_features=in_features, hidden_features=hidden_features)
         check_at_least(0, shared_experts=shared_experts)
-        self.in_features, self.num_experts, self.impl = in_features, num_experts, impl
+        self.in_features = self.out_features = in_features
+        self.num_experts, self.impl = num_experts, impl
         self.regularizers = RegularizerWeights(aux=aux_weight, z=z_weight)
         self.router = SoftmaxRouter(
             in_features,
@@ -90,20 +89,15 @@ class StandardMoE(RoutedLayer):
         shared = shared_experts * hidden_features
         self.shared = DenseFFN(in_features, shared, device=device, dtype=dtype) if shared else None
 
-    def _forward(
-        self, x: Tensor, token_mask: Tensor | None, router_input: Tensor | None
-    ) -> tuple[Tensor, RoutingStatistics | None]:
+    def _route(self, routed: Tensor, token_mask: Tensor | None) -> Routing:
+        found: Routing = self.router(routed, token_mask, self.training and self.regularizers.need_tokens)
+        return found
+
+    def _compose(self, flat: Tensor, routing: Routing) -> Tensor:
         # The experts refuse another dtype than theirs.
-        flat = self._flatten(x, self.in_features, x.dtype)
-        collect = self.training and self.regularizers.need_tokens
-        mask = check_token_mask(token_mask, x)
-        flat, routed, with_lost = self._shut_out(flat, self._flatten_router_input(router_input, x, flat), mask)
-        choice = self.router(routed, mask, collect)
-        y = self.experts(flat, choice.indices, choice.weights, self._kernel(flat, choice.indices))
-        if self.shared is not None:
-            y = y + self.shared(flat)
-        y = with_lost(y)
-        return y.to(x.dtype).reshape(x.shape), choice.statistics
+        indices, weights = routing.indices, routing.coefficients
+        y: Tensor = self.experts(flat, indices, weights, self._kernel(flat, indices))
+        return y if self.shared is None else y + self.shared(flat)
 
     def _kernel(self, x: Tensor, indices: Tensor) -> str:
         # Compiled, transformers has a grouped product of its own, for every dtype.

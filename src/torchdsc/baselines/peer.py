@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from torchdsc.arguments import check_at_least, check_types
-from torchdsc.nn import ProductKeyRouter, RegularizerWeights, RoutedLayer, RoutingStatistics
+from torchdsc.nn import ProductKeyRouter, RegularizerWeights, RoutedLayer, Routing
 from torchdsc.nn.options import RouterNorm
-from torchdsc.nn.statistics import check_token_mask, sum_statistics
+from torchdsc.nn.statistics import sum_statistics
 from torchdsc.ops import compose
 from torchdsc.ops.compose.api import Implementation
 
@@ -91,27 +91,28 @@ class PEER(RoutedLayer):
         nn.init.normal_(self.down, std=self.in_features**-0.5)
         nn.init.normal_(self.up, std=self.out_features**-0.5)
 
-    def _forward(
-        self, x: Tensor, token_mask: Tensor | None, router_input: Tensor | None
-    ) -> tuple[Tensor, RoutingStatistics | None]:
+    @property
+    def parameter_dtype(self) -> torch.dtype:
+        """See :class:`torchdsc.nn.RoutedLayer`."""
+        return self.down.dtype
+
+    def _route(self, routed: Tensor, token_mask: Tensor | None) -> Routing:
         if self.training and torch.is_grad_enabled() and self.top_k == self.heads:
             raise ValueError(
                 f"top_k must be at least 2 a head to train, got {self.top_k} for heads = {self.heads}: the weight of "
                 "one would always be 1, and the router get no gradient from the task"
             )
-        flat = self._flatten(x, self.in_features, self.down.dtype)
-        mask = check_token_mask(token_mask, x)
         collect = self.training and self.regularizers.need_tokens
-        flat, routed, with_lost = self._shut_out(flat, self._flatten_router_input(router_input, x, flat), mask)
-        found = self.router(routed, self.top_k, logit_clamp=self.logit_clamp, token_mask=mask, statistics=collect)
-        indices = found.indices
-        weights = found.logits.view(flat.shape[0], self.heads, -1).softmax(dim=-1).view_as(found.logits)
-        latent = (flat @ self.down.t()).gather(1, indices).to(weights.dtype)
+        found = self.router(routed, self.top_k, logit_clamp=self.logit_clamp, token_mask=token_mask, statistics=collect)
+        weights = found.logits.view(routed.shape[0], self.heads, -1).softmax(dim=-1).view_as(found.logits)
+        strength, statistics = weights.sum(dim=-1), None
+        if collect:
+            statistics = sum_statistics(strength, found.log_normalizer, found.probability_sum, token_mask)
+        return Routing(found.indices, weights, strength, found.logits, statistics)
+
+    def _compose(self, flat: Tensor, routing: Routing) -> Tensor:
+        weights = routing.coefficients
+        latent = (flat @ self.down.t()).gather(1, routing.indices).to(weights.dtype)
         # gelu(a) is a times the normal distribution's function at a; compose brings the other a.
         coefficients = weights * 0.5 * torch.erfc(-latent / math.sqrt(2))
-        y = with_lost(compose(flat, self.down, self.up, indices, coefficients, eps=None, impl=self.impl))
-        y = y.to(x.dtype).reshape(*x.shape[:-1], self.out_features)
-        if not collect:
-            return y, None
-        strength = weights.sum(dim=-1)
-        return y, sum_statistics(strength, found.log_normalizer, found.probability_sum, mask)
+        return compose(flat, self.down, self.up, routing.indices, coefficients, eps=None, impl=self.impl)

@@ -1,22 +1,12 @@
 """The softmax top-k router of Mixture-of-Experts, with its regularisers' statistics."""
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor, nn
 
 from torchdsc.arguments import check_not_negative, check_types
-from torchdsc.nn import LinearRouter, RoutingStatistics
+from torchdsc.nn import LinearRouter, Routing
 from torchdsc.nn.options import RouterNorm
 from torchdsc.nn.statistics import sum_statistics
-
-
-class ExpertChoice(NamedTuple):
-    """Selected experts (T, k), their weights (T, k), and the statistics where they were asked for."""
-
-    indices: Tensor
-    weights: Tensor
-    statistics: RoutingStatistics | None
 
 
 class SoftmaxRouter(nn.Module):
@@ -60,7 +50,7 @@ class SoftmaxRouter(nn.Module):
         self.normalize_weights = top_k > 1 if normalize_weights is None else normalize_weights
         self.linear = LinearRouter(in_features, num_experts, norm=norm, device=device, dtype=dtype)
 
-    def forward(self, x: Tensor, token_mask: Tensor | None = None, collect: bool = False) -> ExpertChoice:
+    def forward(self, x: Tensor, token_mask: Tensor | None = None, collect: bool = False) -> Routing:
         """Route tokens x of shape (T, d); weights and statistics are float32 (float64 for float64 input).
 
         Raises:
@@ -83,7 +73,7 @@ class SoftmaxRouter(nn.Module):
         if self.normalize_weights:
             weights = weights / strength.unsqueeze(-1)
         if not collect:
-            return ExpertChoice(indices, weights, None)
+            return Routing(indices, weights, strength)
         counted = torch.ones_like(strength) if token_mask is None else token_mask.to(strength.dtype)
         if token_mask is not None:
             # What does not count need not be finite.
@@ -92,6 +82,5 @@ class SoftmaxRouter(nn.Module):
             0, indices.reshape(-1), counted.unsqueeze(1).expand_as(weights).reshape(-1)
         )
         probability_sum = probabilities.sum(0)
-        return ExpertChoice(
-            indices, weights, sum_statistics(strength, log_normalizer, probability_sum, token_mask, load)
-        )
+        statistics = sum_statistics(strength, log_normalizer, probability_sum, token_mask, load)
+        return Routing(indices, weights, strength, statistics=statistics)

@@ -133,21 +133,48 @@ def _add(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output
     loss = None if kwargs.get("fused_lm_head") else _loss_of(output)
     if loss is None:
         return None
+    items = kwargs.get("num_items_in_batch") if sums_loss(model) else None
+    count = None if items is None else labelled(model, args, kwargs)
     since = 0 if torch.compiler.is_compiling() else model.__dict__[_SINCE]
+    found = regularized(model, loss, output, since=since, num_items=items, num_labels=count)
+    return None if found is None else _with_loss(output, found[0])
+
+
+def regularized(
+    model: nn.Module,
+    loss: Tensor,
+    output: Any,
+    *,
+    since: int,
+    num_items: Tensor | float | None,
+    num_labels: Tensor | None,
+) -> tuple[Tensor, Regularization] | None:
+    """A Hugging Face model's loss with the regularisers of its call, and their terms; None without any.
+
+    Args:
+        model: The model.
+        loss: Its task's loss.
+        output: All else that it returns: a backward pass from there alone raises.
+        since: Number of the first forward pass of the call, 0 when compiled; see :func:`next_number`.
+        num_items: Labelled tokens of the whole step, where the loss is a sum divided by them; else None.
+        num_labels: Those of this call, scalar; None where they are not known.
+
+    Returns:
+        The loss to train on, and the terms, detached but for ``total``.
+    """
     left = [(layer, layer.statistics_log.take(since)) for layer in _waiting_layers(model, since)]
     if not left:
         return None
     collected = [(layer, entry) for layer, entries in left for entry in entries]
-    items = kwargs.get("num_items_in_batch") if sums_loss(model) else None
-    count = None if items is None else labelled(model, args, kwargs)
     share = None
-    if items is not None and count is not None:
-        share = count.to(torch.promote_types(loss.dtype, torch.float32)) / items
-    terms = regularization_of(collected, num_tokens=items, frame_share=share, frame_layers=[layer for layer, _ in left])
+    if num_items is not None and num_labels is not None:
+        share = num_labels.to(torch.promote_types(loss.dtype, torch.float32)) / num_items
+    layers = [layer for layer, _ in left]
+    terms = regularization_of(collected, num_tokens=num_items, frame_share=share, frame_layers=layers)
     model.__dict__[_TERMS] = Regularization(*(value.detach() for value in vars(terms).values()))
     total = loss + terms.total.to(loss.dtype)
     demand_use(output, loss, total)
-    return _with_loss(output, total)
+    return total, terms
 
 
 def _waiting_layers(model: nn.Module, since: int) -> Iterator[RoutedLayer]:

@@ -55,8 +55,8 @@ class DSCGPTAttention(nn.Module):
         output = output.reshape(hidden_states.shape)
         if self.update is None:
             return self.out_proj(output), weights, None
-        update, statistics = self.update.forward_with_statistics(output, token_mask)
-        return self.out_proj(output) + update, weights, statistics
+        routing, statistics = self.update.route(output, token_mask).take_statistics()
+        return self.out_proj(output) + self.update(output, token_mask, routing=routing), weights, statistics
 
 
 def eager_attention_forward(

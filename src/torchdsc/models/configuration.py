@@ -101,9 +101,11 @@ class DSCGPTConfig(PretrainedConfig):
         self.initializer_range = initializer_range
         self.residual_init = residual_init
         self.use_cache = use_cache
-        # A cache then keeps the last tokens that contexts saw, beside keys and values.
         if self.model_options.past_tokens > 0:
-            kwargs["layer_types"] = ["hybrid"] * num_hidden_layers
+            # A cache keeps the last tokens that contexts saw beside keys and values: hidden states are each block's
+            # own, embeddings the same for all.
+            rest = "full_attention" if self.model_options.embeddings_are_seen else "hybrid"
+            kwargs["layer_types"] = ["hybrid"] + [rest] * (num_hidden_layers - 1)
         super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
 
     @classmethod

@@ -13,13 +13,13 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.utils import can_return_tuple, logging
 from transformers.utils.output_capturing import capture_outputs
 
-from torchdsc.losses import Regularization, regularization_of
-from torchdsc.losses.host import demand_use
-from torchdsc.nn import DSC, RoutedLayer, RoutingStatistics
-from torchdsc.nn.host import refer
+from torchdsc.losses.host import regularized
+from torchdsc.nn import DSC, Seen
+from torchdsc.nn.host import tied_keys
+from torchdsc.nn.statistics_log import next_number
 
 from .attention import DSCGPTAttention
-from .block import DSCGPTBlock, Statistics
+from .block import DSCGPTBlock, with_past
 from .configuration import DSCGPTConfig
 from .initialization import initialize
 from .packing import find_positions, make_masks
@@ -28,13 +28,6 @@ logger = logging.get_logger(__name__)
 
 # What outputs call the key-value cache: transformers 5.24 has renamed it, and the argument too, for every model.
 _CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
-
-
-@dataclass
-class DSCGPTModelOutput(BaseModelOutputWithPast):
-    """Hidden states, cache, and where they are asked for the statistics of each routed layer."""
-
-    routing_statistics: Statistics | None = None
 
 
 @dataclass
@@ -86,6 +79,13 @@ class DSCGPTPreTrainedModel(PreTrainedModel):
             raise ValueError("use_safetensors must be None or True, got False: pickled weights are not read")
         return super().from_pretrained(pretrained_model_name_or_path, *args, use_safetensors=True, **kwargs)
 
+    def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict[str, str]:
+        """See transformers, which asks for tied embeddings alone; here banks may be tied too."""
+        layers = ((name, module) for name, module in self.named_modules() if isinstance(module, DSC))
+        # Checkpoints name a bank after the feed-forward layer that has it.
+        tied = tied_keys(sorted(layers, key=lambda layer: layer[0].endswith("attention.update")))
+        return {**super().get_expanded_tied_weights_keys(all_submodels=all_submodels), **tied}
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         initialize(module, self.config)
@@ -101,20 +101,23 @@ class DSCGPTModel(DSCGPTPreTrainedModel):
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(DSCGPTBlock(config, i) for i in range(config.num_hidden_layers))
         self.final_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.embeddings_are_seen = config.model_options.embeddings_are_seen
+        # Made once: what checks options does not compile.
+        self.model_options = config.model_options
         self._share_banks()
         self.gradient_checkpointing = False
         self.post_init()
 
     def _share_banks(self) -> None:
-        """Let updates of attention refer to their block's bank, and where that is shared all to the first one's."""
-        blocks = [block for block in cast(Iterable[DSCGPTBlock], self.blocks) if isinstance(block.routed_layer, DSC)]
-        for index, block in enumerate(blocks):
-            layer = cast(DSC, block.routed_layer)
-            if self.config.model_options.share_bank and index > 0:
-                refer(layer, "bank", cast(DSC, blocks[0].routed_layer).bank)
+        """Tie the banks of all blocks, where they share one, and those of attention updates to their block's."""
+        shares = self.model_options.share_bank
+        for index, block in enumerate(cast(Iterable[DSCGPTBlock], self.blocks)):
+            layer = block.routed_layer
+            if not isinstance(layer, DSC):
+                continue
+            if index > 0 and shares:
+                layer.bank = self.blocks[0].routed_layer.bank  # type: ignore[union-attr, assignment]
             if block.attention.update is not None:
-                refer(block.attention.update, "bank", layer.bank)
+                block.attention.update.bank = layer.bank
 
     def get_input_embeddings(self) -> nn.Module:
         """The token embedding."""
@@ -133,9 +136,8 @@ class DSCGPTModel(DSCGPTPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
-        output_routing_statistics: bool = False,
         **kwargs: Any,
-    ) -> DSCGPTModelOutput:
+    ) -> BaseModelOutputWithPast:
         """Tokens (B, T) to hidden states (B, T, d).
 
         Args:
@@ -148,9 +150,6 @@ class DSCGPTModel(DSCGPTPreTrainedModel):
             inputs_embeds: Embeddings of shape (B, T, d) in place of ``input_ids``.
             use_cache: Whether to make a cache where none is given; by default what the config says, in training none.
                 Under gradient checkpointing there is none.
-            output_routing_statistics: Whether to return the statistics of each routed layer in training, for
-                :func:`torchdsc.losses.regularization_of`, rather than to leave them for
-                :func:`torchdsc.regularization`.
             **kwargs: ``output_hidden_states`` for the hidden states before each block and after the last,
                 ``output_attentions`` for the attention weights of each block (of eager attention, which alone has
                 them), and ``return_dict``; by default what the config says. ``cache`` is another name of
@@ -176,32 +175,39 @@ class DSCGPTModel(DSCGPTPreTrainedModel):
             self.config, inputs_embeds, attention_mask, past_key_values, given_positions
         )
         hidden_states = self.dropout(inputs_embeds + self.embed_positions(position_ids))
-        embeddings = None
-        if self.embeddings_are_seen:
-            size, eps = self.config.hidden_size, self.config.layer_norm_eps
-            embeddings = functional.layer_norm(inputs_embeds, (size,), eps=eps)
-        collected: list[RoutingStatistics | None] = []
-        for block in self.blocks:
+        seen = self._look(inputs_embeds, token_mask, past_key_values, given_positions)
+        blocks = cast(list[DSCGPTBlock], list(self.blocks))
+        # Before the first block: what depends on tokens alone is not computed again for a checkpoint.
+        routings = [None if seen is None else block.route(seen, token_mask) for block in blocks]
+        for block, routing in zip(blocks, routings, strict=True):
             hidden_states, statistics = block(
                 hidden_states,
-                embeddings,
+                None if seen is None else seen.sequences,
+                None if routing is None else routing.indices,
+                None if routing is None else routing.coefficients,
                 attention_mask=causal_mask,
                 token_mask=token_mask,
                 past_key_values=past_key_values,
                 positions=given_positions,
                 **kwargs,
             )
-            if output_routing_statistics:
-                collected += statistics
-            else:
-                for layer, left in zip(cast(DSCGPTBlock, block).routed_layers, statistics, strict=True):
-                    layer.leave_statistics(left, hidden_states)
+            if routing is not None:
+                statistics = [*statistics, routing.statistics]
+            for layer, left in zip(block.routed_layers, statistics, strict=True):
+                layer.leave_statistics(left, hidden_states)
         hidden_states = self.final_norm(hidden_states)
-        return DSCGPTModelOutput(
-            last_hidden_state=hidden_states,
-            **{_CACHE: past_key_values},
-            routing_statistics=tuple(collected) if output_routing_statistics else None,
-        )
+        return BaseModelOutputWithPast(last_hidden_state=hidden_states, **{_CACHE: past_key_values})
+
+    def _look(
+        self, inputs_embeds: Tensor, token_mask: Tensor | None, cache: Cache | None, positions: Tensor | None
+    ) -> Seen | None:
+        """The embeddings that layers and routers see, normalised once for all blocks; None where they see none."""
+        options = self.model_options
+        if not options.embeddings_are_seen:
+            return None
+        embeddings = functional.layer_norm(inputs_embeds, (self.config.hidden_size,), eps=self.config.layer_norm_eps)
+        sequences = with_past(embeddings, options.past_tokens, token_mask, cache, 0)
+        return Seen(sequences, inputs_embeds.shape[1], positions)
 
     def _wants_cache(self, use_cache: bool | None) -> bool:
         if use_cache is None:
@@ -235,10 +241,6 @@ class DSCGPTForCausalLM(DSCGPTPreTrainedModel, GenerationMixin):
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         """Replace the head."""
         self.lm_head = new_embeddings  # type: ignore[assignment]
-
-    @property
-    def _routed_layers(self) -> list[RoutedLayer]:
-        return [layer for block in cast(Iterable[DSCGPTBlock], self.model.blocks) for layer in block.routed_layers]
 
     @can_return_tuple
     def forward(
@@ -274,7 +276,7 @@ class DSCGPTForCausalLM(DSCGPTPreTrainedModel, GenerationMixin):
         """
         # Trainer takes every parameter with "label" in its name for one that evaluation needs.
         shift_labels: Tensor | None = kwargs.pop("shift_labels", None)
-        has_labels = labels is not None or shift_labels is not None
+        since = 0 if torch.compiler.is_compiling() else next_number()
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -282,15 +284,14 @@ class DSCGPTForCausalLM(DSCGPTPreTrainedModel, GenerationMixin):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
-            output_routing_statistics=self.training and has_labels,
             return_dict=True,
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, kept])
         losses: dict[str, Any] = {}
-        if has_labels:
-            losses = self._losses(logits, labels, shift_labels, num_items_in_batch, outputs)
+        if labels is not None or shift_labels is not None:
+            losses = self._losses(logits, labels, shift_labels, num_items_in_batch, outputs.hidden_states, since)
         return DSCGPTOutput(
             logits=logits,
             hidden_states=outputs.hidden_states,
@@ -305,7 +306,8 @@ class DSCGPTForCausalLM(DSCGPTPreTrainedModel, GenerationMixin):
         labels: Tensor | None,
         shift_labels: Tensor | None,
         num_items_in_batch: Tensor | int | None,
-        outputs: DSCGPTModelOutput,
+        hidden_states: Any,
+        since: int,
     ) -> dict[str, Any]:
         """The output's loss, its task's part, and in training the regularisers."""
         task_loss = self.loss_function(
@@ -316,27 +318,13 @@ class DSCGPTForCausalLM(DSCGPTPreTrainedModel, GenerationMixin):
             shift_labels=shift_labels,
         )
         losses = {"loss": task_loss, "task_loss": task_loss.detach()}
-        if outputs.routing_statistics is not None:
+        if self.training:
             targets = shift_labels if shift_labels is not None else labels[:, 1:]  # type: ignore[index]
-            terms = self._regularization(outputs.routing_statistics, targets, num_items_in_batch)
-            if terms is not None:
-                losses["loss"] = task_loss + terms.total
+            outputs = (logits, hidden_states)
+            found = regularized(
+                self, task_loss, outputs, since=since, num_items=num_items_in_batch, num_labels=(targets != -100).sum()
+            )
+            if found is not None:
+                losses["loss"], terms = found
                 losses["regularization"] = {name: getattr(terms, name) for name in ("aux", "budget", "frame", "z")}
-                demand_use([logits, *(outputs.hidden_states or ())], task_loss, losses["loss"])
         return losses
-
-    def _regularization(
-        self,
-        statistics: Statistics,
-        targets: Tensor,
-        num_items_in_batch: Tensor | int | None,
-    ) -> Regularization | None:
-        layers = self._routed_layers
-        if not any(layer.regularizers.any for layer in layers):
-            return None
-        collected = [(layer, left) for layer, left in zip(layers, statistics, strict=True) if left is not None]
-        if num_items_in_batch is None:
-            return regularization_of(collected, frame_layers=layers)
-        precise = torch.promote_types(self.lm_head.weight.dtype, torch.float32)
-        share = (targets != -100).sum(dtype=precise) / num_items_in_batch
-        return regularization_of(collected, num_tokens=num_items_in_batch, frame_share=share, frame_layers=layers)

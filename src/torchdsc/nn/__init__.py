@@ -1,18 +1,27 @@
-"""Modules: the bank of atoms, routers and their context, the DSC layer and its residual form."""
+"""Modules: the bank of atoms, routers, what they see of a sequence, the DSC layer, and feed-forward layers with it."""
 
 from .bank import BasisBank
-from .dsc import DSC, Routing
-from .options import DSCOptions
+from .context import Contextual, Seen
+from .dense import DenseFFN
+from .dsc import DSC
+from .feed_forward import DSCFeedForward
+from .options import ContextOptions, DSCOptions, recommended
+from .regularizers import RegularizerWeights
 from .residual import Residual
 from .routers import LinearRouter, LowRankRouter, ProductKeyRouter, Router
+from .routing import Routing
 from .short_convolution import ShortConvolution
-from .statistics import RegularizerWeights, RoutedLayer, forget_statistics
+from .statistics import RoutedLayer, forget_statistics
 from .statistics_log import RoutingStatistics
 
 __all__ = [
     "DSC",
     "BasisBank",
+    "ContextOptions",
+    "Contextual",
+    "DSCFeedForward",
     "DSCOptions",
+    "DenseFFN",
     "LinearRouter",
     "LowRankRouter",
     "ProductKeyRouter",
@@ -22,6 +31,8 @@ __all__ = [
     "Router",
     "Routing",
     "RoutingStatistics",
+    "Seen",
     "ShortConvolution",
     "forget_statistics",
+    "recommended",
 ]

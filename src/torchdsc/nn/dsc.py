@@ -1,6 +1,7 @@
 """The DSC layer: ``x -> x dW(z(x))``."""
 
-from typing import Any, NamedTuple, Self
+from dataclasses import replace
+from typing import Any, Self, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -9,27 +10,11 @@ from torchdsc.arguments import check_at_least, check_types
 from torchdsc.ops import Selection, gate
 
 from .bank import BasisBank
-from .options import DSCOptions
+from .options import DSCArguments, DSCOptions
 from .routers import Router, build_router
+from .routing import Routing
 from .sharding import check_not_flattened, whole
-from .statistics import RoutedLayer, check_token_mask, sum_statistics
-from .statistics_log import RoutingStatistics
-
-
-class Routing(NamedTuple):
-    """What a layer selects for each token.
-
-    Attributes:
-        indices: Selected atoms I(x), int64 of shape (..., K), by falling logit (of each head).
-        coefficients: Their coefficients z, equation (5), of shape (..., K).
-        logits: Their raw logits, of shape (..., K).
-        strength: Signal strength S, of shape (...).
-    """
-
-    indices: Tensor
-    coefficients: Tensor
-    logits: Tensor
-    strength: Tensor
+from .statistics import RoutedLayer, sum_statistics
 
 
 class DSC(RoutedLayer):
@@ -42,10 +27,12 @@ class DSC(RoutedLayer):
     Args:
         in_features: d_in.
         out_features: d_out; ``in_features`` by default.
-        bank: Bank to share; a new one by default.
+        options: What the layer is made of; see there.
+        bank: Bank to share: a submodule of both layers, as tied weights are. A new one by default.
         device: Where new parameters live.
         dtype: Their dtype.
-        **options: The fields of :class:`DSCOptions`; ``num_atoms`` and ``top_k`` are required.
+        **changes: Fields of :class:`DSCOptions` in place of those of ``options``; without these ``num_atoms`` and
+            ``top_k`` are required.
 
     Attributes:
         bank: The atoms, a :class:`BasisBank`; raw rows ``bank.u`` (M, d_in) and ``bank.v`` (M, d_out).
@@ -65,16 +52,17 @@ class DSC(RoutedLayer):
         self,
         in_features: int,
         out_features: int | None = None,
+        options: DSCOptions | None = None,
         *,
         bank: BasisBank | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
-        **options: Any,
+        **changes: Unpack[DSCArguments],
     ) -> None:
         super().__init__()
         check_types(DSC.__init__, locals())
         check_at_least(1, in_features=in_features, out_features=out_features)
-        self.options = DSCOptions(**options)
+        self.options = DSCOptions(**changes) if options is None else replace(options, **changes)
         self.regularizers = self.options.regularizers
         self.in_features = in_features
         self.out_features = in_features if out_features is None else out_features
@@ -108,7 +96,7 @@ class DSC(RoutedLayer):
 
     @classmethod
     def basic(cls, in_features: int, out_features: int | None = None, **options: Any) -> Self:
-        """Algorithm 1: the router sees x itself, and gamma is a scalar."""
+        """Algorithm 1: the router sees x itself, and gamma is a scalar; arguments are those of the class."""
         return cls(in_features, out_features, **{"router_norm": "none", "channelwise_gamma": False, **options})
 
     @property
@@ -135,45 +123,48 @@ class DSC(RoutedLayer):
         self.router.reset_parameters()
         nn.init.constant_(self.gamma, self.options.gamma_init)
 
-    def _forward(
-        self, x: Tensor, token_mask: Tensor | None, router_input: Tensor | None
-    ) -> tuple[Tensor, RoutingStatistics | None]:
+    @property
+    def parameter_dtype(self) -> torch.dtype:
+        """See :class:`RoutedLayer`."""
+        return self.gamma.dtype
+
+    def _route(self, routed: Tensor, token_mask: Tensor | None) -> Routing:
         options = self.options
         if self.training and torch.is_grad_enabled() and options.gate == "none" and options.top_k == 1:
             raise ValueError(
                 "gate must be 'sum' or 'mean' to train with top_k = 1, got 'none': the coefficient would always be 1, "
                 "and the router get no gradient from the task"
             )
-        flat, mask = self._tokens(x), check_token_mask(token_mask, x)
         collect = self.training and self.regularizers.need_tokens
-        flat, routed, with_lost = self._shut_out(flat, self._flatten_router_input(router_input, x, flat), mask)
-        selection = self._select(routed, mask, collect and self.regularizers.need_logits)
-        coefficients, strength = self._gate(flat, selection)
-        y = self.bank(flat, selection.indices, coefficients, eps=options.eps, impl=options.impl)
+        found: Selection = self.router(
+            routed,
+            options.top_k,
+            logit_clamp=options.logit_clamp,
+            token_mask=token_mask,
+            statistics=collect and self.regularizers.need_logits,
+            raw_normalizer=options.z_loss_on_raw_logits and self.regularizers.z > 0,
+        )
+        coefficients, strength = gate(found.logits, logit_clamp=options.logit_clamp, eps=options.eps, kind=options.gate)
+        statistics = None
+        if collect:
+            statistics = sum_statistics(strength, found.log_normalizer, found.probability_sum, token_mask)
+        return Routing(found.indices, coefficients, strength, found.logits, statistics)
+
+    def _compose(self, flat: Tensor, routing: Routing) -> Tensor:
+        coefficients = self._rectified(flat, routing)
+        composed: Tensor = self.bank(flat, routing.indices, coefficients, eps=self.options.eps, impl=self.options.impl)
+        scale = self.output_scale
         # In inference in place: what compose returns is new.
         inference = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        scale = self.output_scale
-        y = with_lost(y.mul_(scale) if inference and y.dtype == scale.dtype else y * scale)
-        if y.dtype != x.dtype:
-            y = y.to(x.dtype)
-        if x.dim() != 2:
-            y = y.reshape(*x.shape[:-1], self.out_features)
-        if not collect:
-            return y, None
-        return y, sum_statistics(strength, selection.log_normalizer, selection.probability_sum, mask)
+        scaled: Tensor = composed.mul_(scale) if inference and composed.dtype == scale.dtype else composed * scale
+        return scaled
 
-    def route(self, x: Tensor, router_input: Tensor | None = None) -> Routing:
-        """What is selected for tokens x of shape (..., d_in), and with which coefficients; see :meth:`forward`."""
-        flat = self._tokens(x)
-        selection = self._select(self._flatten_router_input(router_input, x, flat))
-        coefficients, strength = self._gate(flat, selection)
-        shape = (*x.shape[:-1], self.options.top_k)
-        return Routing(
-            selection.indices.reshape(shape),
-            coefficients.reshape(shape),
-            selection.logits.reshape(shape),
-            strength.reshape(x.shape[:-1]),
-        )
+    def _rectified(self, flat: Tensor, routing: Routing) -> Tensor:
+        """Coefficients, of zero where the activation rectifies a latent value."""
+        if self.options.activation == "none":
+            return routing.coefficients
+        # relu(a) is a where a > 0.
+        return routing.coefficients * (self.bank(flat, routing.indices) > 0)
 
     def delta_weight(self, x: Tensor, router_input: Tensor | None = None) -> Tensor:
         """The composed weights dW of equation (4), gamma included, one matrix a token: for inspection.
@@ -190,37 +181,13 @@ class DSC(RoutedLayer):
 
     def factors(self, x: Tensor, router_input: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The rank-K factors of dW: rows u_k, (..., K, d_in), and ``z_k v_k scale gamma``, (..., K, d_out)."""
-        routing = self.route(x, router_input)
+        routing = self.route(x if router_input is None else router_input)
         u, v = self.bank(None, routing.indices, eps=self.options.eps)
-        dtype = routing.coefficients.dtype
-        right = routing.coefficients.unsqueeze(-1) * v.to(dtype) * self.output_scale.to(dtype)
+        flat = self._cast(self._flatten(x))
+        coefficients = self._rectified(flat, routing.reshape(flat.shape[0])).view_as(routing.coefficients)
+        dtype = coefficients.dtype
+        right = coefficients.unsqueeze(-1) * v.to(dtype) * self.output_scale.to(dtype)
         return u.to(dtype), right
-
-    def _tokens(self, x: Tensor) -> Tensor:
-        return self._flatten(x, self.in_features, self.gamma.dtype)
-
-    def _select(self, routed: Tensor, token_mask: Tensor | None = None, statistics: bool = False) -> Selection:
-        """The selection by what the router sees, of shape (T, d_in)."""
-        selection: Selection = self.router(
-            routed,
-            self.options.top_k,
-            logit_clamp=self.options.logit_clamp,
-            token_mask=token_mask,
-            statistics=statistics,
-            raw_normalizer=self.options.z_loss_on_raw_logits and self.regularizers.z > 0,
-        )
-        return selection
-
-    def _gate(self, flat: Tensor, selection: Selection) -> tuple[Tensor, Tensor]:
-        """Coefficients, of zero where the activation rectifies a latent value, and the signal strength."""
-        options = self.options
-        coefficients, strength = gate(
-            selection.logits, logit_clamp=options.logit_clamp, eps=options.eps, kind=options.gate
-        )
-        if options.activation == "relu":
-            # relu(a) is a where a > 0.
-            coefficients = coefficients * (self.bank(flat, selection.indices) > 0)
-        return coefficients, strength
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
         gamma = state_dict.get(f"{prefix}gamma")

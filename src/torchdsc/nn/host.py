@@ -3,6 +3,7 @@
 import copy
 import inspect
 import warnings
+from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
@@ -10,14 +11,22 @@ import torch
 from torch import Tensor, nn
 
 
-def refer(layer: nn.Module, name: str, part: nn.Module) -> None:
-    """Give ``layer`` a part that another layer owns: it is neither trained, moved nor saved twice.
+def tied_keys(layers: Iterable[tuple[str, nn.Module]]) -> dict[str, str]:
+    """Names of parameters that ``layers`` share, each with its name in the first of them that has it.
 
-    The reference is to the module, so that it sees parameters that are loaded or cast; copies of a model refer to
-    their own.
+    It is what transformers asks a model for, as it refuses to save tensors that share memory otherwise.
+
+    Args:
+        layers: Modules with their names.
     """
-    del layer._modules[name]
-    layer.__dict__[name] = part
+    first: dict[int, str] = {}
+    tied: dict[str, str] = {}
+    for owner, module in layers:
+        for name, parameter in module.named_parameters(owner):
+            known = first.setdefault(id(parameter), name)
+            if known != name:
+                tied[name] = known
+    return tied
 
 
 def feature_sizes(module: nn.Module, name: str, width: int | None = None) -> tuple[int | None, int | None]:

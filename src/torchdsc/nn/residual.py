@@ -1,11 +1,11 @@
-"""A base module with a DSC update beside it: ``base(x) + dsc(x)``, equation (1)."""
+"""A base module with an update beside it: ``base(x) + dsc(x)``, equation (1)."""
 
 from typing import Any
 
 from torch import Tensor, nn
 
+from .routing import Routing
 from .statistics import RoutedLayer
-from .statistics_log import RoutingStatistics
 
 
 class Residual(nn.Module):
@@ -29,26 +29,10 @@ class Residual(nn.Module):
         *args: Any,
         token_mask: Tensor | None = None,
         router_input: Tensor | None = None,
-        with_statistics: bool = False,
+        routing: Routing | None = None,
         **kwargs: Any,
-    ) -> Tensor | tuple[Tensor, RoutingStatistics | None]:
-        """Tokens of shape (..., d_in) to (..., d_out); other arguments go to the base.
-
-        ``with_statistics`` returns the statistics too, see :meth:`forward_with_statistics`.
-        """
+    ) -> Tensor:
+        """Tokens of shape (..., d_in) to (..., d_out), see :class:`RoutedLayer`; other arguments go to the base."""
         y: Tensor = self.base(x, *args, **kwargs)
-        update: Tensor
-        if with_statistics:
-            update, statistics = self.dsc(x, token_mask, router_input, with_statistics=True)
-            return y + update, statistics
-        update = self.dsc(x, token_mask, router_input)
+        update: Tensor = self.dsc(x, token_mask, router_input, routing=routing)
         return y + update
-
-    def forward_with_statistics(
-        self, x: Tensor, token_mask: Tensor | None = None, router_input: Tensor | None = None
-    ) -> tuple[Tensor, RoutingStatistics | None]:
-        """``forward`` without side effects, see :meth:`DSC.forward_with_statistics`."""
-        found: tuple[Tensor, RoutingStatistics | None] = self(
-            x, token_mask=token_mask, router_input=router_input, with_statistics=True
-        )
-        return found

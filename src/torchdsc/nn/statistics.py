@@ -1,55 +1,13 @@
-"""What one forward pass of a routed layer leaves for the regularisers."""
+"""What routed layers share: the way of tokens through one, and what a forward pass leaves for the regularisers."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from torchdsc.arguments import check_at_least, check_not_negative, check_positive, check_types
-
+from .regularizers import RegularizerWeights
+from .routing import Routing
 from .statistics_log import RoutingStatistics, StatisticsLog
-
-
-@dataclass(frozen=True)
-class RegularizerWeights:
-    """Weights of equation (13) and the constants of its terms; see :class:`torchdsc.DSCOptions`.
-
-    Raises:
-        TypeError: If a value has another type.
-        ValueError: If a weight is negative or not finite, by the name that layers give it, or a constant out of range.
-    """
-
-    aux: float = 0.0
-    budget: float = 0.0
-    frame: float = 0.0
-    z: float = 0.0
-    budget_target: float = 1.0
-    frame_normalized: bool = False
-    frame_samples: int | None = None
-    eps: float = 1e-6
-
-    def __post_init__(self) -> None:
-        check_types(RegularizerWeights, vars(self))
-        check_not_negative(aux_weight=self.aux, budget_weight=self.budget, frame_weight=self.frame, z_weight=self.z)
-        check_not_negative(budget_target=self.budget_target)
-        check_at_least(2, frame_samples=self.frame_samples)
-        check_positive(eps=self.eps)
-
-    @property
-    def need_logits(self) -> bool:
-        """Whether a term needs the softmax over all atoms."""
-        return self.aux > 0 or self.z > 0
-
-    @property
-    def need_tokens(self) -> bool:
-        """Whether a term depends on the data."""
-        return self.need_logits or self.budget > 0
-
-    @property
-    def any(self) -> bool:
-        """Whether any term has a weight."""
-        return self.need_tokens or self.frame > 0
 
 
 def check_token_mask(token_mask: Tensor | None, x: Tensor) -> Tensor | None:
@@ -64,11 +22,14 @@ def check_token_mask(token_mask: Tensor | None, x: Tensor) -> Tensor | None:
 class RoutedLayer(nn.Module):
     """A layer that routes tokens and has regularisers: what :func:`torchdsc.regularization` looks for in a model.
 
-    Subclasses set ``regularizers`` and ``router`` and implement :meth:`_forward`.
+    Subclasses set ``in_features``, ``out_features``, ``regularizers`` and ``router`` and implement :meth:`_route` and
+    :meth:`_compose`.
     """
 
     # Whether ``token_mask`` and ``router_input`` are among the arguments of a call, for models around it.
     takes_router_input = True
+    in_features: int
+    out_features: int
     regularizers: RegularizerWeights
     router: nn.Module
 
@@ -82,8 +43,8 @@ class RoutedLayer(nn.Module):
         token_mask: Tensor | None = None,
         router_input: Tensor | None = None,
         *,
-        with_statistics: bool = False,
-    ) -> Tensor | tuple[Tensor, RoutingStatistics | None]:
+        routing: Routing | None = None,
+    ) -> Tensor:
         """Map tokens, and in training leave what :func:`torchdsc.regularization` collects.
 
         Args:
@@ -93,45 +54,83 @@ class RoutedLayer(nn.Module):
                 the layer's gradients either.
             router_input: What the router sees in place of ``x``, of its shape: tokens mixed with those before them
                 (:class:`ShortConvolution`), say. The update is still composed of ``x``.
-            with_statistics: Return the statistics instead of keeping them, see :meth:`forward_with_statistics`.
+            routing: What :meth:`route` has selected for these tokens. Its statistics are left by each call that is
+                given it.
 
         Returns:
             Tensor of shape (..., d_out) and the dtype of ``x``. A token whose top logits are not finite comes out NaN.
 
         Raises:
-            ValueError: If ``x``, ``token_mask`` or ``router_input`` has another shape.
+            ValueError: If ``x``, ``token_mask``, ``router_input`` or ``routing`` has another shape, the last two are
+                both given, or in training a routing was made in evaluation mode.
             TypeError: If the dtype of ``x`` or ``router_input`` is not that of the parameters.
             RuntimeError: In the backward pass, if the regularisers have not been collected by then.
         """
-        y, statistics = self._forward(x, token_mask, router_input)
-        if with_statistics:
-            return y, statistics
-        self.leave_statistics(statistics, y)
+        flat, mask = self._cast(self._flatten(x)), check_token_mask(token_mask, x)
+        if routing is None:
+            routed = flat if router_input is None else self._flatten_router_input(router_input, x)
+            flat, routed, with_lost = self._shut_out(flat, routed, mask)
+            routing = self._route(routed, mask)
+        else:
+            routing = self._given(routing, x, router_input)
+            flat, coefficients, with_lost = self._shut_out(flat, routing.coefficients, mask)
+            routing = routing._replace(coefficients=coefficients)
+        y = with_lost(self._compose(flat, routing))
+        if y.dtype != x.dtype:
+            y = y.to(x.dtype)
+        if x.dim() != 2:
+            y = y.reshape(*x.shape[:-1], self.out_features)
+        if routing.leaves_statistics:
+            self.leave_statistics(routing.statistics, y)
         return y
 
-    def forward_with_statistics(
-        self, x: Tensor, token_mask: Tensor | None = None, router_input: Tensor | None = None
-    ) -> tuple[Tensor, RoutingStatistics | None]:
-        """``forward`` without side effects: returns the statistics too, None outside training or without weights.
+    def route(self, router_input: Tensor, token_mask: Tensor | None = None) -> Routing:
+        """What is selected for tokens, and with which coefficients: all that a forward pass asks of the router.
 
-        A model that checkpoints its blocks returns them through the checkpoint and hands them to
-        :func:`torchdsc.losses.regularization_of`, or to :meth:`leave_statistics`.
+        It depends on what the router sees alone, and may be made before the layer's own input is there.
+
+        Args:
+            router_input: What the router sees, of shape (..., d_in): x, where it sees nothing else.
+            token_mask: See :meth:`forward`.
+
+        Returns:
+            The routing, of leading shape (...), differentiable through all but ``indices``.
+
+        Raises:
+            ValueError: If ``router_input`` or ``token_mask`` has another shape.
         """
-        # Through the call, so that hooks that bring parameters here (offloading, sharding) are run.
-        found: tuple[Tensor, RoutingStatistics | None] = self(x, token_mask, router_input, with_statistics=True)
-        return found
+        flat, mask = self._flatten(router_input, "router_input"), check_token_mask(token_mask, router_input)
+        flat, _, with_lost = self._shut_out(flat, flat, mask)
+        routing = self._route(flat, mask)
+        routing = routing._replace(coefficients=with_lost(routing.coefficients))
+        return routing.reshape(*router_input.shape[:-1])
 
-    def _forward(
-        self, x: Tensor, token_mask: Tensor | None, router_input: Tensor | None
-    ) -> tuple[Tensor, RoutingStatistics | None]:
-        """What subclasses implement: :meth:`forward_with_statistics`, inside the module's call."""
+    def _route(self, routed: Tensor, token_mask: Tensor | None) -> Routing:
+        """What subclasses implement: the routing of what the router sees, of shape (T, d_in)."""
         raise NotImplementedError
+
+    def _compose(self, flat: Tensor, routing: Routing) -> Tensor:
+        """What subclasses implement: tokens of shape (T, d_in) to (T, d_out)."""
+        raise NotImplementedError
+
+    def _given(self, routing: Routing, x: Tensor, router_input: Tensor | None) -> Routing:
+        """A routing that a call was given, of shape (T, K)."""
+        if router_input is not None:
+            raise ValueError("router_input must be None where routing is given")
+        if routing.indices.shape[:-1] != x.shape[:-1]:
+            raise ValueError(
+                f"routing must be of tokens of shape {tuple(x.shape[:-1])}, got {tuple(routing.indices.shape[:-1])}"
+            )
+        wants = self.training and self.regularizers.need_tokens and routing.leaves_statistics
+        if wants and routing.statistics is None:
+            raise ValueError("routing must be made in training mode for training, got one without statistics")
+        return routing if x.dim() == 2 else routing.reshape(x.shape[:-1].numel())
 
     def leave_statistics(self, statistics: RoutingStatistics | None, output: Tensor) -> None:
         """Leave the statistics of a forward pass for :func:`torchdsc.regularization`; nothing outside training.
 
         Args:
-            statistics: What :meth:`forward_with_statistics` returned.
+            statistics: What :meth:`Routing.take_statistics` returned.
             output: The tensor that a backward pass reaches before this layer: its output, or that of a block around it.
         """
         if self.training and self.regularizers.any:
@@ -148,30 +147,38 @@ class RoutedLayer(nn.Module):
         """Scalar that the weights of this layer's regularisers are multiplied by; None for 1."""
         return None
 
-    def _flatten(self, x: Tensor, in_features: int, dtype: torch.dtype) -> Tensor:
-        """Tokens of shape (T, d_in) in the dtype of the parameters, or the error that says what is wrong."""
-        if x.dim() == 0 or x.shape[-1] != in_features:
-            raise ValueError(f"x must have shape (..., in_features = {in_features}), got {tuple(x.shape)}")
-        if x.dtype != dtype:
-            if not torch.is_autocast_enabled(x.device.type) or not x.is_floating_point():
-                raise TypeError(f"x must have the dtype of the parameters, {dtype}, got {x.dtype}")
-            x = x.to(dtype)
-        return x if x.dim() == 2 else x.reshape(-1, in_features)
+    def _flatten(self, x: Tensor, name: str = "x") -> Tensor:
+        """Tokens of shape (T, d_in), or the error that says what is wrong."""
+        if x.dim() == 0 or x.shape[-1] != self.in_features:
+            raise ValueError(f"{name} must have shape (..., in_features = {self.in_features}), got {tuple(x.shape)}")
+        return x if x.dim() == 2 else x.reshape(-1, self.in_features)
 
-    def _flatten_router_input(self, router_input: Tensor | None, x: Tensor, flat: Tensor) -> Tensor:
-        """What the router sees of tokens ``x``, which are ``flat`` already, or the error that says what is wrong."""
-        if router_input is None:
-            return flat
+    def _flatten_router_input(self, router_input: Tensor, x: Tensor) -> Tensor:
+        """What the router sees of tokens ``x``, or the error that says what is wrong."""
         if router_input.shape != x.shape:
             raise ValueError(
                 f"router_input must have the shape of x, {tuple(x.shape)}, got {tuple(router_input.shape)}"
             )
-        return self._flatten(router_input, flat.shape[-1], flat.dtype)
+        return self._cast(self._flatten(router_input))
+
+    @property
+    def parameter_dtype(self) -> torch.dtype | None:
+        """What tokens must have; None where parts of the layer refuse them themselves."""
+        return None
+
+    def _cast(self, x: Tensor) -> Tensor:
+        """Tokens in the dtype of the parameters, or the error that says what is wrong."""
+        dtype = self.parameter_dtype
+        if dtype is None or x.dtype == dtype:
+            return x
+        if not torch.is_autocast_enabled(x.device.type) or not x.is_floating_point():
+            raise TypeError(f"x must have the dtype of the parameters, {dtype}, got {x.dtype}")
+        return x.to(dtype)
 
     def _shut_out(
         self, flat: Tensor, routed: Tensor, mask: Tensor | None
     ) -> tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]:
-        """Tokens, and what the router sees of them, for a forward pass whose gradients masked tokens cannot spoil.
+        """Tokens, and what the router sees or says of them, so that masked ones cannot spoil gradients.
 
         In training, masked tokens that are not finite become zeros, because a gradient of zero times NaN is NaN in the
         sums over tokens that parameters get. The function returned puts NaN into their rows of the output.

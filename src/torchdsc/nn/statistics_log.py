@@ -91,25 +91,20 @@ class StatisticsLog:
         self._without_graph: _Left | None = None
 
     def leave(self, statistics: RoutingStatistics | None, output: Tensor, *, is_wanted: bool) -> None:
-        """Leave the statistics of a forward pass, unless a backward pass is recomputing it for a checkpoint.
+        """Leave the statistics of a forward pass.
+
+        A pass that a backward pass recomputes for a checkpoint needs no exception, which torch has no public means
+        to tell: its output is dropped at once, and with it what it left.
 
         Args:
             statistics: Of the pass; None where L_frame alone waits.
             output: What the pass returns, of any shape.
             is_wanted: Whether the regularisers would train something.
-
-        Raises:
-            RuntimeError: If reentrant checkpointing recomputes a pass whose statistics nobody has collected.
         """
         if torch.compiler.is_compiling():
             # What an exported program would leave is no tensor.
             if not _is_exporting():
                 self._compiled.append(statistics)
-            return
-        if _is_recomputing():
-            if self._without_graph is not None and is_wanted:
-                self._without_graph = None
-                raise RuntimeError(WITHOUT_GRADIENT)
             return
         left = _Left(statistics, is_wanted)
         if not output.requires_grad:
@@ -156,7 +151,3 @@ class StatisticsLog:
 
     def __reduce__(self) -> tuple[type["StatisticsLog"], tuple[()]]:
         return StatisticsLog, ()
-
-
-def _is_recomputing() -> bool:
-    return torch._C._current_graph_task_id() != -1

@@ -1,0 +1,172 @@
+"""The recommended feed-forward layer, with all that it sees."""
+
+from typing import Unpack, overload
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from torchdsc.arguments import check_at_least, check_types
+
+from .bank import BasisBank
+from .context import Contextual, Seen
+from .dense import DenseFFN
+from .dsc import DSC
+from .options import FeedForwardArguments, recommended, split_context
+
+
+class DSCFeedForward(nn.Module, Contextual):
+    """``y = base(x') + dsc(x')`` with ``x' = x + sum_i b_i * e_{t-i}``, routed by ``sum_i a_i * e_{t-i}``.
+
+    e are the embeddings of the tokens, normalised: those of the last four are mixed into what the layer sees, those of
+    the last three are what its router sees. With other settings than the recommended ones, which are the defaults, it
+    is any feed-forward layer of DSC.
+
+    Example::
+
+        embed, layer = nn.Embedding(50304, 384), DSCFeedForward(384, 281, num_atoms=1551)
+        y = layer(x, embed(tokens))  # in training: add torchdsc.regularization(model).total to the loss
+
+        state = layer.initial_state(batch_size)  # cached decoding
+        y, state = layer(x, embed(tokens), state=state)
+
+    Args:
+        features: d.
+        hidden_features: Width of the static layer, a :class:`DenseFFN`; 0 leaves it out.
+        base: A static layer of your own, from (..., d) to (..., d), in its place.
+        bank: Bank to share with another layer; a new one by default.
+        normalize_embeddings: Whether embeddings go through a LayerNorm without parameters. Pass False where that has
+            been done, once for all layers.
+        device: Where new parameters live.
+        dtype: Their dtype.
+        **options: Fields of :class:`DSCOptions` and :class:`ContextOptions` in place of the recommended ones, see
+            :func:`recommended`; ``num_atoms`` is required.
+
+    Attributes:
+        base: The static layer, or None.
+        dsc: The :class:`DSC`.
+
+    Raises:
+        TypeError: If an argument has another type, or an option is unknown or missing.
+        ValueError: On an option out of its range, or both ``hidden_features`` and ``base``.
+    """
+
+    def __init__(
+        self,
+        features: int,
+        hidden_features: int = 0,
+        *,
+        base: nn.Module | None = None,
+        bank: BasisBank | None = None,
+        normalize_embeddings: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **options: Unpack[FeedForwardArguments],
+    ) -> None:
+        super().__init__()
+        check_types(DSCFeedForward.__init__, locals())
+        check_at_least(1, features=features)
+        check_at_least(0, hidden_features=hidden_features)
+        if base is not None and hidden_features:
+            raise ValueError(f"hidden_features must be 0 where base is given, got {hidden_features}")
+        context, own = split_context(recommended(**options))
+        if hidden_features:
+            base = DenseFFN(features, hidden_features, device=device, dtype=dtype)
+        self.features, self.normalize_embeddings = features, normalize_embeddings
+        self.base = base
+        self.dsc = DSC(features, bank=bank, device=device, dtype=dtype, **own)
+        self.add_contexts(features, context, device, dtype)
+
+    def initial_state(self, *shape: int) -> Tensor:
+        """The state before the first token, of shape (..., past, d) for a batch of shape (...): zeros.
+
+        It is what the convolutions look back to: the embeddings, normalised, of the last ``past`` tokens.
+        """
+        like = self.dsc.gamma
+        return torch.zeros(*shape, self.context.past_tokens, self.features, device=like.device, dtype=like.dtype)
+
+    @overload
+    def forward(
+        self,
+        x: Tensor,
+        embeddings: Tensor | None = None,
+        token_mask: Tensor | None = None,
+        *,
+        positions: Tensor | None = None,
+    ) -> Tensor: ...
+
+    @overload
+    def forward(
+        self,
+        x: Tensor,
+        embeddings: Tensor | None = None,
+        token_mask: Tensor | None = None,
+        *,
+        positions: Tensor | None = None,
+        state: Tensor,
+    ) -> tuple[Tensor, Tensor]: ...
+
+    def forward(
+        self,
+        x: Tensor,
+        embeddings: Tensor | None = None,
+        token_mask: Tensor | None = None,
+        *,
+        positions: Tensor | None = None,
+        state: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Map hidden states of sequences.
+
+        Args:
+            x: Shape (..., T, d), in the dtype of the parameters (any under autocast).
+            embeddings: Those of the same tokens, without positions, of the shape of ``x``. Not needed where neither
+                router nor layer sees them.
+            token_mask: Optional, of shape (..., T): padding, which is False, counts as zeros in what other tokens see
+                of it, and does not count in the regularisers.
+            positions: Places of the tokens in their sequences, counted from 0, integers of a shape that broadcasts to
+                (..., T): where several sequences are packed in one, a token sees none of another.
+            state: Of the tokens before these, from :meth:`initial_state` or the call before.
+
+        Returns:
+            Tensor of shape (..., T, d); with ``state`` also the next one.
+
+        Raises:
+            ValueError: If a shape is another, or ``embeddings`` are missing.
+            RuntimeError: In the backward pass, if the regularisers have not been collected by then.
+        """
+        seen = self._look(x, embeddings, token_mask, positions, state)
+        routed = self.router_sees(seen)
+        x = self.layer_sees(x, seen)
+        y: Tensor = self.dsc(x, token_mask, routed)
+        if self.base is not None:
+            y = self.base(x) + y
+        if state is None:
+            return y
+        past = self.context.past_tokens
+        return y, seen.sequences.narrow(-2, seen.sequences.shape[-2] - past, past)
+
+    def _look(
+        self,
+        x: Tensor,
+        embeddings: Tensor | None,
+        token_mask: Tensor | None,
+        positions: Tensor | None,
+        state: Tensor | None,
+    ) -> Seen:
+        source = x
+        if self.context.embeddings_are_seen:
+            if embeddings is None or embeddings.shape != x.shape:
+                got = None if embeddings is None else tuple(embeddings.shape)
+                raise ValueError(f"embeddings must have the shape of x, {tuple(x.shape)}, got {got}")
+            source = embeddings
+            if self.normalize_embeddings:
+                source = functional.layer_norm(source, (self.features,))
+        if token_mask is not None and self.context.past_tokens > 0:
+            # Not by a product: the state of padding need not be finite.
+            source = source.masked_fill(~token_mask.bool().unsqueeze(-1), 0.0)
+        if state is not None:
+            expected = (*x.shape[:-2], self.context.past_tokens, self.features)
+            if state.shape != expected:
+                raise ValueError(f"state must have shape {expected}, got {tuple(state.shape)}")
+            source = torch.cat((state.to(source.dtype), source), dim=-2)
+        return Seen(source, x.shape[-2], positions)
