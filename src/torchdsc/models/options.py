@@ -5,8 +5,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from torchdsc.arguments import check_at_least, check_types
+from torchdsc.baselines.methods import METHODS, FeedForwardKind
 
-FeedForwardKind = Literal["dense", "moe", "mixture_of_loras", "peer", "dsc"]
+__all__ = ["FeedForwardKind", "ModelOptions", "split_options"]
+
 RouterInput = Literal["hidden", "embeddings"]
 
 
@@ -59,15 +61,8 @@ class ModelOptions:
         return sum(tokens for tokens in (self.router_context, self.input_context) if tokens > 1)
 
 
-_OF_KIND: dict[FeedForwardKind, set[str]] = {
-    "dense": {"input_context"},
-    "dsc": {"input_context", "router_input", "router_context", "share_bank", "attention_rank"},
-}
-_OF_ROUTED = {"input_context", "router_input", "router_context"}
-
-
 def split_options(kind: FeedForwardKind, options: Mapping[str, Any]) -> tuple[ModelOptions, dict[str, Any]]:
     """Options of the model, and those that are left for its layers."""
-    names = _OF_KIND.get(kind, _OF_ROUTED)
+    names = METHODS[kind].model_options
     own = {name: value for name, value in options.items() if name in names}
     return ModelOptions(**own), {name: value for name, value in options.items() if name not in names}
