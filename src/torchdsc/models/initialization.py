@@ -46,9 +46,8 @@ def initialize(module: nn.Module, config: DSCGPTConfig) -> None:
     elif isinstance(module, DSC):
         init.constant_(module.gamma, module.options.gamma_init)
     elif isinstance(module, RoutedLayer) and hasattr(module, "reset_parameters"):
-        # Within it torch's functions leave alone what a checkpoint has filled.
-        with init.guard_torch_init_functions():
-            module.reset_parameters()  # type: ignore[operator]
+        # Within transformers' initialisation torch's functions, too, leave alone what a checkpoint has filled.
+        module.reset_parameters()  # type: ignore[operator]
 
 
 def mark_residual_writers(block: nn.Module) -> None:

@@ -40,6 +40,7 @@ def solve(
         The plan.
 
     Raises:
+        TypeError: If an option that concerns the model around the layer has another type.
         ValueError: If the method is unknown, an option is the solver's to choose, or a target infeasible: it says
             which, and the nearest feasible one.
     """
