@@ -80,3 +80,8 @@ def test_one_entry_makes_a_method(monkeypatch, options):
     assert type(layer.dsc) is Copy
     stored, active = feed_forward_parameters("copy", 8, 4, {"num_experts": 6, "rank": 2})
     assert stored - active == 2 * 8 * 2 * (6 - 2)
+
+
+def test_an_unknown_method_has_no_counts():
+    with pytest.raises(ValueError, match=r"feed_forward must be one of \('dense', .*, got 'gated'"):
+        feed_forward_parameters("gated", 8, 4, {})

@@ -131,9 +131,9 @@ def feed_forward_parameters(
     from torchdsc.models.feed_forward import build_attention_update, build_feed_forward
     from torchdsc.models.options import split_options
 
-    model, _ = split_options(method, options)
     with torch.device("meta"):
         module: Any = build_feed_forward(method, d_model, intermediate_size, options)
+        model, _ = split_options(method, options)
         layer = getattr(module, "dsc", module)
         update = build_attention_update(method, options, layer.bank) if model.attention_rank else None
     stored, idle = _count(module), METHODS[method].idle(layer)
