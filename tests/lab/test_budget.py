@@ -164,6 +164,29 @@ class TestCounts:
         with pytest.raises(ValueError, match=r"total must be at least .* for num_atoms = top_k"):
             solve("dsc", Budget(1.1e6, 1.2e6, 128, 4, 4096, 128), options={"router": "low_rank"})
 
+    @pytest.mark.parametrize(
+        ("method", "options", "words"),
+        [
+            ("dense", {"input_context": 3}, "width 869, sees embeddings of 3 tokens"),
+            (
+                "moe",
+                {"shared_experts": 1, "router_context": 2},
+                "6 experts of 120, top-2, 1 shared, context of 2 tokens",
+            ),
+            ("mixture_of_loras", {}, "257 experts of rank 2, top-4, static width 229"),
+            ("peer", {}, "484 experts of one neuron, top-4, static width 323"),
+            (
+                "dsc",
+                {"router": "low_rank", "router_rank": 8, "share_bank": True, "attention_rank": 4}
+                | {"router_input": "embeddings", "router_context": 2},
+                "M 2054 shared, K 4, static width 252, low_rank router, attention by rank 4, "
+                "routed by embeddings of 2 tokens",
+            ),
+        ],
+    )
+    def test_words(self, method, options, words):
+        assert solve(method, SMALL, rank=2, options=options).description == words
+
     def test_misses_are_shares_of_the_feed_forward_budget(self):
         for plan in solve_all(SMALL):
             assert plan.miss_total == pytest.approx((plan.params_total - SMALL.total) / (SMALL.total - SMALL.fixed))
@@ -395,6 +418,8 @@ class TestArguments:
                 r"options of dsc must leave .* to the solver, got \['top_k'\]",
             ),
             ({"method": "moe", "options": {"colour": 1}}, "feed_forward_options do not fit feed_forward='moe'.*colour"),
+            # A bank is DSC's, and no option of others is read as if it were.
+            ({"method": "moe", "options": {"share_bank": 2}}, "feed_forward='moe': .*share_bank"),
         ],
     )
     def test_solve(self, arguments, message):

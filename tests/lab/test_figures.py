@@ -8,6 +8,7 @@ import xml.etree.ElementTree as ElementTree
 import numpy as np
 import pytest
 
+from torchdsc.baselines.methods import METHODS
 from torchdsc.lab import figures
 from torchdsc.lab.figures.labels import Box, spread
 from torchdsc.lab.figures.series import Series
@@ -229,7 +230,7 @@ def _luminance(color):
 
 
 @pytest.mark.parametrize(("side", "page"), [(0, "#ffffff"), (1, "#14181f")])
-@pytest.mark.parametrize("name", ["dense", "moe", "mixture_of_loras", "dsc", "label"])
+@pytest.mark.parametrize("name", [*METHODS, "label"])
 def test_text_colours_have_contrast_on_either_page(side, page, name):
     lighter, darker = sorted((_luminance(PALETTE[name][side]), _luminance(page)), reverse=True)
     assert (lighter + 0.05) / (darker + 0.05) >= 4.5

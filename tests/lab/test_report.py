@@ -192,6 +192,13 @@ def test_routing_reading_by_hand(make_runs):
     )
 
 
+@pytest.mark.parametrize(("method", "units"), [("moe", "experts"), ("mixture_of_loras", "LoRAs"), ("peer", "experts")])
+def test_routing_reading_names_what_is_selected(make_runs, method, units):
+    runs = [{**run, "method": method} for run in make_runs(("moe",))]
+    (reading,) = findings.routing_findings(runs)
+    assert f"of the {units} in use" in reading.text
+
+
 @pytest.mark.parametrize(
     ("key", "value", "text"),
     [

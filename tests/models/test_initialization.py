@@ -113,6 +113,21 @@ def test_fills_only_what_a_checkpoint_leaves_out(dropped, make, tmp_path):
             assert torch.equal(value, model.state_dict()[name])
 
 
+@pytest.mark.parametrize("kind", ["mixture_of_loras", "peer"])
+def test_fills_factors_that_a_checkpoint_leaves_out_and_keeps_their_others(kind, make, tmp_path):
+    model = make(kind)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1.0)
+    state = {name: value for name, value in model.state_dict().items() if not name.endswith("dsc.down")}
+    model.save_pretrained(tmp_path, state_dict=state)
+    for block, saved in zip(DSCGPTForCausalLM.from_pretrained(tmp_path).model.blocks, model.model.blocks, strict=True):
+        fresh, kept = block.routed_layer.down, block.routed_layer.up
+        assert fresh.mean().abs() < 0.1
+        assert fresh.std() > 0.05
+        assert torch.equal(kept, saved.routed_layer.up)
+
+
 def test_the_seed_decides(kind, make):
     states = []
     for seed in (1, 1, 2):

@@ -17,8 +17,8 @@ class TestAttentionUpdate:
         for copied in (model, copy.deepcopy(model)):
             for block in copied.model.blocks:
                 assert block.attention.update.bank is block.feed_forward.dsc.bank
-        assert not [name for name in model.state_dict() if "update.bank" in name]
-        assert sum("bank.u" in name for name in model.state_dict()) == 2
+        names = [name for name, _ in model.named_parameters() if "bank.u" in name]
+        assert len(names) == 2
         # The banks and routers of attention alone decide here.
         for block in model.model.blocks:
             block.feed_forward.dsc.gamma.data.zero_()
@@ -30,7 +30,15 @@ class TestAttentionUpdate:
         model = make_model("dsc, attention and one bank")
         first = model.model.blocks[0].feed_forward.dsc.bank
         assert all(block.attention.update.bank is block.feed_forward.dsc.bank is first for block in model.model.blocks)
-        assert sum("bank.u" in name for name in model.state_dict()) == 1
+        assert sum("bank.u" in name for name, _ in model.named_parameters()) == 1
+
+    def test_a_copy_of_one_layer_trains_and_saves_a_bank_of_its_own(self, make_model):
+        model = make_model("dsc, one bank")
+        layer = model.model.blocks[1].feed_forward.dsc
+        copied = copy.deepcopy(layer)
+        assert copied.bank is not layer.bank
+        assert {name for name, _ in copied.named_parameters()} >= {"bank.u", "bank.v"}
+        assert torch.equal(copied.state_dict()["bank.u"], layer.bank.u)
 
     def test_is_the_dsc_layer_of_what_attention_gives_out(self, make_model, input_ids):
         attention = make_model("dsc, attention").model.blocks[0].attention

@@ -166,11 +166,15 @@ class TestCheckpointing:
     def test_reentrant_raises_where_regularisers_would_vanish(self, routed_kind, make_training, step):
         model = make_training(routed_kind)
         model.gradient_checkpointing_enable({"use_reentrant": True})
+        if model.config.model_options.router_input == "embeddings":
+            pytest.skip("routed before the checkpoint: below")
         with pytest.raises(RuntimeError, match="reentrant checkpointing"):
             model(**step)
 
-    @pytest.mark.parametrize("kind", ["dense", "dense, embeddings"])
-    def test_reentrant_is_fine_for_a_dense_model(self, kind, make_training, step):
+    @pytest.mark.parametrize(
+        "kind", ["dense", "dense, embeddings", "dsc, embeddings", "moe, embeddings", "mixture_of_loras, own embedding"]
+    )
+    def test_reentrant_is_fine_where_no_block_routes(self, kind, make_training, step):
         model = make_training(kind)
         model(**step).loss.backward()
         expected = gradients(model)

@@ -144,7 +144,9 @@ def test_property_bounds(seed, sizes, top_k, scale, duplicates, gate, activation
     if duplicates and out_features > 0:
         # Parallel atoms reach sum(z) |u| |v gamma|: the bound is not an empty one. Rows under eps are no unit vectors.
         unit_u, unit_v = layer.bank.unit(layer.options.eps)
-        expected = routing.coefficients.sum(-1) * unit_u[0].norm() * (unit_v[0] * layer.gamma).norm()
+        latents = (x @ layer.bank.u.t()).gather(-1, routing.indices)
+        composed = routing.coefficients * (latents > 0) if activation == "relu" else routing.coefficients
+        expected = composed.sum(-1) * unit_u[0].norm() * (unit_v[0] * layer.gamma).norm()
         torch.testing.assert_close(norms, expected, rtol=1e-4, atol=1e-6)
 
 

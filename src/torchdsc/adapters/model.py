@@ -21,11 +21,10 @@ from transformers import GenerationConfig
 from transformers.pytorch_utils import Conv1D
 
 from torchdsc.losses import add_regularization, leave_regularization
-from torchdsc.nn import RoutedLayer
-from torchdsc.nn.host import leave_attention_mask, leave_fused_encoder, pass_attention_mask, tied_keys
+from torchdsc.nn.host import leave_attention_mask, leave_fused_encoder, pass_attention_mask
 
 from .config import ALL_LINEAR, AdapterConfig
-from .files import check_keys
+from .files import check_keys, shared_keys
 from .layer import BASE, NO_MERGE, AdapterLayer, DSCAdapterLayer, MixtureOfLoRAsLayer, sizes_of
 
 
@@ -177,7 +176,7 @@ class AdapterModel(BaseTuner):
             state_dict = {**model.state_dict(), **state_dict}
         found = _filter_state_dict_by_key_prefixes(state_dict, prefixes)
         # A bank or router that several targets share is saved once.
-        return {key: value for key, value in found.items() if key not in _tied(model)}
+        return {key: value for key, value in found.items() if key not in shared_keys(model)}
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -187,7 +186,7 @@ class AdapterModel(BaseTuner):
             model, config, adapter_name, state_dict
         )
         prefixes = _get_tuner_state_dict_key_prefixes(model, adapter_name)
-        expected = {*_filter_state_dict_by_key_prefixes(model.state_dict(), prefixes)} - {*_tied(model)}
+        expected = {*_filter_state_dict_by_key_prefixes(model.state_dict(), prefixes)} - {*shared_keys(model)}
         for name, module in model.named_modules():
             if isinstance(module, AuxiliaryTrainingWrapper):
                 own = {f"{name}.{key}" for key in module.adapter_state_dict_load_map(adapter_name).values()}
@@ -248,10 +247,6 @@ def _for_samples(names: list[str], samples: int, expansion: int) -> list[str]:
     if factor not in (1, expansion) or factor * len(names) != samples:
         raise ValueError(f"adapter_names must name an adapter for each of {samples} samples, got {len(names)} names")
     return [name for name in names for _ in range(factor)]
-
-
-def _tied(model: nn.Module) -> dict[str, str]:
-    return tied_keys((name, module) for name, module in model.named_modules() if isinstance(module, RoutedLayer))
 
 
 def _layers(model: nn.Module) -> Iterator[AdapterLayer]:

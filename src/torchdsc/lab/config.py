@@ -41,7 +41,7 @@ class ExperimentConfig:
     """Dense, MoE, Mixture-of-LoRAs and DSC language models trained at equal budgets.
 
     Attributes:
-        methods: Which, of dense, moe, mixture_of_loras, peer and dsc.
+        methods: Which feed-forward layers, by name; a name that is none of them is answered with all.
         seeds: Every method is trained once with each.
         corpus: "embedded" (the Python standard library), "wikitext-2", "wikitext-103", or a path to text.
         preparation: "plain", or "published" for the published run's text preparation.

@@ -8,18 +8,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from torchdsc.baselines.methods import METHODS
+
 Run = Mapping[str, Any]
 """One run record, as read from `results.json`."""
 
 LossName = Literal["val_best", "val_final", "test"]
 
-METHOD_LABELS: dict[str, str] = {
-    "dense": "Dense",
-    "moe": "Standard MoE",
-    "mixture_of_loras": "Mixture-of-LoRAs",
-    "peer": "PEER",
-    "dsc": "DSC",
-}
+METHOD_LABELS: dict[str, str] = {name: method.label for name, method in METHODS.items()}
 """What each method is called, in the order of every table and figure."""
 
 REQUIRED_KEYS = (

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase, TrainingArguments, set_seed
 
+from torchdsc.baselines.methods import METHODS
 from torchdsc.models import DSCGPTConfig, DSCGPTForCausalLM
 
 from .budget import Plan, solve
@@ -60,7 +61,7 @@ def make_plans(config: ExperimentConfig, vocab_size: int) -> dict[str, Plan]:
     budget = config.budget(vocab_size)
 
     def plan(method: Any, match: Plan | None) -> Plan:
-        top_k = config.experts_per_token if method == "moe" else config.of_method(method, "top_k")
+        top_k = config.experts_per_token if METHODS[method].form == "experts" else config.of_method(method, "top_k")
         options = config.of_method(method, "feed_forward")
         return solve(method, budget, top_k=top_k, rank=config.rank, match=match, options=options)
 

@@ -162,25 +162,22 @@ def regularized(
     Returns:
         The loss to train on, and the terms, detached but for ``total``.
     """
-    left = [(layer, layer.statistics_log.take(since)) for layer in _waiting_layers(model, since)]
-    if not left:
+    layers = [
+        module
+        for module in model.modules()
+        if isinstance(module, RoutedLayer) and module.statistics_log.waits(since, wanted=False)
+    ]
+    if not any(layer.statistics_log.waits(since) for layer in layers):
         return None
-    collected = [(layer, entry) for layer, entries in left for entry in entries]
+    collected = [(layer, entry) for layer in layers for entry in layer.statistics_log.take(since)]
     share = None
     if num_items is not None and num_labels is not None:
         share = num_labels.to(torch.promote_types(loss.dtype, torch.float32)) / num_items
-    layers = [layer for layer, _ in left]
     terms = regularization_of(collected, num_tokens=num_items, frame_share=share, frame_layers=layers)
     model.__dict__[_TERMS] = Regularization(*(value.detach() for value in vars(terms).values()))
     total = loss + terms.total.to(loss.dtype)
     demand_use(output, loss, total)
     return total, terms
-
-
-def _waiting_layers(model: nn.Module, since: int) -> Iterator[RoutedLayer]:
-    for module in model.modules():
-        if isinstance(module, RoutedLayer) and module.statistics_log.waits(since):
-            yield module
 
 
 def _loss_of(output: Any) -> Tensor | None:

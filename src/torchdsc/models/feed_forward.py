@@ -1,12 +1,13 @@
 """The feed-forward layers that a DSCGPT chooses from."""
 
 from collections.abc import Mapping
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from torchdsc.baselines import PEER, DenseFFN, MixtureOfLoRAs, StandardMoE
+from torchdsc.baselines import DenseFFN
+from torchdsc.baselines.methods import METHODS
 from torchdsc.nn import DSC, BasisBank, Residual
 
 from .options import FeedForwardKind, split_options
@@ -29,21 +30,18 @@ def build_feed_forward(
     Raises:
         ValueError: On an unknown kind, or options that the layer refuses.
     """
+    if kind not in METHODS:
+        raise ValueError(f"feed_forward must be one of {tuple(METHODS)}, got {kind!r}")
+    method = METHODS[kind]
     try:
         _, options = split_options(kind, options)
-        if kind == "dense":
-            return DenseFFN(hidden_size, intermediate_size, **options)
-        if kind == "moe":
-            return StandardMoE(hidden_size, intermediate_size, **options)
-        if kind == "mixture_of_loras":
-            return Residual(_static(hidden_size, intermediate_size), MixtureOfLoRAs(hidden_size, **options))
-        if kind == "peer":
-            return Residual(_static(hidden_size, intermediate_size), PEER(hidden_size, **options))
-        if kind == "dsc":
-            return Residual(_static(hidden_size, intermediate_size), DSC(hidden_size, **options))
+        if method.form == "update":
+            static = DenseFFN(hidden_size, intermediate_size) if intermediate_size > 0 else NoFeedForward()
+            return Residual(static, method.layer(hidden_size, **options))
+        layer: nn.Module = method.layer(hidden_size, intermediate_size, **options)
+        return layer
     except TypeError as error:
         raise ValueError(f"feed_forward_options do not fit feed_forward={kind!r}: {error}") from error
-    raise ValueError(f"feed_forward must be one of {get_args(FeedForwardKind)}, got {kind!r}")
 
 
 def build_attention_update(kind: FeedForwardKind, options: Mapping[str, Any], bank: BasisBank) -> DSC | None:
@@ -69,7 +67,3 @@ class NoFeedForward(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Zeros of the shape of ``x``."""
         return torch.zeros_like(x)
-
-
-def _static(hidden_size: int, intermediate_size: int) -> nn.Module:
-    return DenseFFN(hidden_size, intermediate_size) if intermediate_size > 0 else NoFeedForward()

@@ -3,9 +3,8 @@
 from torch import nn
 from transformers import initialization as init
 
-from torchdsc.baselines import PEER, MixtureOfLoRAs
 from torchdsc.baselines.moe import Experts
-from torchdsc.nn import DSC, BasisBank, Router, ShortConvolution
+from torchdsc.nn import DSC, BasisBank, RoutedLayer, Router, ShortConvolution
 
 from .configuration import DSCGPTConfig
 
@@ -46,12 +45,9 @@ def initialize(module: nn.Module, config: DSCGPTConfig) -> None:
         init.copy_(module.weight, started.weight)
     elif isinstance(module, DSC):
         init.constant_(module.gamma, module.options.gamma_init)
-    elif isinstance(module, MixtureOfLoRAs):
-        init.kaiming_uniform_(module.down, a=5**0.5)
-        init.zeros_(module.up)
-    elif isinstance(module, PEER):
-        init.normal_(module.down, std=module.in_features**-0.5)
-        init.normal_(module.up, std=module.out_features**-0.5)
+    elif isinstance(module, RoutedLayer) and hasattr(module, "reset_parameters"):
+        # Within transformers' initialisation torch's functions, too, leave alone what a checkpoint has filled.
+        module.reset_parameters()  # type: ignore[operator]
 
 
 def mark_residual_writers(block: nn.Module) -> None:

@@ -1,5 +1,6 @@
 """DSCGPT in Hugging Face form."""
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, cast
@@ -80,11 +81,8 @@ class DSCGPTPreTrainedModel(PreTrainedModel):
         return super().from_pretrained(pretrained_model_name_or_path, *args, use_safetensors=True, **kwargs)
 
     def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict[str, str]:
-        """See transformers, which asks for tied embeddings alone; here banks may be tied too."""
-        layers = ((name, module) for name, module in self.named_modules() if isinstance(module, DSC))
-        # Checkpoints name a bank after the feed-forward layer that has it.
-        tied = tied_keys(sorted(layers, key=lambda layer: layer[0].endswith("attention.update")))
-        return {**super().get_expanded_tied_weights_keys(all_submodels=all_submodels), **tied}
+        """See transformers, which asks for tied embeddings alone: banks are tied whatever becomes of those."""
+        return {**super().get_expanded_tied_weights_keys(all_submodels=all_submodels), **tied_banks(self)}
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -118,6 +116,7 @@ class DSCGPTModel(DSCGPTPreTrainedModel):
                 layer.bank = self.blocks[0].routed_layer.bank  # type: ignore[union-attr, assignment]
             if block.attention.update is not None:
                 block.attention.update.bank = layer.bank
+        self._tied_weights_keys = {re.escape(name): first for name, first in tied_banks(self).items()}
 
     def get_input_embeddings(self) -> nn.Module:
         """The token embedding."""
@@ -216,6 +215,13 @@ class DSCGPTModel(DSCGPTPreTrainedModel):
             logger.warning_once("use_cache=True does not go with gradient checkpointing: no cache is made")
             return False
         return bool(use_cache)
+
+
+def tied_banks(model: nn.Module) -> dict[str, str]:
+    """Parameters of banks that several layers of a DSCGPT have, see :func:`torchdsc.nn.host.tied_keys`."""
+    layers = ((name, module) for name, module in model.named_modules() if isinstance(module, DSC))
+    # A bank is named after the feed-forward layer that has it.
+    return tied_keys(sorted(layers, key=lambda layer: layer[0].endswith("attention.update")))
 
 
 class DSCGPTForCausalLM(DSCGPTPreTrainedModel, GenerationMixin):

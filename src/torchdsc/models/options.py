@@ -2,12 +2,13 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from torchdsc.arguments import check_at_least
+from torchdsc.baselines.methods import METHODS, FeedForwardKind
 from torchdsc.nn import ContextOptions
 
-FeedForwardKind = Literal["dense", "moe", "mixture_of_loras", "peer", "dsc"]
+__all__ = ["FeedForwardKind", "ModelOptions", "split_options"]
 
 
 @dataclass(kw_only=True, unsafe_hash=True)
@@ -34,15 +35,8 @@ class ModelOptions(ContextOptions):
         check_at_least(0, attention_rank=self.attention_rank)
 
 
-_OF_KIND: dict[FeedForwardKind, set[str]] = {
-    "dense": {"input_context"},
-    "dsc": {"input_context", "router_input", "router_context", "share_bank", "attention_rank"},
-}
-_OF_ROUTED = {"input_context", "router_input", "router_context"}
-
-
 def split_options(kind: FeedForwardKind, options: Mapping[str, Any]) -> tuple[ModelOptions, dict[str, Any]]:
     """Options of the model, and those that are left for its layers."""
-    names = _OF_KIND.get(kind, _OF_ROUTED)
+    names = METHODS[kind].model_options
     own = {name: value for name, value in options.items() if name in names}
     return ModelOptions(**own), {name: value for name, value in options.items() if name not in names}

@@ -130,11 +130,6 @@ class DSC(RoutedLayer):
 
     def _route(self, routed: Tensor, token_mask: Tensor | None) -> Routing:
         options = self.options
-        if self.training and torch.is_grad_enabled() and options.gate == "none" and options.top_k == 1:
-            raise ValueError(
-                "gate must be 'sum' or 'mean' to train with top_k = 1, got 'none': the coefficient would always be 1, "
-                "and the router get no gradient from the task"
-            )
         collect = self.training and self.regularizers.need_tokens
         found: Selection = self.router(
             routed,
@@ -151,6 +146,11 @@ class DSC(RoutedLayer):
         return Routing(found.indices, coefficients, strength, found.logits, statistics)
 
     def _compose(self, flat: Tensor, routing: Routing) -> Tensor:
+        if self.training and torch.is_grad_enabled() and self.options.gate == "none" and self.options.top_k == 1:
+            raise ValueError(
+                "gate must be 'sum' or 'mean' to train with top_k = 1, got 'none': the coefficient would always be 1, "
+                "and the router get no gradient from the task"
+            )
         coefficients = self._rectified(flat, routing)
         composed: Tensor = self.bank(flat, routing.indices, coefficients, eps=self.options.eps, impl=self.options.impl)
         scale = self.output_scale
@@ -164,7 +164,8 @@ class DSC(RoutedLayer):
         if self.options.activation == "none":
             return routing.coefficients
         # relu(a) is a where a > 0.
-        return routing.coefficients * (self.bank(flat, routing.indices) > 0)
+        latents: Tensor = self.bank(flat, routing.indices)
+        return routing.coefficients * (latents > 0)
 
     def delta_weight(self, x: Tensor, router_input: Tensor | None = None) -> Tensor:
         """The composed weights dW of equation (4), gamma included, one matrix a token: for inspection.
@@ -183,7 +184,7 @@ class DSC(RoutedLayer):
         """The rank-K factors of dW: rows u_k, (..., K, d_in), and ``z_k v_k scale gamma``, (..., K, d_out)."""
         routing = self.route(x if router_input is None else router_input)
         u, v = self.bank(None, routing.indices, eps=self.options.eps)
-        flat = self._cast(self._flatten(x))
+        flat = self._cast(self._flatten(x), self.parameter_dtype)
         coefficients = self._rectified(flat, routing.reshape(flat.shape[0])).view_as(routing.coefficients)
         dtype = coefficients.dtype
         right = coefficients.unsqueeze(-1) * v.to(dtype) * self.output_scale.to(dtype)

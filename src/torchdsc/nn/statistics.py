@@ -66,9 +66,9 @@ class RoutedLayer(nn.Module):
             TypeError: If the dtype of ``x`` or ``router_input`` is not that of the parameters.
             RuntimeError: In the backward pass, if the regularisers have not been collected by then.
         """
-        flat, mask = self._cast(self._flatten(x)), check_token_mask(token_mask, x)
+        flat, mask = self._cast(self._flatten(x), self.parameter_dtype), check_token_mask(token_mask, x)
         if routing is None:
-            routed = flat if router_input is None else self._flatten_router_input(router_input, x)
+            routed = flat if router_input is None else self._flatten_router_input(router_input, x, flat.dtype)
             flat, routed, with_lost = self._shut_out(flat, routed, mask)
             routing = self._route(routed, mask)
         else:
@@ -153,22 +153,21 @@ class RoutedLayer(nn.Module):
             raise ValueError(f"{name} must have shape (..., in_features = {self.in_features}), got {tuple(x.shape)}")
         return x if x.dim() == 2 else x.reshape(-1, self.in_features)
 
-    def _flatten_router_input(self, router_input: Tensor, x: Tensor) -> Tensor:
+    def _flatten_router_input(self, router_input: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
         """What the router sees of tokens ``x``, or the error that says what is wrong."""
         if router_input.shape != x.shape:
             raise ValueError(
                 f"router_input must have the shape of x, {tuple(x.shape)}, got {tuple(router_input.shape)}"
             )
-        return self._cast(self._flatten(router_input))
+        return self._cast(self._flatten(router_input), dtype)
 
     @property
     def parameter_dtype(self) -> torch.dtype | None:
         """What tokens must have; None where parts of the layer refuse them themselves."""
         return None
 
-    def _cast(self, x: Tensor) -> Tensor:
+    def _cast(self, x: Tensor, dtype: torch.dtype | None) -> Tensor:
         """Tokens in the dtype of the parameters, or the error that says what is wrong."""
-        dtype = self.parameter_dtype
         if dtype is None or x.dtype == dtype:
             return x
         if not torch.is_autocast_enabled(x.device.type) or not x.is_floating_point():

@@ -14,7 +14,7 @@ _WAYS_OUT = (
 )
 UNCOLLECTED = (
     "the regularisers of a forward pass in training were not collected before its backward pass, so that they are in "
-    f"no loss. {_WAYS_OUT}"
+    f"no loss. {_WAYS_OUT}. Under activation checkpointing pass use_reentrant=False"
 )
 UNUSED = (
     "the model's loss, which holds the regularisers, is not in the loss of this backward pass. Use it, or leave labels "
@@ -131,12 +131,17 @@ class StatisticsLog:
             taken += [left.take() for left in found]
         return [statistics for statistics in taken if statistics is not None]
 
-    def waits(self, since: int = 0) -> bool:
-        """Whether a pass whose regularisers would train something waits to be collected; see :meth:`take`."""
+    def waits(self, since: int = 0, *, wanted: bool = True) -> bool:
+        """Whether a pass waits to be collected; see :meth:`take`.
+
+        Args:
+            since: See there.
+            wanted: Whether its regularisers must train something.
+        """
         if self._compiled or torch.compiler.is_compiling():
             return bool(self._compiled)
         waiting = self._waiting() + ([] if self._without_graph is None else [self._without_graph])
-        return any(left.is_wanted and left.number >= since for left in waiting)
+        return any((left.is_wanted or not wanted) and left.number >= since for left in waiting)
 
     def _waiting(self) -> list[_Left]:
         alive = (reference() for reference in self._left)

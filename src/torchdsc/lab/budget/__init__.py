@@ -1,7 +1,9 @@
 """The budget solver: widths of each method for a target of total and active parameters."""
 
+from torchdsc.baselines.methods import METHODS
+
 from .api import solve, solve_all
-from .plan import METHODS, Budget, Plan, describe_misses, feed_forward_parameters
+from .plan import Budget, Plan, describe_misses, feed_forward_parameters
 from .solvers import TOLERANCE
 
 __all__ = [

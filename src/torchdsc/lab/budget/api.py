@@ -3,23 +3,13 @@
 from __future__ import annotations
 
 from math import floor
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from .plan import METHODS, Budget, Plan
-from .solvers import solve_atoms, solve_dense, solve_moe, solve_router
+from torchdsc.baselines.methods import METHODS, FeedForwardKind
+
+from .plan import Budget, Plan
+from .solvers import SOLVERS
 from .targets import Targets
-
-if TYPE_CHECKING:
-    from torchdsc.models.options import FeedForwardKind
-
-# What the solver sets itself, so that no option of the same name is dropped in silence.
-_WIDTHS: dict[str, set[str]] = {
-    "dense": set(),
-    "moe": {"num_experts", "top_k"},
-    "mixture_of_loras": {"num_experts", "rank", "top_k"},
-    "peer": {"num_experts", "top_k"},
-    "dsc": {"num_atoms", "top_k"},
-}
 
 
 def solve(
@@ -39,7 +29,7 @@ def solve(
     PEER, is a square, and the plan stays below both targets or next to them.
 
     Args:
-        method: "dense", "moe", "mixture_of_loras", "peer" or "dsc".
+        method: One of :data:`METHODS`.
         budget: Targets and sizes.
         top_k: Atoms or experts per token; 2 for MoE, 4 for others by default.
         rank: Of Mixture-of-LoRAs.
@@ -50,32 +40,25 @@ def solve(
         The plan.
 
     Raises:
+        TypeError: If an option that concerns the model around the layer has another type.
         ValueError: If the method is unknown, an option is the solver's to choose, or a target infeasible: it says
             which, and the nearest feasible one.
     """
     if method not in METHODS:
-        raise ValueError(f"method must be one of {METHODS}, got {method!r}")
+        raise ValueError(f"method must be one of {tuple(METHODS)}, got {method!r}")
     if top_k is not None and top_k < 1:
         raise ValueError(f"top_k must be >= 1, got {top_k}")
     if rank < 1:
         raise ValueError(f"rank must be >= 1, got {rank}")
-    chosen = sorted(_WIDTHS[method] & set(options or {}))
+    widths, form = METHODS[method].widths, METHODS[method].form
+    chosen = sorted(set(widths) & set(options or {}))
     if chosen:
-        raise ValueError(
-            f"options of {method} must leave {', '.join(sorted(_WIDTHS[method]))} to the solver, got {chosen}"
-        )
+        raise ValueError(f"options of {method} must leave {', '.join(sorted(widths))} to the solver, got {chosen}")
     total = floor(budget.total) if match is None else match.params_total
     active = floor(budget.active) if match is None else match.params_active
     source = "" if match is None else f" (realised by {match.method})"
-    targets = Targets(budget, total, active, source, dict(options or {}))
-    if method == "dense":
-        return solve_dense(targets)
-    if method == "moe":
-        return solve_moe(targets, top_k or 2)
-    is_linear = targets.options.get("router", "linear") == "linear"
-    if method == "peer" or not is_linear or any(targets.options.get(name) for name in ("share_bank", "attention_rank")):
-        return solve_router(targets, method, top_k or 4)
-    return solve_atoms(targets, method, top_k or 4, 1 if method == "dsc" else rank)
+    top_k, rank = top_k or (2 if form == "experts" else 4), rank if "rank" in widths else 1
+    return SOLVERS[form](Targets(budget, method, total, active, source, top_k, rank, dict(options or {})))
 
 
 def solve_all(

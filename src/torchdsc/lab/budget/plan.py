@@ -5,16 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import isfinite
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torchdsc.arguments import own_copies
-
-if TYPE_CHECKING:
-    from torchdsc.models.options import FeedForwardKind
+from torchdsc.baselines.methods import METHODS, FeedForwardKind
 
 # The share of a target that plans may miss it by without a word.
 MISS_TO_SAY = 0.01
-METHODS: tuple[FeedForwardKind, ...] = ("dense", "moe", "mixture_of_loras", "peer", "dsc")
 
 
 @dataclass(frozen=True)
@@ -102,7 +99,7 @@ def describe_misses(plans: Mapping[str, Plan], budget: Budget, match: str | None
             f"{name} {found:,} ({found / asked - 1:+.1%})"
             for name, found in reached.items()
             # All of dense is active.
-            if abs(found / asked - 1) > MISS_TO_SAY and not (target == "active" and plans[name].method == "dense")
+            if abs(found / asked - 1) > MISS_TO_SAY and not (target == "active" and plans[name].miss_active is None)
         ]
         why = f"; match = {match!r} solves all methods to what that one comes to" if match else ""
         if missed:
@@ -132,23 +129,21 @@ def feed_forward_parameters(
     import torch
 
     from torchdsc.models.feed_forward import build_attention_update, build_feed_forward
+    from torchdsc.models.options import split_options
 
     with torch.device("meta"):
         module: Any = build_feed_forward(method, d_model, intermediate_size, options)
-        update = build_attention_update(method, options, module.dsc.bank) if method == "dsc" else None
-    total = sum(parameter.numel() for parameter in module.parameters())
-    shared = idle = 0
-    if method == "dsc":
-        bank = 2 * d_model * options["num_atoms"]
-        shared = bank if options.get("share_bank") else 0
-        if update is not None:
-            total += sum(parameter.numel() for parameter in update.parameters()) - bank
+        model, _ = split_options(method, options)
+        layer = getattr(module, "dsc", module)
+        update = build_attention_update(method, options, layer.bank) if model.attention_rank else None
+    stored, idle = _count(module), METHODS[method].idle(layer)
+    if update is not None:
         # Attention composes from the same atoms, K of its own.
-        idle = bank - 2 * d_model * options["top_k"] * (1 if update is None else 2)
-    elif method == "mixture_of_loras":
-        idle = 2 * d_model * options["rank"] * (options["num_experts"] - options.get("top_k", 2))
-    elif method == "peer":
-        idle = 2 * d_model * (options["num_experts"] - options.get("top_k", 4))
-    elif method == "moe":
-        idle = 2 * d_model * intermediate_size * (options["num_experts"] - options.get("top_k", 2))
-    return n_layer * total - (n_layer - 1) * shared, n_layer * (total - idle)
+        stored += _count(update) - _count(layer.bank)
+        idle -= 2 * d_model * options["top_k"]
+    shared = _count(layer.bank) if model.share_bank else 0
+    return n_layer * stored - (n_layer - 1) * shared, n_layer * (stored - idle)
+
+
+def _count(module: Any) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())

@@ -2,33 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
+
+from torchdsc.baselines.methods import METHODS, FeedForwardKind
 
 from .plan import Budget, Plan, feed_forward_parameters
 
 if TYPE_CHECKING:
-    from torchdsc.models.options import FeedForwardKind
+    from torchdsc.models.options import ModelOptions
 
 
 @dataclass(frozen=True)
 class Targets:
-    """Targets of the whole model in whole parameters: the arithmetic below is exact."""
+    """What a method is solved for, of the whole model and in whole parameters: the arithmetic below is exact."""
 
     budget: Budget
+    method: FeedForwardKind
     total: int
     active: int
     source: str
+    top_k: int
+    rank: int
     options: dict[str, Any]
+
+    @cached_property
+    def model(self) -> ModelOptions:
+        """Those of the method's options that concern the model around its layers."""
+        # Imported late: the command line shows its help before this loads.
+        from torchdsc.models.options import split_options
+
+        return split_options(self.method, self.options)[0]
 
     @property
     def fixed(self) -> int:
         """Parameters outside the feed-forward layers: those of the budget, and contexts."""
-        # Imported late: the command line shows its help before this loads.
-        from torchdsc.models.options import split_options
-
-        return self.budget.fixed + split_options("dsc", self.options)[0].context_rows * self.unit
+        return self.budget.fixed + self.model.context_rows * self.unit
 
     @property
     def stored(self) -> int:
@@ -45,20 +55,26 @@ class Targets:
         """D parameters in every layer: what widths and counts come in."""
         return self.budget.d_model * self.budget.n_layer
 
-    def plan(self, method: FeedForwardKind, width: int, widths: dict[str, Any]) -> Plan:
-        """The plan of these widths, and by how much it misses."""
-        options = {**self.options, **widths}
+    @property
+    def count_name(self) -> str:
+        """The option that says how many atoms or experts there are."""
+        return METHODS[self.method].widths[0]
+
+    def plan(self, width: int, count: int = 0) -> Plan:
+        """The plan of a width and a count of atoms or experts, and by how much it misses."""
+        method = METHODS[self.method]
+        options = {**self.options, **dict(zip(method.widths, (count, self.top_k, self.rank), strict=False))}
         d_model, layers, fixed = self.budget.d_model, self.budget.n_layer, self.fixed
-        stored, used = feed_forward_parameters(method, d_model, width, options, layers)
+        stored, used = feed_forward_parameters(self.method, d_model, width, options, layers)
         return Plan(
-            method=method,
+            method=self.method,
             intermediate_size=width,
             options=options,
             params_total=fixed + stored,
             params_active=fixed + used,
             miss_total=stored / self.stored - 1,
-            miss_active=None if method == "dense" else used / self.used - 1,
-            description=_describe(method, width, options),
+            miss_active=None if method.form == "dense" else used / self.used - 1,
+            description=self._describe(width, options),
         )
 
     def check_total(self, least: int, why: str) -> None:
@@ -79,32 +95,19 @@ class Targets:
             nearest = self.fixed + least
             raise ValueError(f"active must be at least {nearest:,} for {why}, got {self.active:,}{self.source}")
 
-
-def _describe(method: FeedForwardKind, width: int, widths: dict[str, Any]) -> str:
-    router = widths.get("router", "linear")
-    describe: dict[str, Callable[[], str]] = {
-        "dense": lambda: f"width {width}",
-        "moe": lambda: (
-            f"{widths['num_experts']} experts of {width}, top-{widths['top_k']}"
-            + (f", {widths['shared_experts']} shared" if widths.get("shared_experts") else "")
-        ),
-        "mixture_of_loras": lambda: (
-            f"{widths['num_experts']} experts of rank {widths['rank']}, top-{widths['top_k']}, static width {width}"
-        ),
-        "peer": lambda: f"{widths['num_experts']} experts of one neuron, top-{widths['top_k']}, static width {width}",
-        "dsc": lambda: (
-            f"M {widths['num_atoms']}{' shared' if widths.get('share_bank') else ''}, K {widths['top_k']}, "
-            f"static width {width}"
-            + ("" if router == "linear" else f", {router} router")
-            + (f", attention by rank {widths['attention_rank']}" if widths.get("attention_rank") else "")
-        ),
-    }
-    context, around = widths.get("router_context", 1), widths.get("input_context", 1)
-    routed = widths.get("router_input") == "embeddings"
-    seen = {
-        f"context of {context} tokens": context > 1 and not routed,
-        f"routed by embeddings of {context} tokens": routed and context > 1,
-        "routed by embeddings": routed and context == 1,
-        f"sees embeddings of {around} tokens": around > 1,
-    }
-    return ", ".join([describe[method](), *(words for words, holds in seen.items() if holds)])
+    def _describe(self, width: int, options: dict[str, Any]) -> str:
+        method, model, router = METHODS[self.method], self.model, options.get("router", "linear")
+        mixed = f" of {model.router_context} tokens" if model.router_context > 1 else ""
+        by_embeddings = model.router_input == "embeddings"
+        shared = " shared" if model.share_bank else ""
+        words = {
+            method.words.format(width=width, shared=shared, **options): True,
+            f"{options.get('shared_experts')} shared": options.get("shared_experts"),
+            f"static width {width}": method.form == "update",
+            f"{router} router": router != "linear",
+            f"attention by rank {model.attention_rank}": model.attention_rank > 0,
+            f"routed by embeddings{mixed}": by_embeddings,
+            f"context{mixed}": mixed and not by_embeddings,
+            f"sees embeddings of {model.input_context} tokens": model.input_context > 1,
+        }
+        return ", ".join(text for text, holds in words.items() if holds)

@@ -11,12 +11,10 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from torchdsc.baselines.methods import METHODS
+
 PALETTE: dict[str, tuple[str, str]] = {
-    "dense": ("#2f3742", "#d9dfe7"),
-    "moe": ("#bb5806", "#f2973a"),
-    "mixture_of_loras": ("#0b8668", "#25b48f"),
-    "peer": ("#a12a8c", "#e07fd0"),
-    "dsc": ("#2257e0", "#7d9dff"),
+    **{name: method.color for name, method in METHODS.items()},
     "label": ("#4a5361", "#b3bcc9"),
     "faint": ("#8a93a0", "#788393"),
     "grid": ("#e4e8ee", "#2a313c"),
@@ -28,7 +26,7 @@ have contrast 4.5 or more with the page.
 """
 
 COLORS: dict[str, str] = {name: light for name, (light, _) in PALETTE.items()}
-MARKERS: dict[str, str] = {"dense": "o", "moe": "s", "mixture_of_loras": "^", "peer": "v", "dsc": "D"}
+MARKERS: dict[str, str] = {name: method.marker[0] for name, method in METHODS.items()}
 FONT_SIZE = 12.0
 WIDTH, HEIGHT = 480.0, 310.0
 

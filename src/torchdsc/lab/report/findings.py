@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from torchdsc.baselines.methods import METHODS
 from torchdsc.lab.summaries import METHOD_LABELS, MethodSummary, Run, check_runs, group_runs, leader
 from torchdsc.lab.tables import MINUS, format_loss, format_millions
 
@@ -181,7 +182,7 @@ def _routing_finding(method: str, runs: Sequence[Run]) -> RoutingFinding:
         for run in runs
         for index, layer in enumerate(run["routing"]["layers"])
     ]
-    noun = "experts" if method == "moe" else "atoms" if method == "dsc" else "LoRAs"
+    noun = METHODS[method].units
     used = {name: layer["utilization"] for name, layer in layers if _finite(layer["utilization"])}
     even = {name: layer["effective_atoms"] / layer["num_atoms"] for name, layer in layers}
     even = {name: share for name, share in even.items() if _finite(share)}

@@ -7,17 +7,12 @@ from html import escape
 
 from matplotlib.figure import Figure
 
+from torchdsc.baselines.methods import METHODS
 from torchdsc.lab.figures import to_svg
 
 from .template import DETAILS, FIGURE, SECTION, TABLE
 
-MARKS: dict[str, str] = {
-    "dense": "\N{BLACK CIRCLE}",
-    "moe": "\N{BLACK SQUARE}",
-    "mixture_of_loras": "\N{BLACK UP-POINTING TRIANGLE}",
-    "peer": "\N{BLACK DOWN-POINTING TRIANGLE}",
-    "dsc": "\N{BLACK DIAMOND}",
-}
+MARKS: dict[str, str] = {name: method.marker[1] for name, method in METHODS.items()}
 """The figures' markers as characters."""
 
 

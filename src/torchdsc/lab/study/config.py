@@ -49,7 +49,7 @@ class Variant:
 
     Attributes:
         name: What it is called in tables.
-        method: "dense", "moe", "mixture_of_loras", "peer" or "dsc".
+        method: One of :data:`torchdsc.lab.budget.METHODS`.
         settings: Over those of the study: fields of :class:`torchdsc.lab.config.ExperimentConfig`, and
             "feed_forward", further options of the layer.
         trials: Settings over these, one of which is chosen by validation loss; a single one is taken as it is.
