@@ -3,7 +3,7 @@
 from .bounds import certified_spectral_bound, spectral_norm
 from .convert import convert, load_converted
 from .losses import Regularization, RegularizedLoss, frame_regularization, last_regularization, regularization
-from .nn import DSC, BasisBank, DSCOptions, Residual, ShortConvolution
+from .nn import DSC, BasisBank, DSCFeedForward, DSCOptions, Residual, Routing, ShortConvolution, recommended
 from .optim import build_optimizer, decay_parameter_names, parameter_groups
 
 __version__ = "0.1.0.dev0"
@@ -11,10 +11,12 @@ __version__ = "0.1.0.dev0"
 __all__ = [
     "DSC",
     "BasisBank",
+    "DSCFeedForward",
     "DSCOptions",
     "Regularization",
     "RegularizedLoss",
     "Residual",
+    "Routing",
     "ShortConvolution",
     "build_optimizer",
     "certified_spectral_bound",
@@ -24,6 +26,7 @@ __all__ = [
     "last_regularization",
     "load_converted",
     "parameter_groups",
+    "recommended",
     "regularization",
     "spectral_norm",
 ]
