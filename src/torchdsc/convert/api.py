@@ -2,16 +2,26 @@
 
 import re
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, Unpack, cast
 
 import torch
 from torch import Tensor, nn
 
 from torchdsc.arguments import check_at_least, check_types
 from torchdsc.losses import add_regularization
-from torchdsc.nn import DSC, BasisBank, Residual
-from torchdsc.nn.host import TokenMasked, feature_sizes, leave_fused_encoder, pass_attention_mask, stream_width
+from torchdsc.nn import DSC, BasisBank, Contextual, DenseFFN, Residual
+from torchdsc.nn.broadcast import Broadcast, broadcast_embeddings
+from torchdsc.nn.host import (
+    TokenMasked,
+    feature_sizes,
+    leave_fused_encoder,
+    pass_attention_mask,
+    stream_width,
+    tied_keys,
+)
+from torchdsc.nn.options import FeedForwardArguments, split_context
 
+from .matching import match_parameters
 from .saving import remember_conversion
 
 
@@ -20,78 +30,156 @@ def convert(
     *,
     target: str | Callable[[str, nn.Module], bool] = r"(^|\.)(mlp|ffn|feed_forward)$",
     mode: Literal["wrap", "replace"] = "wrap",
+    match: Literal["parameters"] | None = None,
     in_features: int | None = None,
     out_features: int | None = None,
+    hidden_features: int | None = None,
     share_bank: bool = False,
-    **options: Any,
+    **options: Unpack[FeedForwardArguments],
 ) -> list[str]:
     """Put a DSC layer beside (``base(x) + dsc(x)``) or in place of the feed-forward modules of ``model``, in place.
 
+    The recommended layer in place of the MLPs of a causal language model of transformers, at no more parameters::
+
+        torchdsc.convert(model, mode="replace", match="parameters", **torchdsc.recommended())
+
     A converted model passes the ``attention_mask`` it is called with, where it has the shape of the tokens, to its DSC
-    layers, so that padding does not count in their regularisers. A Hugging Face model adds these to its loss in
-    training; for others add ``torchdsc.regularization(model).total``. A backward pass without them raises.
-    ``save_pretrained`` saves the converted model, :func:`torchdsc.load_converted` loads it; transformers' own
-    ``from_pretrained`` refuses it.
+    layers, so that padding does not count in their regularisers, and where these see them the embeddings of its tokens:
+    in training, evaluation, cached generation, with padding, and with sequences packed by ``position_ids``. A Hugging
+    Face model adds the regularisers to its loss in training; for others add ``torchdsc.regularization(model).total``. A
+    backward pass without them raises. ``save_pretrained`` saves the converted model, :func:`torchdsc.load_converted`
+    loads it; transformers' own ``from_pretrained`` refuses it.
 
     Args:
         model: Any PyTorch or Hugging Face model whose targets map (..., d_in) to (..., d_out).
         target: Regular expression searched in module names, or a predicate of name and module. Modules inside a
             target, and those converted by an earlier call, are not converted again.
-        mode: "wrap" keeps the module as base, "replace" drops it.
+        mode: "wrap" keeps the module as base, which sees what it did before; "replace" drops it.
+        match: "parameters" solves ``num_atoms`` and ``hidden_features``, as far as they are not given, so that a layer
+            stores no more than the module it replaces.
         in_features: d_in; by default that of each target, as far as it can be told.
         out_features: d_out; likewise.
+        hidden_features: Width of a static layer (:class:`torchdsc.nn.DenseFFN`) beside DSC that replaces a module; none
+            by default.
         share_bank: One bank for all layers; their sizes must then agree.
-        **options: Fields of :class:`torchdsc.DSCOptions`; ``num_atoms`` and ``top_k`` are required.
+        **options: Fields of :class:`torchdsc.DSCOptions` and :class:`torchdsc.nn.ContextOptions`, such as
+            :func:`torchdsc.recommended` gives; without ``match``, ``num_atoms`` is required, and ``top_k`` is.
 
     Returns:
         Names of the converted modules, in order.
 
     Raises:
-        TypeError: If an argument has another type.
-        ValueError: If nothing matches, ``mode`` is unknown, sizes cannot be told, or a shared bank does not fit.
+        TypeError: If an argument has another type, or an option is unknown or missing.
+        ValueError: If nothing matches, an argument is out of its range or does not go with the others, sizes cannot be
+            told, a shared bank does not fit, or the model has no embeddings that its layers could see.
     """
     check_types(convert, locals())
-    check_at_least(1, in_features=in_features, out_features=out_features)
+    check_at_least(1, in_features=in_features, out_features=out_features, hidden_features=hidden_features)
+    for argument, value in (("match", match), ("hidden_features", hidden_features)):
+        if mode == "wrap" and value is not None:
+            raise ValueError(f"{argument} must be None for mode = 'wrap', which keeps the module, got {value!r}")
+    if match and share_bank:
+        raise ValueError(
+            "match must be None for share_bank = True, as one bank is in every layer's budget, got 'parameters'"
+        )
+    context, own = split_context(options)
+    if context.router_context > 1 and context.router_input == "hidden":
+        raise ValueError(
+            "router_input must be 'embeddings' for router_context > 1 in a model of others, got 'hidden': its cache "
+            "keeps no hidden states"
+        )
     names = _matches(model, target)
     if not names:
         raise ValueError(f"target must match a module of model, got {target!r}, which matches none")
     # Everything is built before anything is replaced: an error leaves the model as it was.
-    layers: list[DSC] = []
+    layers: list[_Converted] = []
+    sizes: list[tuple[int, int | None]] = []
     for name in names:
         base = model.get_submodule(name)
-        sizes = _sizes(name, base, in_features, out_features, stream_width(model, name))
-        bank: BasisBank | None = layers[0].bank if share_bank and layers else None
+        first, last = _sizes(name, base, in_features, out_features, stream_width(model, name))
+        width, changes = hidden_features or 0, own
+        if match:
+            budget = sum(parameter.numel() for parameter in base.parameters())
+            num_atoms, width = match_parameters(budget, first, last, context, own, hidden_features)
+            changes = {**own, "num_atoms": num_atoms}
+        if width and first != last:
+            raise ValueError(f"hidden_features must be None for {name!r}, which maps {first} to {last}, got {width}")
+        bank: BasisBank | None = layers[0].dsc.bank if share_bank and layers else None
         like = next(base.parameters(), torch.empty(0))
-        layer = DSC(*sizes, bank=bank, device=like.device, dtype=like.dtype, **options)
-        layers.append(layer.train(base.training))
+        placed: dict[str, Any] = {"device": like.device, "dtype": like.dtype}
+        dsc = DSC(first, last, bank=bank, **placed, **changes)
+        layer: _Converted
+        if mode == "wrap":
+            layer = _Wrapped(Residual(base, dsc))
+        else:
+            layer = _Replaced(Residual(DenseFFN(first, width, **placed), dsc) if width else dsc)
+        layer.add_contexts(first, context, **placed)
+        kept = {*base.modules()} if mode == "wrap" else set()
+        for part in {*layer.modules()} - kept:
+            part.training = base.training
+        layers.append(layer)
+        sizes.append((dsc.options.num_atoms, width or None))
+    if context.embeddings_are_seen:
+        features = {layer.dsc.in_features for layer in layers}
+        if len(features) > 1:
+            raise ValueError(f"in_features must be the same for layers that see embeddings, got {sorted(features)}")
+        source = broadcast_embeddings(model, features.pop(), context.past_tokens)
+        for layer in layers:
+            layer.broadcast = source
     for name, layer in zip(names, layers, strict=True):
-        base = model.get_submodule(name)
-        converted = _Wrapped(Residual(base, layer)) if mode == "wrap" else _Replaced(layer)
-        converted.training = converted.module.training = base.training
         parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, converted)
+        setattr(model.get_submodule(parent), child, layer)
     leave_fused_encoder(model)
     if share_bank:
-        _declare_shared(model, layers[0].bank)
+        _declare_shared(model)
     pass_attention_mask(model)
     add_regularization(model)
-    given = {
-        "mode": mode,
-        "in_features": in_features,
-        "out_features": out_features,
-        "share_bank": share_bank,
-        **options,
-    }
-    remember_conversion(model, {"modules": names, "arguments": given})
+    arguments = {"mode": mode, "in_features": in_features, "out_features": out_features, "share_bank": share_bank}
+    for size in dict.fromkeys(sizes):
+        # What was solved, not what it was solved for.
+        found = [name for name, other in zip(names, sizes, strict=True) if other == size]
+        solved = {"num_atoms": size[0], "hidden_features": size[1]}
+        remember_conversion(model, {"modules": found, "arguments": {**arguments, **options, **solved}})
     return names
 
 
-class _Converted(nn.Module, TokenMasked):
-    """A converted module: hands the attention mask of its model to the DSC layer."""
+class _Converted(nn.Module, TokenMasked, Contextual):
+    """A converted module: hands its DSC layer the attention mask of its model, and the embeddings of its tokens.
 
-    def __init__(self, module: Residual | DSC) -> None:
+    Attributes:
+        module: What it was made of: the DSC layer, alone or beside a static layer or the module that it keeps.
+        broadcast: What has the embeddings; None for layers that see none.
+    """
+
+    module: DSC | Residual
+    broadcast: Broadcast | None
+
+    def __init__(self, module: DSC | Residual) -> None:
         super().__init__()
         self.module = module
+        self.broadcast = None
+
+    @property
+    def dsc(self) -> DSC:
+        """The DSC layer."""
+        return self.module if isinstance(self.module, DSC) else cast(DSC, self.module.dsc)
+
+    def look(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What the DSC layer and its router see of tokens ``x`` of shape (..., d), the latter None for the former."""
+        if self.broadcast is None:
+            return x, None
+        seen = self.broadcast.seen(x)
+        # Some models flatten sequences on the way.
+        sequences = x.reshape(*seen.sequences.shape[:-2], seen.length, x.shape[-1])
+        routed = self.router_sees(seen)
+        z = self.layer_sees(sequences, seen).reshape(x.shape)
+        return z, None if routed is None else routed.reshape(x.shape)
+
+    def kept(self, y: Tensor) -> Tensor:
+        """The output ``y``, which may be recomputed in its backward pass."""
+        if self.broadcast is not None:
+            self.broadcast.keep(y)
+        return y
 
 
 class _Wrapped(_Converted):
@@ -104,30 +192,27 @@ class _Wrapped(_Converted):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         # The base has the arguments that it had before, whatever their names.
         y: Tensor = self.module.base(x, *args, **kwargs)
-        update: Tensor = self.module.dsc(x, self.mask_of(x))
-        return y + update
+        z, routed = self.look(x)
+        update: Tensor = self.module.dsc(z, self.mask_of(x), routed)
+        return self.kept(y + update)
 
 
 class _Replaced(_Converted):
-    module: DSC
     takes_router_input = True
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        y: Tensor = self.module(x, *args, **{"token_mask": self.mask_of(x), **kwargs})
-        return y
+        z, routed = self.look(x)
+        given = {"token_mask": self.mask_of(x), "router_input": routed, **kwargs}
+        y: Tensor = self.module(z, *args, **given)
+        return self.kept(y)
 
 
-def _declare_shared(model: nn.Module, bank: BasisBank) -> None:
+def _declare_shared(model: nn.Module) -> None:
     """Tell transformers which tensors share memory: it refuses to save others, and fills them anew on loading."""
     declared = getattr(model, "_tied_weights_keys", ())
     if not isinstance(declared, dict | None):
         return
-    tied = {}
-    for own in bank.parameters():
-        first, *others = (
-            name for name, parameter in model.named_parameters(remove_duplicate=False) if parameter is own
-        )
-        tied.update(dict.fromkeys(others, first))
+    tied = tied_keys((name, module) for name, module in model.named_modules() if isinstance(module, DSC))
     patterns = {re.escape(name): first for name, first in tied.items()}
     model._tied_weights_keys = {**(declared or {}), **patterns}  # type: ignore[assignment]
     # Loading goes by what the model found out of these when it was built.
@@ -150,6 +235,9 @@ def _sizes(
     if in_features is not None and out_features is not None:
         return in_features, out_features
     first, last = feature_sizes(base, name, width)
+    if first is None and any(parameter.dim() > 1 and width in parameter.shape for parameter in base.parameters()):
+        # Experts that are no linear layers: a block of the residual stream.
+        first = last = width
     first = first if in_features is None else in_features
     last = last if out_features is None else out_features
     if first is None or last is None:

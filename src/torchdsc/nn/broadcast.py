@@ -1,0 +1,296 @@
+"""The embeddings of the tokens that a model is called with, for layers inside it, past the model's own code.
+
+A hook of the model notes what a call is about: padding, positions, the cache. A hook of its input embedding then has
+the embeddings, before positions are added, and layers that see them ask for them. In cached generation those of the
+last tokens lie in a layer of their own in transformers' cache, and are reordered, repeated and reset with keys and
+values.
+"""
+
+import inspect
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from .context import Seen
+from .packing import number_sequences
+
+_BROADCAST = "_torchdsc_broadcast"
+_OUTSIDE = (
+    "a layer that sees the embeddings of the tokens must be called by {model}, whose call tells them, got a call of "
+    "the layer, or of a module around it, alone"
+)
+_SEVERAL = (
+    "gradient checkpointing recomputes a layer that sees the embeddings of the tokens, and {count} calls of {model} "
+    "wait for their backward pass: it cannot be told whose. Call backward before the next forward pass, or switch "
+    "gradient checkpointing off"
+)
+
+
+class Broadcast:
+    """Hands the embeddings of a model's current call to layers inside it.
+
+    Args:
+        model: A decoder whose call gets or embeds the tokens: ``model.get_input_embeddings()`` is its embedding.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.past_tokens = 0
+        self._name = type(model).__name__
+        self._accepted = tuple(inspect.signature(model.forward).parameters)
+        self._is_open = False
+        self._given: dict[str, Any] = {}
+        self._seen: Seen | None = None
+        # Calls whose backward pass may still recompute a layer: the graphs of the layers' outputs hold them.
+        self._calls: weakref.WeakSet[_Call] = weakref.WeakSet()
+        self._call: _Call | None = None
+        self._embedding: nn.Module = model.get_input_embeddings()  # type: ignore[operator]
+        self._handles = [
+            model.register_forward_pre_hook(self._begin, with_kwargs=True),
+            model.register_forward_hook(self._end, with_kwargs=True, always_call=True),
+            self._embedding.register_forward_hook(self._embedded),
+        ]
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What belongs to a call stays with it: a copied or saved model starts without any.
+        blank: dict[str, Any] = {"_seen": None, "_given": {}, "_call": None, "_is_open": False, "_calls": None}
+        return {**vars(self), **blank}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._calls = weakref.WeakSet()
+
+    def remove(self) -> None:
+        """Take the hooks off the model."""
+        for handle in self._handles:
+            handle.remove()
+
+    def seen(self, x: Tensor) -> Seen:
+        """The embeddings of the tokens of the current call, on the device and in the dtype of a layer's input.
+
+        Args:
+            x: Shape (..., d), of as many tokens as the call has.
+
+        Raises:
+            RuntimeError: If the layer is called outside of its model's call, or recomputed for one of several.
+            ValueError: If it has another number of tokens.
+        """
+        found = self._seen if self._is_open or torch.compiler.is_compiling() else self._recomputed()
+        if found is None:
+            raise RuntimeError(_OUTSIDE.format(model=self._name))
+        batch, length = found.sequences.shape[0], found.length
+        if x.shape[:-1].numel() != batch * length:
+            raise ValueError(
+                f"a layer that sees the embeddings of the tokens must see every token once, got hidden states of shape "
+                f"{tuple(x.shape)} for {batch} sequences of {length}"
+            )
+        return found._replace(sequences=found.sequences.to(x.device, x.dtype))
+
+    def keep(self, output: Tensor) -> None:
+        """Keep the embeddings for a layer's recomputation, as long as a backward pass may come through its output."""
+        if self._is_open and output.requires_grad and not torch.compiler.is_compiling() and self._call is not None:
+            output.register_hook(self._call.use)  # type: ignore[no-untyped-call]
+
+    def _recomputed(self) -> Seen | None:
+        calls = [*self._calls]
+        if len(calls) > 1:
+            raise RuntimeError(_SEVERAL.format(count=len(calls), model=self._name))
+        return calls[0].seen if calls else None
+
+    def _begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._given = {**dict(zip(self._accepted, args, strict=False)), **kwargs}
+        self._is_open, self._seen = True, None
+        if not torch.compiler.is_compiling():
+            # Their backward pass is over, whoever still holds its graph.
+            self._calls = weakref.WeakSet(call for call in self._calls if not call.is_used)
+        embedding = model.get_input_embeddings()  # type: ignore[operator]
+        if embedding is not self._embedding:
+            # One that was resized, or wrapped by an adapter.
+            self._embedding = embedding
+            self._handles[-1].remove()
+            self._handles[-1] = embedding.register_forward_hook(self._embedded)
+        given = self._given.get("inputs_embeds")
+        if isinstance(given, Tensor):
+            self._look(given)
+
+    def _embedded(self, embedding: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        if self._is_open and self._seen is None:
+            self._look(output)
+
+    def _look(self, embeddings: Tensor) -> None:
+        length, past = embeddings.shape[-2], self.past_tokens
+        cache = self._given.get("past_key_values", self._given.get("cache"))
+        positions = self._given.get("position_ids")
+        if isinstance(positions, Tensor) and positions.dim() != 2:
+            raise ValueError(
+                f"position_ids must have shape (B, T) for layers that see embeddings, got {tuple(positions.shape)}"
+            )
+        x = functional.layer_norm(embeddings, embeddings.shape[-1:])
+        if past:
+            mask = _token_mask(self._given.get("attention_mask"), length, cache)
+            if mask is not None:
+                # Not by a product: the state of padding need not be finite.
+                x = x.masked_fill(~mask.unsqueeze(-1), 0.0)
+            if isinstance(positions, Tensor) and length > 1:
+                positions = _places(positions, mask)
+            x = _after_past(x, past, cache)
+        self._seen = Seen(x, length, positions if isinstance(positions, Tensor) else None)
+        if not torch.compiler.is_compiling() and torch.is_grad_enabled():
+            self._call = _Call(self._seen)
+            self._calls.add(self._call)
+
+    def _end(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        seen, given = self._seen, self._given
+        self._is_open, self._seen, self._given, self._call = False, None, {}, None
+        cache = given.get("past_key_values", given.get("cache"))
+        if cache is None:
+            cache = _cache_of(output)
+        if seen is not None and cache is not None and self.past_tokens:
+            _keep_past(seen.sequences, self.past_tokens, cache)
+
+
+class _Call:
+    """The embeddings of one call of the model, for recomputation."""
+
+    def __init__(self, seen: Seen) -> None:
+        self.seen, self.is_used = seen, False
+
+    def use(self, gradient: Tensor) -> None:
+        """The hook that holds the call: a backward pass comes through a layer's output."""
+        self.is_used = True
+
+
+def broadcast_embeddings(model: nn.Module, features: int, past_tokens: int) -> Broadcast:
+    """Let layers of ``model`` see the embeddings of the tokens it is called with.
+
+    Args:
+        model: A causal language model with ``get_input_embeddings()``: transformers', or one like them.
+        features: d of the layers.
+        past_tokens: How many tokens before its own a layer looks back to.
+
+    Returns:
+        What the layers ask; the same for all layers of a model.
+
+    Raises:
+        ValueError: If the model has no such embedding, one of another size, or an encoder beside its decoder.
+    """
+    decoder = _decoder(model)
+    embedding = decoder.get_input_embeddings() if hasattr(decoder, "get_input_embeddings") else None  # type: ignore[operator]
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False) or not isinstance(embedding, nn.Module):
+        raise ValueError(
+            "router_input and input_context must leave embeddings out for a model that is no decoder with "
+            f"get_input_embeddings(), got {type(model).__name__}"
+        )
+    size = getattr(embedding, "embedding_dim", features)
+    if size != features:
+        raise ValueError(
+            f"layers that see the embeddings of the tokens must have in_features = {size}, theirs, got {features}"
+        )
+    found: Broadcast | None = decoder.__dict__.get(_BROADCAST)
+    if found is None:
+        found = Broadcast(decoder)
+        decoder.__dict__[_BROADCAST] = found
+    found.past_tokens = max(found.past_tokens, past_tokens)
+    return found
+
+
+def leave_embeddings(model: nn.Module) -> None:
+    """Undo :func:`broadcast_embeddings`."""
+    found = _decoder(model).__dict__.pop(_BROADCAST, None)
+    if found is not None:
+        found.remove()
+
+
+def _decoder(model: nn.Module) -> nn.Module:
+    """The part that is called with the tokens of every forward pass, whoever calls it: ``model.model``, say."""
+    prefix = getattr(model, "base_model_prefix", "")
+    part = getattr(model, prefix, None) if prefix else None
+    return part if isinstance(part, nn.Module) else model
+
+
+def _token_mask(mask: Any, length: int, cache: Any) -> Tensor | None:
+    """Which of the last ``length`` tokens are no padding, of shape (B, T); None where nothing says it."""
+    if isinstance(mask, dict):
+        mask = mask.get("full_attention", next(iter(mask.values()), None))
+    if not isinstance(mask, Tensor):
+        return None
+    if mask.dim() == 2:
+        return mask[:, -length:].bool() if mask.shape[1] >= length else None
+    if mask.dim() != 4 or length == 1:
+        # A token that is generated is none.
+        return None
+    # Prepared for attention: padding does not see itself.
+    start = 0 if cache is None else int(cache.get_seq_length())
+    own = mask[:, 0, :, start : start + length].diagonal(dim1=-2, dim2=-1)
+    return own if own.dtype == torch.bool else own == 0
+
+
+def _places(positions: Tensor, mask: Tensor | None) -> Tensor | None:
+    """Places of tokens in their sequences, where several are packed in a row; None where each row holds one."""
+    numbers = number_sequences(positions, mask)
+    return None if numbers is None else positions
+
+
+def _after_past(x: Tensor, past_tokens: int, cache: Any) -> Tensor:
+    """Embeddings after those of the tokens before them, as far as the cache holds some."""
+    if cache is None:
+        return x
+    index = _index(cache)
+    if index is None:
+        if cache.get_seq_length() == 0:
+            return x
+        raise ValueError(
+            "past_key_values must be a transformers Cache that this model has filled from its first token on, got one "
+            "that holds tokens whose embeddings are not in it"
+        )
+    # Features come before places there.
+    seen: Tensor = cache.update_conv_state(x.mT, index, conv_kernel_size=past_tokens).mT
+    return seen
+
+
+def _keep_past(sequences: Tensor, past_tokens: int, cache: Any) -> None:
+    """Put the layer of the last embeddings into a cache that has none."""
+    if not hasattr(cache, "layers"):
+        raise ValueError(f"past_key_values must be a transformers Cache with layers, got a {type(cache).__name__}")
+    if _index(cache) is None:
+        cache.layers.append(_past_layer())
+        cache.update_conv_state(sequences.detach().mT, len(cache.layers) - 1, conv_kernel_size=past_tokens)
+
+
+def _index(cache: Any) -> int | None:
+    kind = _past_layer_class()
+    return next((i for i, layer in enumerate(getattr(cache, "layers", ())) if isinstance(layer, kind)), None)
+
+
+def _past_layer() -> Any:
+    return _past_layer_class()()
+
+
+_classes: list[type] = []
+
+
+def _past_layer_class() -> Any:
+    """A layer of transformers' cache for the last embeddings."""
+    if _classes:
+        return _classes[0]
+    from transformers.cache_utils import LinearAttentionLayer
+
+    class EmbeddingsLayer(LinearAttentionLayer):  # type: ignore[misc]
+        def batch_repeat_interleave(self, repeats: int) -> None:
+            self.conv_states[0] = self.conv_states[0].repeat_interleave(repeats, dim=0)
+
+        def batch_select_indices(self, indices: Tensor) -> None:
+            self.conv_states[0] = self.conv_states[0][indices, ...]
+
+    _classes.append(EmbeddingsLayer)
+    return EmbeddingsLayer
+
+
+def _cache_of(output: Any) -> Any:
+    """The cache among a model's outputs."""
+    if isinstance(output, dict):
+        return output.get("past_key_values", output.get("cache"))
+    parts = output if isinstance(output, tuple) else ()
+    return next((part for part in parts if hasattr(part, "get_seq_length")), None)
