@@ -1,0 +1,336 @@
+"""Converted causal language models whose layers see embeddings of the tokens, against the same tokens in one pass."""
+
+import copy
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import torchdsc
+from torchdsc.nn import DSC, ContextOptions
+from torchdsc.nn.broadcast import broadcast_embeddings
+
+transformers = pytest.importorskip("transformers")
+
+VOCABULARY = 97
+SIZES = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+HEADS = {"num_key_value_heads": 2, "max_position_embeddings": 64}
+GPT2 = {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "bos_token_id": 0}
+MOE = {"moe_intermediate_size": 16, "num_experts": 4, "num_experts_per_tok": 2, "head_dim": 8}
+MODELS = {
+    "llama": ("LlamaForCausalLM", "LlamaConfig", {**SIZES, **HEADS, "intermediate_size": 88}),
+    "qwen2": ("Qwen2ForCausalLM", "Qwen2Config", {**SIZES, **HEADS, "intermediate_size": 88}),
+    "qwen3": ("Qwen3ForCausalLM", "Qwen3Config", {**SIZES, **HEADS, "intermediate_size": 88, "head_dim": 8}),
+    "mistral": (
+        "MistralForCausalLM",
+        "MistralConfig",
+        {**SIZES, **HEADS, "intermediate_size": 88, "sliding_window": 6},
+    ),
+    "gpt2": ("GPT2LMHeadModel", "GPT2Config", {**GPT2, "eos_token_id": 0}),
+    "neox": ("GPTNeoXForCausalLM", "GPTNeoXConfig", {**SIZES, "intermediate_size": 128, "max_position_embeddings": 64}),
+    "mixtral": (
+        "MixtralForCausalLM",
+        "MixtralConfig",
+        {**SIZES, **HEADS, "intermediate_size": 16, "num_local_experts": 4},
+    ),
+    "qwen3_moe": ("Qwen3MoeForCausalLM", "Qwen3MoeConfig", {**SIZES, **HEADS, **MOE, "intermediate_size": 48}),
+}
+BESIDE_EXPERTS = ("mixtral", "qwen3_moe")
+
+
+def make_plain(kind, **changes):
+    model_class, config_class, sizes = MODELS[kind]
+    torch.manual_seed(0)
+    config = getattr(transformers, config_class)(**{**sizes, **changes})
+    return getattr(transformers, model_class)(config)
+
+
+def convert(model, kind, **changes):
+    options = {**torchdsc.recommended(top_k=4), **changes}
+    if kind in BESIDE_EXPERTS:
+        return torchdsc.convert(model, **{"num_atoms": 40, **options})
+    return torchdsc.convert(model, **{"mode": "replace", "match": "parameters", **options})
+
+
+def make(kind, **changes):
+    """A converted model in evaluation mode whose DSC layers and contexts matter to the output."""
+    model = make_plain(kind)
+    convert(model, kind, **changes)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if any(part in name for part in ("gamma", "_context", "bank")):
+                parameter.normal_()
+    model.generation_config.pad_token_id = 0
+    # Experts have no kernel in double precision.
+    return (model if kind in BESIDE_EXPERTS else model.double()).eval()
+
+
+def close(kind):
+    return {"rtol": 1e-4, "atol": 1e-5} if kind in BESIDE_EXPERTS else {"rtol": 1e-10, "atol": 1e-12}
+
+
+@pytest.fixture(params=MODELS)
+def kind(request):
+    return request.param
+
+
+@pytest.fixture
+def ids():
+    torch.manual_seed(1)
+    return torch.randint(1, VOCABULARY, (3, 11))
+
+
+def gradients(model):
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
+@torch.no_grad()
+class TestOnePass:
+    def test_layers_are_those_of_a_model_wired_by_hand(self, ids):
+        model = make("llama")
+        x, normed = model.model.embed_tokens(ids), []
+        seen = torch.nn.functional.layer_norm(x, (32,))
+        for layer in model.model.layers:
+            layer.mlp.register_forward_hook(lambda module, args, output: normed.append((module, args[0], output)))
+        model(ids)
+        for converted, z, y in normed:
+            routed = converted.router_context(seen)
+            z = converted.input_context(seen, onto=z)
+            update = converted.module.dsc(z, router_input=routed)
+            torch.testing.assert_close(y, converted.module.base(z) + update, **close("llama"))
+
+    def test_kept_modules_see_what_they_did(self, ids):
+        """Beside a module that stays, the embeddings are mixed into what DSC sees alone."""
+        plain, model = make_plain("llama").eval(), make_plain("llama").eval()
+        torchdsc.convert(model, num_atoms=20, **torchdsc.recommended(top_k=4, gamma_init=0.0))
+        assert torch.equal(model(ids).logits, plain(ids).logits)
+
+    def test_cached_token_by_token(self, kind, ids):
+        model = make(kind)
+        output = model(ids[:, :4], use_cache=True)
+        logits, cache = [output.logits], output.past_key_values
+        for start, end in ((4, 5), (5, 8), (8, 9), (9, 11)):
+            logits.append(model(ids[:, start:end], past_key_values=cache, use_cache=True).logits)
+        torch.testing.assert_close(torch.cat(logits, 1), model(ids, use_cache=False).logits, **close(kind))
+
+    def test_padding(self, kind, ids):
+        model, rubbish = make(kind), torch.randint(1, VOCABULARY, (3, 3))
+        expected = model(ids).logits
+        mask = torch.cat((torch.zeros(3, 3), torch.ones(3, 11)), 1).long()
+        positions = (mask.cumsum(1) - 1).clamp_min(0)
+        left = model(torch.cat((rubbish, ids), 1), attention_mask=mask, position_ids=positions).logits
+        torch.testing.assert_close(left[:, 3:], expected, **close(kind))
+        right = model(torch.cat((ids, rubbish), 1), attention_mask=mask.flip(1)).logits
+        torch.testing.assert_close(right[:, :11], expected, **close(kind))
+
+    def test_packed(self, kind, ids):
+        model = make(kind)
+        positions = torch.arange(11).repeat(3).unsqueeze(0)
+        packed = model(ids.reshape(1, -1), position_ids=positions, use_cache=False).logits
+        torch.testing.assert_close(packed.view(3, 11, -1), model(ids).logits, **close(kind))
+
+    def test_embeddings_in_place_of_tokens(self, ids):
+        model = make("llama")
+        embeddings = model.get_input_embeddings()(ids)
+        torch.testing.assert_close(model(inputs_embeds=embeddings).logits, model(ids).logits)
+
+    def test_the_part_without_a_head(self, ids):
+        model = make("llama")
+        model(ids[:, :5])
+        states = model.model(ids).last_hidden_state
+        torch.testing.assert_close(model.lm_head(states), model(ids).logits)
+
+    @pytest.mark.parametrize("options", [{}, {"cache_implementation": "static"}, {"num_beams": 3}], ids=str)
+    def test_generates_the_same_tokens_with_a_cache(self, kind, options, ids):
+        model = make(kind)
+        mask = torch.ones(2, 8, dtype=torch.long)
+        mask[0, :2] = 0
+        common = {"attention_mask": mask, "max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
+        common["num_beams"] = options.get("num_beams", 1)
+        expected = model.generate(ids[:2, :8], use_cache=False, **common)
+        assert torch.equal(model.generate(ids[:2, :8], **{**common, **options}), expected)
+
+    def test_a_resized_vocabulary(self, ids):
+        model = make("llama")
+        expected = model(ids).logits
+        model.resize_token_embeddings(VOCABULARY + 3)
+        torch.testing.assert_close(model(ids).logits[..., :VOCABULARY], expected)
+
+    def test_copies(self, kind, ids):
+        model = make(kind)
+        expected = model(ids).logits
+        copied = copy.deepcopy(model)
+        with torch.no_grad():
+            model.get_input_embeddings().weight.mul_(-1)
+        assert torch.equal(copied(ids).logits, expected)
+
+    def test_saved_and_loaded(self, kind, ids, tmp_path):
+        model = make(kind)
+        model.save_pretrained(tmp_path)
+        loaded = torchdsc.load_converted(tmp_path, dtype=model.dtype)
+        torch.testing.assert_close(loaded(ids).logits, model(ids).logits, **close(kind))
+
+
+def test_loads_in_a_fresh_process(ids, tmp_path):
+    model = make("llama").float()
+    model.save_pretrained(tmp_path)
+    code = (
+        "import json, sys, torch, torchdsc; model = torchdsc.load_converted(sys.argv[1]); "
+        "print(json.dumps(model(torch.tensor(json.loads(sys.argv[2]))).logits.tolist()))"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path), json.dumps(ids.tolist())]
+    answer = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1]
+    torch.testing.assert_close(torch.tensor(json.loads(answer)), model(ids).logits)
+
+
+class TestTraining:
+    def model(self, kind):
+        model = make(kind).train()
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        return model
+
+    def test_checkpointing_without_reentry_changes_no_gradient(self, kind, ids):
+        model = self.model(kind)
+        model(ids, labels=ids).loss.backward()
+        expected = gradients(model)
+        assert any("router_context" in name for name in expected)
+        model.zero_grad()
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model(ids, labels=ids).loss.backward()
+        torch.testing.assert_close(gradients(model), expected, **close(kind))
+
+    def test_a_teacher_between_a_checkpoint_and_its_recomputation(self, ids):
+        model = self.model("llama")
+        model(ids, labels=ids).loss.backward()
+        expected = gradients(model)
+        model.zero_grad()
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        loss = model(ids, labels=ids).loss
+        with torch.no_grad():
+            model(ids.flip(1))
+        loss.backward()
+        torch.testing.assert_close(gradients(model), expected)
+
+    def test_two_calls_that_wait_cannot_be_told_apart(self, ids):
+        model = self.model("llama")
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        loss = model(ids, labels=ids).loss + model(ids.flip(1), labels=ids).loss
+        with pytest.raises(RuntimeError, match="2 calls of LlamaModel wait"):
+            loss.backward()
+
+    def test_a_loss_that_is_kept_does_not_wait(self, ids):
+        model, kept = self.model("llama"), []
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        for _ in range(3):
+            kept.append(model(ids, labels=ids).loss)
+            kept[-1].backward()
+
+    def test_reentrant_checkpointing_raises(self, ids):
+        model = self.model("llama")
+        model.gradient_checkpointing_enable({"use_reentrant": True})
+        with pytest.raises(RuntimeError, match="use_reentrant=False"):
+            model(ids, labels=ids)
+
+    @pytest.mark.slow
+    def test_compiles_to_one_graph(self, ids):
+        model = self.model("llama").float()
+        loss = model(ids, labels=ids).loss
+        loss.backward()
+        expected = gradients(model)
+        model.zero_grad()
+        torch._dynamo.reset()
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        found = compiled(ids, labels=ids, use_cache=False).loss
+        found.backward()
+        torch.testing.assert_close(found, loss)
+        torch.testing.assert_close(gradients(model), expected, rtol=1e-4, atol=1e-5)
+
+    def test_embeddings_learn_through_every_router(self, ids):
+        model = self.model("llama")
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_("embed" in name)
+        model.model.layers[-1].mlp.register_forward_pre_hook(lambda module, args: (args[0].detach(),))
+        model(ids, labels=ids).loss.backward()
+        assert model.model.embed_tokens.weight.grad.any()
+
+
+class TestMatch:
+    @pytest.mark.parametrize("kind", ["llama", "gpt2"])
+    @pytest.mark.parametrize(
+        "options", [{}, {"router": "low_rank", "router_rank": 4}, {"router": "product_key"}], ids=str
+    )
+    def test_stores_no_more_and_wastes_less_than_an_atom(self, kind, options):
+        model = make_plain(kind)
+        before = sum(parameter.numel() for parameter in model.parameters())
+        names = convert(model, kind, **options)
+        spare = before - sum(parameter.numel() for parameter in model.parameters())
+        side = int(model.get_submodule(names[0]).dsc.options.num_atoms ** 0.5)
+        most = 3 * 32 + 2 * 32 if options.get("router") != "product_key" else (2 * side + 1) * 64 + 2 * 32 + 64
+        assert 0 <= spare < len(names) * most
+        assert model.get_submodule(names[0]).module.base.up.out_features > 0
+
+    def test_what_is_given_is_kept(self):
+        model = make_plain("llama")
+        convert(model, "llama", num_atoms=50, hidden_features=5)
+        layer = model.model.layers[0].mlp
+        assert (layer.dsc.options.num_atoms, layer.module.base.up.out_features) == (50, 5)
+
+    def test_what_cannot_fit(self):
+        with pytest.raises(ValueError, match="match must be None, or the module larger: its 8,448 parameters hold no"):
+            convert(make_plain("llama"), "llama", num_atoms=500)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"mode": "wrap", "num_atoms": 9}, "match must be None for mode = 'wrap'"),
+        ({"share_bank": True}, "match must be None for share_bank = True"),
+        ({"router_input": "hidden", "input_context": 1}, "router_input must be 'embeddings' for router_context > 1"),
+        ({"in_features": 16, "out_features": 16}, "must have in_features = 32, theirs, got 16"),
+    ],
+)
+def test_what_cannot_be_is_refused_and_changes_nothing(changes, message):
+    model = make_plain("llama")
+    before = [*model.state_dict()]
+    with pytest.raises(ValueError, match=message):
+        convert(model, "llama", **changes)
+    assert [*model.state_dict()] == before
+
+
+def test_models_without_embeddings_are_refused():
+    class Plain(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.mlp = torch.nn.Linear(8, 8)
+
+    with pytest.raises(ValueError, match=r"no decoder with get_input_embeddings\(\), got Plain"):
+        torchdsc.convert(Plain(), num_atoms=9, **torchdsc.recommended(top_k=4))
+    config = transformers.T5Config(vocab_size=20, d_model=8, d_kv=4, d_ff=16, num_layers=1, num_heads=2)
+    with pytest.raises(ValueError, match="got T5ForConditionalGeneration"):
+        broadcast_embeddings(transformers.T5ForConditionalGeneration(config), 8, 2)
+
+
+def test_a_layer_called_alone(ids):
+    model = make("gpt2")
+    with pytest.raises(RuntimeError, match="must be called by GPT2Model"):
+        model.transformer.h[0](torch.randn(1, 3, 32).double())
+
+
+def test_a_cache_that_was_filled_before(ids):
+    plain, model = make_plain("llama").double().eval(), make("llama")
+    cache = plain(ids, use_cache=True).past_key_values
+    with pytest.raises(ValueError, match="holds tokens whose embeddings are not in it"):
+        model(ids, past_key_values=cache, use_cache=True)
+
+
+def test_hidden_states_stay_the_default(ids):
+    model = make_plain("llama")
+    torchdsc.convert(model, num_atoms=9, top_k=2)
+    converted = model.model.layers[0].mlp
+    assert converted.context == ContextOptions()
+    assert converted.broadcast is None
+    assert isinstance(converted.dsc, DSC)
