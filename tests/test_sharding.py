@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 from torch.nn import functional
 
 from torchdsc import DSC, BasisBank, Residual, frame_regularization, regularization
@@ -90,6 +90,10 @@ def loss_of_layers(model, tokens):
 
 CASES = {
     "default": (make_dscgpt, loss_of),
+    "routed by embeddings": (
+        partial(make_dscgpt, router_input="embeddings", router_context=3, input_context=4, router="low_rank"),
+        loss_of,
+    ),
     "one gamma": (partial(make_dscgpt, channelwise_gamma=False), loss_of),
     "shared bank": (partial(make_dscgpt, share_bank=True, attention_rank=2), loss_of),
     "shared bank, checkpointed": (partial(make_dscgpt, share_bank=True, checkpointing=True), loss_of),
@@ -122,13 +126,20 @@ def sharded_gradients(case, rank):
     policy = {}
     if case == "mixed precision":
         policy["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.float32)
+    parts = [part for layer in model.modules() if isinstance(layer, RoutedLayer) for part in (layer.bank, layer.router)]
+    for part in parts:
+        # What several blocks have is a unit of its own.
+        if parts.count(part) > 1 and not isinstance(part, FSDPModule):
+            fully_shard(part, **policy)
     if case == "units inside blocks":
         for module in dict.fromkeys(m for m in model.modules() if isinstance(m, BasisBank | Router)):
-            fully_shard(module)
+            if not isinstance(module, FSDPModule):
+                fully_shard(module)
         for module in [m for m in model.modules() if isinstance(m, RoutedLayer)]:
             fully_shard(module)
     for module in (*blocks, model):
-        fully_shard(module, **policy)
+        if not isinstance(module, FSDPModule):
+            fully_shard(module, **policy)
     _, parts = make_tokens()
     for _ in range(2):
         # A second step finds the state that the first one left.

@@ -34,7 +34,8 @@ def test_no_forward_pass_asks_a_type_for_its_arguments(make):
     layer, called = make(), []
     sys.setprofile(lambda frame, event, _: called.append(frame.f_code))
     try:
-        _, statistics = layer.forward_with_statistics(torch.randn(3, 8))
+        routing, statistics = layer.route(torch.randn(3, 8)).take_statistics()
+        layer(torch.randn(3, 8), routing=routing)
         # As regularization does when it is compiled: what checks its arguments is not.
         regularization_of([(layer, statistics)])
     finally:

@@ -172,7 +172,9 @@ def regularized(
     collected = [(layer, entry) for layer in layers for entry in layer.statistics_log.take(since)]
     share = None
     if num_items is not None and num_labels is not None:
-        share = num_labels.to(torch.promote_types(loss.dtype, torch.float32)) / num_items
+        # A loss may be of less precision than the model.
+        precise = collected[0][1].num_tokens.dtype if collected else torch.promote_types(loss.dtype, torch.float32)
+        share = num_labels.to(precise) / num_items
     terms = regularization_of(collected, num_tokens=num_items, frame_share=share, frame_layers=layers)
     model.__dict__[_TERMS] = Regularization(*(value.detach() for value in vars(terms).values()))
     total = loss + terms.total.to(loss.dtype)

@@ -6,6 +6,8 @@ from torch import Tensor, nn
 from torchdsc.arguments import check_at_least, check_finite, check_types
 from torchdsc.ops import short_convolution
 
+from .sharding import whole
+
 
 class ShortConvolution(nn.Module):
     """``c_t = sum_{i < w} a_i * x_{t-i}``, a weight for every feature and distance: a causal depthwise convolution.
@@ -85,7 +87,7 @@ class ShortConvolution(nn.Module):
             raise ValueError(f"positions must broadcast to {places}, got shape {tuple(positions.shape)}")
         if onto is not None and onto.shape != (*places, x.shape[-1]):
             raise ValueError(f"onto must have shape {(*places, x.shape[-1])}, got {tuple(onto.shape)}")
-        return short_convolution(x, self.weight, length, positions, onto)
+        return short_convolution(x, whole(self.weight), length, positions, onto)
 
     def extra_repr(self) -> str:
         """Sizes, for ``print(model)``."""

@@ -141,7 +141,9 @@ class RoutedLayer(nn.Module):
         bank = getattr(self, "bank", None)
         if self.regularizers.frame > 0 and isinstance(bank, nn.Module):
             parts.append(bank)
-        return any(parameter.requires_grad for part in parts for parameter in part.parameters())
+        # FSDP1 hides the parameters that it has flattened: those are not frozen.
+        wanted = [parameter.requires_grad for part in parts for parameter in part.parameters()]
+        return any(wanted) or (bool(parts) and not wanted)
 
     def regularizer_factor(self) -> Tensor | None:
         """Scalar that the weights of this layer's regularisers are multiplied by; None for 1."""
