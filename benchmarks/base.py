@@ -19,7 +19,7 @@ from .case import Benchmark, Case, MemoryCase, Row, Settings, ordered
 TURNS = 5
 # Rounds of a point in each process: the turns repeat them.
 _ROUNDS = 7
-_NATIVE = "torchdsc/ops/_native"
+_NATIVE = "torchdsc/ops/_native*.so"
 
 # The rows of one process, and why they end before the benchmark does, if so.
 Side = dict[str, Any]
@@ -216,12 +216,17 @@ def _git(root: Path, *arguments: str) -> str:
 
 def _same_native(current: Path, base: Path) -> dict[str, bool]:
     """Give the base its compiled functions where this side has them, and say which side has."""
-    built = list((current / _NATIVE).parent.glob(f"{Path(_NATIVE).name}*.so"))
-    if built and (base / f"{_NATIVE}.c").is_file():
-        if (base / f"{_NATIVE}.c").read_bytes() == (current / f"{_NATIVE}.c").read_bytes():
-            shutil.copy2(built[0], (base / _NATIVE).parent)
+    built = list(current.glob(_NATIVE))
+    if built and _native_sources(base):
+        if _native_sources(base) == _native_sources(current):
+            shutil.copy2(built[0], base / Path(_NATIVE).parent)
         else:
             command = [sys.executable, "setup.py", "build_ext", "--inplace"]
             subprocess.run(command, cwd=base.parent, capture_output=True, check=False)
-    has = list((base / _NATIVE).parent.glob(f"{Path(_NATIVE).name}*.so"))
-    return {"current": bool(built), "base": bool(has)}
+    return {"current": bool(built), "base": any(base.glob(_NATIVE))}
+
+
+def _native_sources(source: Path) -> dict[str, bytes]:
+    """What the compiled functions of a library are built from, by name; empty where it has none."""
+    folder = source / Path(_NATIVE).parent
+    return {path.name: path.read_bytes() for pattern in ("*.c", "csrc/*.[ch]") for path in folder.glob(pattern)}

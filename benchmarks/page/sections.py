@@ -142,6 +142,35 @@ def _router_figures(result: Result) -> Figures:
     return {"routers": (figures.atoms(rows, "routers"), description)}
 
 
+def _ahead_tables(result: Result) -> list[str]:
+    rows = result["rows"]
+    others = list(dict.fromkeys(name for row in rows for name in row["calls"] if name != row["subject"]))
+    lines = [
+        [
+            f"{row['point']['kind']}, {row['point']['batch']} x {row['point']['tokens']:,}",
+            ms(row, row["subject"]),
+            *(ratio(row, name) for name in others),
+        ]
+        for row in rows
+    ]
+    notes = "Milliseconds with routing ahead (in decoding: of one token), and their ratio to those of each other way."
+    headings = ["", "ahead, ms", *(f"over {name}" for name in others)]
+    tables = [f"{table(headings, lines)}\n\n{notes}"]
+    if result["trigrams_seen"]:
+        lines = [
+            [
+                *(f"{seen[name]:,}" for name in ("tokens", "before", "stored")),
+                mebibytes(seen["stored"] * result["bytes_a_trigram"]),
+                f"{seen['share']:.0%}",
+            ]
+            for seen in result["trigrams_seen"]
+        ]
+        headings = ["tokens of a text", "training text before it", "its trigrams", "their tables, MiB", "seen"]
+        notes = "Share of the trigrams of a text of WikiText-2 (test) that it or the training text before it has held."
+        tables.append(f"{table(headings, lines, text_columns=0)}\n\n{notes}")
+    return tables
+
+
 def _model_tables(result: Result) -> list[str]:
     rows = result["rows"]
     names = list(dict.fromkeys(name for row in rows for name in row["calls"]))
@@ -238,6 +267,26 @@ SECTIONS = {
         "atoms gradients of the bank are row-sparse and the frame term is estimated from 1,024 of its rows.",
         _router_tables,
         _router_figures,
+    ),
+    "ahead": Section(
+        "Routing ahead",
+        "DSCGPT with the recommended settings at the paper's width (d 384, 6 layers, M 1551, K 32, static width "
+        "281, vocabulary 4,096). Its routers see the embeddings of the last three tokens alone. So all routings may "
+        "be made before the first block (`ahead`, which DSCGPT does), in each block, in one product of the routers' "
+        "stacked weights, or once for each trigram and looked up from then on. The n-gram cache is a prototype: a "
+        "dictionary of trigrams and tables of indices and coefficients. It has seen all, half or none of the "
+        "trigrams of a call; it computes and stores the others. Half is every other token, or with 8 sequences "
+        "every other sequence. Prefill fills a cache of keys and values, decoding goes on from one. Training is a "
+        "step with activation checkpointing, which computes what is in a block twice.\n\n"
+        "Routing ahead is kept: it saves the second computation in checkpointed training, and in inference, where "
+        "the work is the same, it costs nothing. One product is not: it is slower in a long prefill, gains a tenth "
+        "at most in decoding, and needs the weights of all routers a second time. An n-gram cache is not kept "
+        "either. Within a text few trigrams come again. After a million tokens of other text half of them have been "
+        "seen, which saves about a tenth of a long prefill or of a step for one sequence, and nothing in decoding "
+        "eight: a batch reads all router weights as soon as one of its sequences needs them. For that the tables "
+        "take many times the model's own memory, and are void once its weights change.",
+        _ahead_tables,
+        lambda result: {},
     ),
     "model": Section(
         "Whole models",

@@ -13,6 +13,7 @@ _REGISTERED = {
     "layer_sweep": "layer:LAYER_SWEEP",
     "recommended": "recommended:RECOMMENDED",
     "routers": "routers:ROUTERS_BENCHMARK",
+    "ahead": "ahead:AHEAD",
     "model": "model:MODEL",
     "memory": "memory:MEMORY",
     "compose": "compose:COMPOSE",

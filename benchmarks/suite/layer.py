@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.case import Benchmark, Case, Cases, Floor, Settings
-from torchdsc import DSC, Residual
+from torchdsc import DSC
 from torchdsc.baselines import DenseFFN, MixtureOfLoRAs, StandardMoE
 
+from .older import Residual
 from .published import PublishedLayer
 from .steps import FLOAT, forward_call, training_call
 

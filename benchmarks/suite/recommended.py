@@ -6,10 +6,11 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.case import Benchmark, Case, Cases, Settings
-from torchdsc import DSC, Residual, ShortConvolution
+from torchdsc import DSC
 from torchdsc.baselines import DenseFFN, StandardMoE
 
 from .layer import KINDS, TESTS, Sizes
+from .older import DSCFeedForward, Residual
 from .steps import forward_call, training_call
 
 # At the paper's size, and at that of the studies on WikiText-2: M and the static width of K 32 at the budget of K 4.
@@ -21,26 +22,16 @@ TOKENS = (LENGTH, 4096)
 
 
 class Recommended(nn.Module):
-    """DSC beside its static layer, routed by the embeddings of a token and the two before it; both see those of four.
-
-    Embeddings are another tensor than ``x`` in a model; what they hold costs nothing here.
-    """
+    """The recommended layer, given its input as embeddings too: what these hold costs nothing here."""
 
     def __init__(self, sizes: Sizes) -> None:
         super().__init__()
-        self.router_context = ShortConvolution(sizes.width, 3)
-        self.input_context = ShortConvolution(sizes.width, 4, own=0.0, earlier=0.25)
-        dsc = DSC(
-            sizes.width,
-            num_atoms=sizes.num_atoms,
-            top_k=sizes.top_k,
-            gamma_init=1.0,
-            frame_weight=0.0,
+        self.layer = DSCFeedForward(
+            sizes.width, sizes.static, num_atoms=sizes.num_atoms, top_k=sizes.top_k, normalize_embeddings=False
         )
-        self.layer = Residual(DenseFFN(sizes.width, sizes.static), dsc)
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.layer(self.input_context(x, onto=x), router_input=self.router_context(x))
+        y: Tensor = self.layer(x, x)
         return y
 
 

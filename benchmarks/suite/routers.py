@@ -6,10 +6,11 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.case import Benchmark, Case, Cases, Settings
-from torchdsc import DSC, Residual
+from torchdsc import DSC
 from torchdsc.baselines import DenseFFN
 
 from .layer import KINDS, Sizes
+from .older import Residual
 from .published import PublishedLayer
 from .steps import forward_call, training_call
 

@@ -79,6 +79,18 @@ def routers():
     return result("routers", rows)
 
 
+def ahead():
+    times = {"in each block": 4.2, "ahead": 4.0, "one product": 4.4, "n-grams, half seen": 3.6}
+    decoding = row({"kind": "decode", "batch": 1, "tokens": 64}, "ahead", times, per=16, unit="ms per new token")
+    times = {"in each block": 2200, "ahead": 2000}
+    training = row({"kind": "training", "batch": 8, "tokens": 128}, "ahead", times)
+    shares = [
+        {"before": 0, "stored": 0, "tokens": 64, "share": 0.05},
+        {"before": 1_000_000, "stored": 500_000, "tokens": 1024, "share": 0.5},
+    ]
+    return result("ahead", [decoding, training], bytes_a_trigram=2304, trigrams_seen=shares)
+
+
 def model():
     factors = {"dense": 1.2, "dsc": 1, "moe (eager)": 1.1, "moe (grouped_mm)": 0.95, "moe (batched_mm)": 3.0}
     factors |= {"published": 1.6}
@@ -136,5 +148,6 @@ def crossover():
 
 
 ALL = {
-    function.__name__: function for function in (layer, recommended, routers, model, memory, compose, crossover, select)
+    function.__name__: function
+    for function in (layer, recommended, routers, ahead, model, memory, compose, crossover, select)
 }

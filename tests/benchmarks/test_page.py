@@ -133,6 +133,22 @@ class TestTables:
         assert first["floor, computed"] == "50%"
         assert len(table) == 7
 
+    def test_ahead(self, put):
+        ways, shares = tables(section(render(put(ahead=MADE_UP.ahead()))[0], "Routing ahead"))
+        assert ways[0] == ["", "ahead, ms", "over in each block", "over one product", "over n-grams, half seen"]
+        assert ways[1] == ["decode, 1 x 64", "4.00", *self.spreads(4 / 4.2, 4 / 4.4, 4 / 3.6)]
+        # Caches are for inference.
+        assert ways[2] == ["training, 8 x 128", "2,000", *self.spreads(2000 / 2200), "-", "-"]
+        assert shares[1:] == [["64", "0", "0", "0", "5%"], ["1,024", "1,000,000", "500,000", "1,099", "50%"]]
+
+    @staticmethod
+    def spreads(*ratios):
+        return [f"{ratio:.2f} [{0.95 * ratio:.2f}, {1.08 * ratio:.2f}]" for ratio in ratios]
+
+    def test_ahead_without_real_text(self, put):
+        text = section(render(put(ahead={**MADE_UP.ahead(), "trigrams_seen": []}))[0], "Routing ahead")
+        assert len(tables(text)) == 1
+
     def test_model(self, put):
         times, shares = tables(section(render(put(model=MADE_UP.model()))[0], "Whole models"))
         assert times[0][1:4] == ["Dense", "floor", "DSC"]

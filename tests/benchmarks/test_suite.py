@@ -5,10 +5,12 @@ from pathlib import Path
 import pytest
 import torch
 
+import torchdsc
 from benchmarks import child, peak
 from benchmarks.case import MemoryCase, Settings
-from benchmarks.suite import NAMES, compose, crossover, layer, load, memory
+from benchmarks.suite import NAMES, compose, crossover, layer, load, memory, older
 from benchmarks.suite.published import published_compose
+from torchdsc import DSC, DSCFeedForward
 from torchdsc.ops import compose as library_compose
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -85,6 +87,37 @@ class TestLayer:
     def test_scaled_sizes_keep_the_proportions(self):
         sizes = layer.Sizes().scaled(768, 16)
         assert (sizes.width, sizes.num_atoms, sizes.top_k, sizes.dense) == (768, 3046, 16, 5222)
+
+
+class TestOlder:
+    """Of a library that is compared with, and lacks the recommended layer."""
+
+    def test_hand_wired_is_the_same_layer(self):
+        sizes = {"num_atoms": 20, "top_k": 3, "normalize_embeddings": False}
+        layers = DSCFeedForward(8, 6, **sizes), older.HandWired(8, 6, **sizes)
+        states = [dict(layer.named_parameters()) for layer in layers]
+        names = {name: name.removeprefix("layer.") for name in states[1]}
+        assert set(names.values()) == set(states[0])
+        with torch.no_grad():
+            for name, parameter in states[1].items():
+                # Away from what both start with.
+                parameter.copy_(states[0][names[name]].add_(0.1 * torch.randn_like(parameter)))
+        x, embeddings = torch.randn(2, 5, 8), torch.randn(2, 5, 8)
+        torch.testing.assert_close(*(layer.eval()(x, embeddings) for layer in layers))
+
+    def test_starts_alike(self):
+        sizes = {"num_atoms": 20, "top_k": 3, "normalize_embeddings": False}
+        layers = DSCFeedForward(8, 6, **sizes), older.HandWired(8, 6, **sizes)
+        own, other = layers[0], layers[1]
+        assert own.dsc.options == other.layer.dsc.options
+        for name in ("router_context", "input_context"):
+            torch.testing.assert_close(getattr(own, name).weight, getattr(other, name).weight)
+
+    def test_names_of_before(self, monkeypatch):
+        assert older._either("Residual", "DSCResidual") is torchdsc.Residual
+        monkeypatch.delattr(torchdsc, "Residual")
+        monkeypatch.setattr(torchdsc, "DSCResidual", DSC, raising=False)
+        assert older._either("Residual", "DSCResidual") is DSC
 
 
 @pytest.mark.parametrize(
