@@ -68,7 +68,7 @@ def test_routed_ahead_equals_one_call(layer, training, masked, elsewhere, shape)
         return layer(x, mask, routing=routing)
 
     actual = results(layer, ahead, mask, *leaves)
-    # Where what the router sees of a masked token is finite and the token is not, its zeros are summed with other atoms.
+    # Zeros in place of a masked token that is not finite are summed with other atoms where its router sees more of it.
     exact = {"rtol": 0, "atol": 0} if seen is None or mask is None else {"rtol": 1e-5, "atol": 1e-7}
     torch.testing.assert_close(actual[0], expected[0], **exact, equal_nan=True)
     assert actual[1] == expected[1]
