@@ -57,7 +57,8 @@ def test_routed_ahead_equals_one_call(layer, training, masked, elsewhere, shape)
             mask.view(-1)[0], mask.view(-1)[-1] = True, False
             x[~mask] = torch.nan
             if seen is not None:
-                seen.view(-1, 8)[-1, 2] = torch.inf
+                # A token that is finite, and what the router sees of it is not.
+                x.view(-1, 8)[-1], seen.view(-1, 8)[-1, 2] = 1.0, torch.inf
     leaves = [x] if seen is None else [x, seen]
     expected = results(layer, lambda: layer(x, mask, seen), mask, *leaves)
 
