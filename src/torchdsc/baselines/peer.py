@@ -104,7 +104,7 @@ class PEER(RoutedLayer):
             )
         collect = self.training and self.regularizers.need_tokens
         found = self.router(routed, self.top_k, logit_clamp=self.logit_clamp, token_mask=token_mask, statistics=collect)
-        weights = found.logits.view(routed.shape[0], self.heads, -1).softmax(dim=-1).view_as(found.logits)
+        weights = found.logits.unflatten(1, (self.heads, -1)).softmax(dim=-1).view_as(found.logits)
         strength, statistics = weights.sum(dim=-1), None
         if collect:
             statistics = sum_statistics(strength, found.log_normalizer, found.probability_sum, token_mask)

@@ -13,6 +13,7 @@ from .context import Contextual, Seen
 from .dense import DenseFFN
 from .dsc import DSC
 from .options import FeedForwardArguments, recommended, split_context
+from .statistics import check_token_mask
 
 
 class DSCFeedForward(nn.Module, Contextual):
@@ -128,18 +129,21 @@ class DSCFeedForward(nn.Module, Contextual):
             state: Of the tokens before these, from :meth:`initial_state` or the call before.
 
         Returns:
-            Tensor of shape (..., T, d); with ``state`` also the next one.
+            Tensor of shape (..., T, d) and the dtype of ``x``; with ``state`` also the next one.
 
         Raises:
             ValueError: If a shape is another, or ``embeddings`` are missing.
+            TypeError: If the dtype of ``x`` is not that of the parameters, or ``embeddings`` have another.
             RuntimeError: In the backward pass, if the regularisers have not been collected by then.
         """
         seen = self._look(x, embeddings, token_mask, positions, state)
         routed = self.router_sees(seen)
-        x = self.layer_sees(x, seen)
-        y: Tensor = self.dsc(x, token_mask, routed)
+        mixed = self.layer_sees(x, seen)
+        y: Tensor = self.dsc(mixed, token_mask, routed)
         if self.base is not None:
-            y = self.base(x) + y
+            y = self.base(mixed) + y
+        # Under autocast what is mixed may be of another.
+        y = y.to(x.dtype)
         if state is None:
             return y
         past = self.context.past_tokens
@@ -153,11 +157,16 @@ class DSCFeedForward(nn.Module, Contextual):
         positions: Tensor | None,
         state: Tensor | None,
     ) -> Seen:
+        if x.dim() < 2 or x.shape[-1] != self.features:
+            raise ValueError(f"x must have shape (..., T, features = {self.features}), got {tuple(x.shape)}")
+        check_token_mask(token_mask, x)
         source = x
         if self.context.embeddings_are_seen:
             if embeddings is None or embeddings.shape != x.shape:
                 got = None if embeddings is None else tuple(embeddings.shape)
                 raise ValueError(f"embeddings must have the shape of x, {tuple(x.shape)}, got {got}")
+            if embeddings.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+                raise TypeError(f"embeddings must have the dtype of x, {x.dtype}, got {embeddings.dtype}")
             source = embeddings
             if self.normalize_embeddings:
                 source = functional.layer_norm(source, (self.features,))

@@ -270,7 +270,13 @@ def recommended(**changes: Unpack[FeedForwardArguments]) -> FeedForwardArguments
     Returns:
         Keywords for :class:`torchdsc.DSCFeedForward` (whose defaults they are), :func:`torchdsc.convert`,
         ``feed_forward_options`` of DSCGPT, and ``DSCAdapterConfig``.
+
+    Raises:
+        TypeError: If an option is unknown.
     """
+    unknown = [*changes.keys() - FeedForwardArguments.__annotations__.keys()]
+    if unknown:
+        raise TypeError(f"changes must be options of DSCOptions or ContextOptions, got {sorted(unknown)}")
     settings: FeedForwardArguments = {
         "top_k": 32,
         "gamma_init": 1.0,

@@ -98,8 +98,10 @@ class RoutedLayer(nn.Module):
 
         Raises:
             ValueError: If ``router_input`` or ``token_mask`` has another shape.
+            TypeError: If the dtype of ``router_input`` is not that of the parameters.
         """
-        flat, mask = self._flatten(router_input, "router_input"), check_token_mask(token_mask, router_input)
+        flat = self._cast(self._flatten(router_input, "router_input"), self.parameter_dtype, "router_input")
+        mask = check_token_mask(token_mask, router_input)
         flat, _, with_lost = self._shut_out(flat, flat, mask)
         routing = self._route(flat, mask)
         routing = routing._replace(coefficients=with_lost(routing.coefficients))
@@ -161,19 +163,19 @@ class RoutedLayer(nn.Module):
             raise ValueError(
                 f"router_input must have the shape of x, {tuple(x.shape)}, got {tuple(router_input.shape)}"
             )
-        return self._cast(self._flatten(router_input), dtype)
+        return self._cast(self._flatten(router_input), dtype, "router_input")
 
     @property
     def parameter_dtype(self) -> torch.dtype | None:
         """What tokens must have; None where parts of the layer refuse them themselves."""
         return None
 
-    def _cast(self, x: Tensor, dtype: torch.dtype | None) -> Tensor:
+    def _cast(self, x: Tensor, dtype: torch.dtype | None, name: str = "x") -> Tensor:
         """Tokens in the dtype of the parameters, or the error that says what is wrong."""
         if dtype is None or x.dtype == dtype:
             return x
         if not torch.is_autocast_enabled(x.device.type) or not x.is_floating_point():
-            raise TypeError(f"x must have the dtype of the parameters, {dtype}, got {x.dtype}")
+            raise TypeError(f"{name} must have the dtype of the parameters, {dtype}, got {x.dtype}")
         return x.to(dtype)
 
     def _shut_out(
