@@ -206,3 +206,14 @@ class TestSourceCommit:
         (folder / "benchmarks" / "case.py").write_text("new")
         monkeypatch.setattr(environment, "commit", lambda: known)
         assert child.source_commit() == known
+
+
+@pytest.mark.parametrize("built", [True, False])
+def test_the_base_gets_compiled_functions_where_this_side_has_them(tmp_path, built):
+    sources = {side: tmp_path / side / "src" for side in ("current", "base")}
+    for source in sources.values():
+        (source / "torchdsc" / "ops").mkdir(parents=True)
+    if built:
+        (sources["current"] / "torchdsc" / "ops" / "_native_some.so").touch()
+    (tmp_path / "base" / "setup.py").write_text("open('src/torchdsc/ops/_native.abi3.so', 'w').close()\n")
+    assert base._same_native(**sources) == {"current": built, "base": built}
