@@ -34,7 +34,7 @@ INFERENCE, TRAINING = "inference", "training"
 COMPILED, TENSORS, INDUCTOR = "compiled", "tensor operations", "torch.compile"
 # What sets the instructions that torch, its matrix products and the compiled functions use.
 WITHOUT_AVX512 = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
-_ROUNDS = 20
+_ROUNDS = 12
 _CLAMP, _EPS, _SEQUENCE = 20.0, 1e-6, 64
 # Sizes that are cut down to see that everything runs.
 _QUICK = {"tokens": 64, "M": 256}
