@@ -109,9 +109,10 @@ def _compiled_table(rows: list[Row]) -> str:
     others = list(dict.fromkeys(name for row in rows for name in row["calls"] if name != own))
     lines = []
     for row in rows:
-        function, kind, threads, *_ = row["point"].values()
-        sizes = ", ".join(f"{name} {size:,}" for name, size in list(row["point"].items())[3:])
-        lines.append([f"{function}, {kind}", sizes, str(threads), ms(row, own), *(ratio(row, name) for name in others)])
+        sizes = dict(row["point"])
+        named = f"{sizes.pop('function')}, {sizes.pop('pass')}", str(sizes.pop("threads"))
+        listed = ", ".join(f"{name} {size:,}" for name, size in sizes.items())
+        lines.append([named[0], listed, named[1], ms(row, own), *(ratio(row, name) for name in others)])
     headings = ["function", "sizes", "threads", "ms", *(f"over {name}" for name in others)]
     return table(headings, lines, text_columns=2)
 

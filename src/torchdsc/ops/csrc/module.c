@@ -130,7 +130,7 @@ static PyMethodDef methods[] = {
     METHOD(select_sums, "Top-K of the sums of two halves."),
     METHOD(round_rows, "Rows in bfloat16, their norms, and those of what rounding took away."),
     METHOD(screen, "Exact top-K from logits in bfloat16 and bounds on their errors."),
-    METHOD(short_convolution, "Tokens mixed with those before them."),
+    METHOD(short_convolution, "A causal depthwise convolution."),
     METHOD(short_convolution_backward, "Its gradients."),
     {"has_bfloat16", has_bfloat16, METH_NOARGS, "Whether the processor multiplies bfloat16 natively."},
     {NULL, NULL, 0, NULL},
