@@ -1,6 +1,5 @@
 """``--base``: the same benchmark against another commit's library and this one's, in turn, each in fresh processes."""
 
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -19,7 +18,6 @@ from .case import Benchmark, Case, MemoryCase, Row, Settings, ordered
 TURNS = 5
 # Rounds of a point in each process: the turns repeat them.
 _ROUNDS = 7
-_NATIVE = "torchdsc/ops/_native*.so"
 
 # The rows of one process, and why they end before the benchmark does, if so.
 Side = dict[str, Any]
@@ -215,18 +213,13 @@ def _git(root: Path, *arguments: str) -> str:
 
 
 def _same_native(current: Path, base: Path) -> dict[str, bool]:
-    """Give the base its compiled functions where this side has them, and say which side has."""
-    built = list(current.glob(_NATIVE))
-    if built and _native_sources(base):
-        if _native_sources(base) == _native_sources(current):
-            shutil.copy2(built[0], base / Path(_NATIVE).parent)
-        else:
-            command = [sys.executable, "setup.py", "build_ext", "--inplace"]
-            subprocess.run(command, cwd=base.parent, capture_output=True, check=False)
-    return {"current": bool(built), "base": any(base.glob(_NATIVE))}
+    """Build the base's compiled functions where this side has them, and say which side has."""
+    built = _has_native(current)
+    if built and (base.parent / "setup.py").is_file():
+        command = [sys.executable, "setup.py", "build_ext", "--inplace"]
+        subprocess.run(command, cwd=base.parent, capture_output=True, check=False)
+    return {"current": built, "base": _has_native(base)}
 
 
-def _native_sources(source: Path) -> dict[str, bytes]:
-    """What the compiled functions of a library are built from, by name; empty where it has none."""
-    folder = source / Path(_NATIVE).parent
-    return {path.name: path.read_bytes() for pattern in ("*.c", "csrc/*.[ch]") for path in folder.glob(pattern)}
+def _has_native(source: Path) -> bool:
+    return any((source / "torchdsc" / "ops").glob("_native*.so"))

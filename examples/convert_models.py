@@ -1,9 +1,9 @@
 """Causal language models of transformers, from config, against the same with converted feed-forward layers.
 
-Each architecture is trained as it is and with DSC as recommended in place of its MLPs, at no more parameters (beside the
-experts of a mixture of experts, which it keeps narrower to make room), on the same batches, with as many trials of the
-learning rate. Writes what it measured as JSON: `python examples/convert_models.py TEXT_FOLDER OUTPUT.json`, with
-wiki.train.tokens and wiki.valid.tokens of WikiText-2 in the folder.
+Each architecture is trained as it is and with DSC as recommended in place of its MLPs, at no more parameters (beside
+experts, which then are narrower to make room), on the same batches, with as many trials of the learning rate. Writes
+what it measured as JSON: `python examples/convert_models.py TEXT_FOLDER OUTPUT.json`, with wiki.train.tokens and
+wiki.valid.tokens of WikiText-2 in the folder.
 """
 
 import json

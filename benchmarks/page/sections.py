@@ -97,6 +97,26 @@ def _select_figures(result: Result) -> Figures:
     return {"select": (figures.select(result["rows"], "select"), description)}
 
 
+def _compiled_tables(result: Result) -> list[str]:
+    found = [_compiled_table(result["rows"])]
+    if "without_avx512" in result:
+        found += ["Without AVX-512, on the same processor:", _compiled_table(result["without_avx512"])]
+    return found
+
+
+def _compiled_table(rows: list[Row]) -> str:
+    own = rows[0]["subject"] if rows else ""
+    others = list(dict.fromkeys(name for row in rows for name in row["calls"] if name != own))
+    lines = []
+    for row in rows:
+        sizes = dict(row["point"])
+        named = f"{sizes.pop('function')}, {sizes.pop('pass')}", str(sizes.pop("threads"))
+        listed = ", ".join(f"{name} {size:,}" for name, size in sizes.items())
+        lines.append([named[0], listed, named[1], ms(row, own), *(ratio(row, name) for name in others)])
+    headings = ["function", "sizes", "threads", "ms", *(f"over {name}" for name in others)]
+    return table(headings, lines, text_columns=2)
+
+
 def _recommended_tables(result: Result) -> list[str]:
     others = ("dense", "moe", "moe, one shared", "dsc")
     lines = [
@@ -330,5 +350,16 @@ SECTIONS = {
         "does.",
         _select_tables,
         _select_figures,
+    ),
+    "compiled": Section(
+        "Compiled functions",
+        "Each function in C against the tensor operations that take its place where it was not built, and against what "
+        "`torch.compile` makes of those, or of the equation: as users meet them, so that training is a forward and a "
+        "backward pass. A short convolution is also held against `conv1d` and, in training, against the quickest "
+        "gradient of tensor operations that was found; screening against the same product in float32 with the compiled "
+        "top-K. The child process that measures without AVX-512 sets `ATEN_CPU_CAPABILITY=avx2`, which the compiled "
+        "functions follow, and the like for matrix products.",
+        _compiled_tables,
+        lambda result: {},
     ),
 }

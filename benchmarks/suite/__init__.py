@@ -18,6 +18,7 @@ _REGISTERED = {
     "memory": "memory:MEMORY",
     "compose": "compose:COMPOSE",
     "select": "select:SELECT",
+    "compiled": "compiled:COMPILED_BENCHMARK",
     "crossover": "crossover:CROSSOVER",
 }
 NAMES = tuple(_REGISTERED)

@@ -138,6 +138,16 @@ def select():
     return result("select", rows)
 
 
+def compiled():
+    times = {"compiled": 1.0, "tensor operations": 2.0}
+    points = [{"function": "gate", "pass": "inference", "threads": threads, "tokens": 1, "K": 4} for threads in (1, 2)]
+    made = [
+        row(points[0], "compiled", {**times, "torch.compile": 4.0}),
+        row(points[1], "compiled", times, left_out={"torch.compile": "with one thread alone"}),
+    ]
+    return result("compiled", made, without_avx512=[row(points[0], "compiled", {**times, "tensor operations": 0.8})])
+
+
 def crossover():
     ratios = iter((0.011, 2.0, 0.119, 2.0, 0.079, 0.3, 0.06, 0.25, 0.05, 0.22, 0.04, 0.2))
     points = [
@@ -149,5 +159,5 @@ def crossover():
 
 ALL = {
     function.__name__: function
-    for function in (layer, recommended, routers, ahead, model, memory, compose, crossover, select)
+    for function in (layer, recommended, routers, ahead, model, memory, compose, crossover, select, compiled)
 }

@@ -111,42 +111,6 @@ class TestMerge:
         assert base.merge([both, neither])[0]["missing"] == {"a": "not measured there"}
 
 
-class TestNative:
-    """The base's compiled functions are this side's, or built from its own sources."""
-
-    @pytest.fixture
-    def sides(self, tmp_path, monkeypatch):
-        monkeypatch.setattr(base.subprocess, "run", lambda command, cwd, **rest: self.build(command, cwd))
-        folders = tmp_path / "current" / "src", tmp_path / "base" / "src"
-        for folder in folders:
-            (folder / "torchdsc" / "ops" / "csrc").mkdir(parents=True)
-            (folder / "torchdsc" / "ops" / "csrc" / "select.c").write_text("same")
-        (folders[0] / "torchdsc" / "ops" / "_native.abi3.so").write_text("this side's")
-        return folders
-
-    @staticmethod
-    def build(command, cwd):
-        assert command[1:] == ["setup.py", "build_ext", "--inplace"]
-        (cwd / "src" / "torchdsc" / "ops" / "_native.abi3.so").write_text("its own")
-
-    @pytest.mark.parametrize(
-        ("name", "expected"), [(None, "this side's"), ("select.c", "its own"), ("mix.c", "its own")]
-    )
-    def test_of_the_same_sources_or_built(self, sides, name, expected):
-        current, other = sides
-        if name is not None:
-            (other / "torchdsc" / "ops" / "csrc" / name).write_text("other")
-        assert base._same_native(current, other) == {"current": True, "base": True}
-        assert (other / "torchdsc" / "ops" / "_native.abi3.so").read_text() == expected
-
-    def test_where_a_side_has_none(self, sides):
-        current, other = sides
-        (other / "torchdsc" / "ops" / "csrc" / "select.c").unlink()
-        assert base._same_native(current, other) == {"current": True, "base": False}
-        (current / "torchdsc" / "ops" / "_native.abi3.so").unlink()
-        assert base._same_native(current, other) == {"current": False, "base": False}
-
-
 LIBRARY = """
 import time
 
@@ -242,3 +206,14 @@ class TestSourceCommit:
         (folder / "benchmarks" / "case.py").write_text("new")
         monkeypatch.setattr(environment, "commit", lambda: known)
         assert child.source_commit() == known
+
+
+@pytest.mark.parametrize("built", [True, False])
+def test_the_base_gets_compiled_functions_where_this_side_has_them(tmp_path, built):
+    sources = {side: tmp_path / side / "src" for side in ("current", "base")}
+    for source in sources.values():
+        (source / "torchdsc" / "ops").mkdir(parents=True)
+    if built:
+        (sources["current"] / "torchdsc" / "ops" / "_native_some.so").touch()
+    (tmp_path / "base" / "setup.py").write_text("open('src/torchdsc/ops/_native.abi3.so', 'w').close()\n")
+    assert base._same_native(**sources) == {"current": built, "base": built}

@@ -91,6 +91,15 @@ class TestMeasured:
             assert svg.startswith("<?xml")
             assert len(svg) < 150_000, name
 
+    def test_compiled_functions_stand_with_and_without_avx512(self, put):
+        text = section(render(put(compiled=MADE_UP.compiled()))[0], "Compiled functions")
+        heading = "| function | sizes | threads | ms | over tensor operations | over torch.compile |"
+        first, second = text.split("Without AVX-512, on the same processor:")
+        assert heading in first
+        assert "| gate, inference | tokens 1, K 4 | 1 | 1.00 | 0.50 [0.47, 0.54] | 0.25 [0.24, 0.27] |" in first
+        assert "| gate, inference | tokens 1, K 4 | 2 | 1.00 | 0.50 [0.47, 0.54] | - |" in first
+        assert "| gate, inference | tokens 1, K 4 | 1 | 1.00 | 1.25 [1.19, 1.35] |" in second
+
     def test_same_bytes_again(self, put):
         folder = put(layer=MADE_UP.layer(), crossover=MADE_UP.crossover())
         assert render(folder) == render(folder)

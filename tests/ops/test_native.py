@@ -1,5 +1,9 @@
 """The compiled functions against the tensor operations that stand in for them."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -7,6 +11,17 @@ from torchdsc.ops import compose, gate, native
 from torchdsc.ops.select import largest, select_backward, select_forward
 
 pytestmark = pytest.mark.skipif(native._native is None, reason="the optional compiled part was not built")
+
+CAPABILITIES = {"_native_avx512": "AVX512", "_native_avx2": "AVX2", "_native": "DEFAULT"}
+# What this processor can run, from the build that is taken on.
+BUILDS = [] if native._native is None else list(CAPABILITIES)
+BUILDS = BUILDS[BUILDS.index(native._native.__name__.rpartition(".")[2]) :] if BUILDS else []
+
+
+@pytest.fixture(autouse=True, params=BUILDS)
+def build(request, monkeypatch):
+    """Every test, with every build."""
+    monkeypatch.setattr(native, "_native", pytest.importorskip(f"torchdsc.ops.{request.param}"))
 
 
 @pytest.fixture
@@ -155,8 +170,40 @@ def test_more_than_can_be_selected_is_an_error(top_k):
     logits = torch.randn(1, 100)
     values, indices = torch.empty(1, 100), torch.empty(1, 100, dtype=torch.int64)
     module = native.module_for(logits)
+    sizes = {"tokens": 1, "num_atoms": 100, "top_k": top_k, "stride": 100, "threads": 1}
     with pytest.raises(ValueError, match=f"top_k must be in .* got {top_k}"):
-        module.largest_of_rows(*map(native.address, (logits, values, indices)), 1, 100, top_k, 100, 1)
+        module.largest_of_rows(logits=logits, values=values, indices=indices, **sizes)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (lambda given: dict(reversed(given.items())), TypeError, "argument 1 must be logits, got threads"),
+        (lambda given: {**given, "values": None}, TypeError, "values must be a tensor, got .*NoneType"),
+        (lambda given: {**given, "tokens": 1.5}, TypeError, "float"),
+        (lambda given: {**given, "more": 1}, TypeError, "must be 8 by name, got 9 by name and 0 by place"),
+        (lambda given: {**given, "tokens": 1 << 64}, OverflowError, "int"),
+    ],
+)
+def test_arguments_that_do_not_fit_the_struct(change, error, message):
+    logits, values, indices = torch.randn(1, 100), torch.empty(1, 4), torch.empty(1, 4, dtype=torch.int64)
+    sizes = {"tokens": 1, "num_atoms": 100, "top_k": 4, "stride": 100, "threads": 1}
+    given = {"logits": logits, "values": values, "indices": indices, **sizes}
+    module = native.module_for(logits)
+    module.largest_of_rows(**given)
+    assert torch.equal(values, logits.topk(4)[0])
+    with pytest.raises(error, match=message):
+        module.largest_of_rows(**change(given))
+    with pytest.raises(TypeError, match="must be 8 by name, got 0 by name and 8 by place"):
+        module.largest_of_rows(*given.values())
+
+
+@pytest.mark.parametrize("name", BUILDS)
+def test_the_build_is_the_one_for_the_instructions_that_torch_uses(name):
+    environment = {**os.environ, "ATEN_CPU_CAPABILITY": CAPABILITIES[name].lower()}
+    code = "from torchdsc.ops import native; print(native._native.__name__)"
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == f"torchdsc.ops.{name}"
 
 
 def test_an_index_out_of_range_is_an_error():

@@ -1,4 +1,4 @@
-"""The mathematics as functions: scoring and selecting atoms, gating, composing, mixing. Imports torch only."""
+"""The mathematics as functions: scoring and selecting atoms, gating, composing, convolving. Imports torch only."""
 
 from .compose import compose
 from .frame import frame_potential

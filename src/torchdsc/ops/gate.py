@@ -49,7 +49,11 @@ def gate(logits: Tensor, *, logit_clamp: float = 20.0, eps: float = 1e-6, kind: 
     if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
         native = module_for(logits)
         if native is not None and 0 < logits.numel() <= FEW_PAIRS and logits.dim() > 0:
-            return _gate_few(native, logits, logit_clamp, eps, kind)
+            return _gate_compiled(native, logits, logit_clamp, eps, kind)
+    return _gate_by_tensors(logits, logit_clamp, eps, kind)
+
+
+def _gate_by_tensors(logits: Tensor, logit_clamp: float, eps: float, kind: GateKind) -> Gate:
     # The threshold keeps softplus exact to rounding in float64; torch's default is off by 2e-9 at 20.
     scores = functional.softplus(logits.clamp(-logit_clamp, logit_clamp), 1.0, 40.0)
     # Adding nothing of the raw logits makes the scores of infinite ones NaN.
@@ -64,16 +68,16 @@ def gate(logits: Tensor, *, logit_clamp: float = 20.0, eps: float = 1e-6, kind: 
     return Gate(scores * factor, strength.squeeze(-1))
 
 
-def _gate_few(native: ModuleType, logits: Tensor, logit_clamp: float, eps: float, kind: GateKind) -> Gate:
+def _gate_compiled(native: ModuleType, logits: Tensor, logit_clamp: float, eps: float, kind: GateKind) -> Gate:
     coefficients, strength = torch.empty_like(logits), logits.new_empty(logits.shape[:-1])
     native.gate(
-        logits.data_ptr(),
-        coefficients.data_ptr(),
-        strength.data_ptr(),
-        strength.numel(),
-        logits.shape[-1],
-        _KINDS.index(kind),
-        logit_clamp,
-        eps,
+        logits=logits,
+        coefficients=coefficients,
+        strength=strength,
+        tokens=strength.numel(),
+        top_k=logits.shape[-1],
+        kind=_KINDS.index(kind),
+        clamp=logit_clamp,
+        eps=eps,
     )
     return Gate(coefficients, strength)

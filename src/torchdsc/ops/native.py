@@ -1,25 +1,37 @@
 """The optional compiled functions for a CPU; where they were not built, tensor operations stand in for them."""
 
 from functools import cache
+from importlib import import_module
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
-__all__ = ["FEW_PAIRS", "MOST_MIXED", "MOST_SELECTED", "address", "has_bfloat16", "module_for", "rows_of"]
+__all__ = ["FEW_PAIRS", "MOST_SELECTED", "MOST_TAPS", "has_bfloat16", "module_for", "rows_of"]
 
 # Selections up to which calls cost more than their work: decoding, not prefill.
 FEW_PAIRS = 64
 # The most atoms that the compiled functions select; a general top-k does more, and as quickly.
 MOST_SELECTED = 64
-# The most tokens that they mix into one.
-MOST_MIXED = 16
+# The widest short convolution that they take.
+MOST_TAPS = 16
+# Builds of the same module, for fewer and fewer processors from the last to the first.
+_BUILDS = ("_native_avx512", "_native_avx2", "_native")
 
-_native: ModuleType | None
-try:
-    from . import _native  # type: ignore[attr-defined, no-redef]
-except ImportError:
-    _native = None
+
+def _load() -> ModuleType | None:
+    """The build for the instructions that torch itself uses (``ATEN_CPU_CAPABILITY`` sets which), or for fewer."""
+    capability = torch.backends.cpu.get_cpu_capability()
+    first = 0 if capability.startswith("AVX512") else 1 if capability == "AVX2" else 2
+    for name in _BUILDS[first:]:
+        try:
+            return import_module(f"{__package__}.{name}")
+        except ImportError:
+            continue
+    return None
+
+
+_native = _load()
 
 
 def module_for(*tensors: Tensor | None) -> ModuleType | None:
@@ -46,12 +58,7 @@ def rows_of(matrix: Tensor) -> tuple[Tensor, int]:
     return (matrix[0] if contiguous and matrix.shape[0] else matrix), stride
 
 
-def address(tensor: Tensor | None) -> int:
-    """Where the tensor's elements start, as the compiled functions take it; 0 for None."""
-    return 0 if tensor is None else tensor.data_ptr()
-
-
 @cache
 def has_bfloat16() -> bool:
-    """Whether the compiled module is there and the processor multiplies bfloat16 natively."""
+    """Whether the compiled module is there and the processor multiplies bfloat16 natively, which torch may use."""
     return _native is not None and bool(_native.has_bfloat16())

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .devices import several_devices
-from .native import MOST_SELECTED, address, module_for
+from .native import MOST_SELECTED, module_for
 from .select import Selection
 
 # Tokens up to which waking other threads costs more than the work.
@@ -93,9 +93,20 @@ def _top_sums_untraced(left: Tensor, right: Tensor, top_k: int, half: float) -> 
     indices = torch.empty_like(values, dtype=torch.int64)
     threads = torch.get_num_threads() if tokens > _FEW_TOKENS else 1
     for head in range(heads):
-        arrays = (scores[:, head] for scores in (left, right, values, indices))
-        sizes = tokens, side, top_k, left.stride(0), right.stride(0), values.stride(0), threads
-        native.select_sums(*map(address, arrays), *sizes, half)
+        native.select_sums(
+            left=left[:, head],
+            right=right[:, head],
+            values=values[:, head],
+            indices=indices[:, head],
+            tokens=tokens,
+            side=side,
+            top_k=top_k,
+            left_stride=left.stride(0),
+            right_stride=right.stride(0),
+            out_stride=values.stride(0),
+            threads=threads,
+            half=half,
+        )
     return values, indices
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, library
 
 from .devices import several_devices
-from .native import MOST_SELECTED, address, module_for, rows_of
+from .native import MOST_SELECTED, module_for, rows_of
 
 # Logits per chunk: what a pass reads twice should still be in cache the second time.
 _CHUNK = {"cpu": 1 << 19, "other": 1 << 28}
@@ -83,10 +83,28 @@ def select_forward(
     if native is not None and logits.dtype == torch.float32 and top_k <= MOST_SELECTED:
         values, indices = logits.new_empty(tokens, top_k), logits.new_empty(tokens, top_k, dtype=torch.int64)
         log_normalizer, probability_sum = logits.new_empty(tokens), logits.new_empty(num_atoms)
-        arrays = (logits, weights, values, indices, log_normalizer, probability_sum)
-        sizes = tokens, num_atoms, top_k, stride, torch.get_num_threads()
-        native.select_rows(*map(address, arrays), *sizes, logit_clamp)
+        native.select_rows(
+            logits=logits,
+            weights=weights,
+            values=values,
+            indices=indices,
+            log_normalizer=log_normalizer,
+            probability_sum=probability_sum,
+            tokens=tokens,
+            num_atoms=num_atoms,
+            top_k=top_k,
+            stride=stride,
+            threads=torch.get_num_threads(),
+            clamp=logit_clamp,
+        )
         return values, indices, log_normalizer, probability_sum
+    return _forward_by_tensors(logits, weights, top_k, logit_clamp)
+
+
+def _forward_by_tensors(
+    logits: Tensor, weights: Tensor | None, top_k: int, logit_clamp: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    tokens, num_atoms = logits.shape
     values, indices = logits.topk(top_k, dim=1)
     log_normalizer, probability_sum = logits.new_empty(tokens), logits.new_zeros(num_atoms)
     clamped = _beyond(logits, logit_clamp)
@@ -142,7 +160,16 @@ def largest(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     tokens, num_atoms = logits.shape
     values, indices = logits.new_empty(tokens, top_k), logits.new_empty(tokens, top_k, dtype=torch.int64)
     threads = torch.get_num_threads() if logits.numel() > _FEW_LOGITS else 1
-    native.largest_of_rows(*map(address, (logits, values, indices)), tokens, num_atoms, top_k, stride, threads)
+    native.largest_of_rows(
+        logits=logits,
+        values=values,
+        indices=indices,
+        tokens=tokens,
+        num_atoms=num_atoms,
+        top_k=top_k,
+        stride=stride,
+        threads=threads,
+    )
     return values, indices
 
 
@@ -159,14 +186,44 @@ def select_backward(
 ) -> Tensor:
     """Gradient of the logits (T, M) from those of what :func:`select_forward` returns, written to ``out``."""
     grad = torch.empty_like(logits) if out is None else out
-    gradients = tuple(t.contiguous() for t in (grad_values, grad_log_normalizer, grad_probability_sum))
-    arrays = (logits, weights, indices, log_normalizer, *gradients)
+    grad_values, grad_log_normalizer = grad_values.contiguous(), grad_log_normalizer.contiguous()
+    grad_probability_sum = grad_probability_sum.contiguous()
+    gradients = grad_values, grad_log_normalizer, grad_probability_sum
     (row, stride), (grad_row, grad_stride) = rows_of(logits), rows_of(grad)
-    native = module_for(row, grad_row, *arrays[1:])
+    native = module_for(row, grad_row, weights, indices, log_normalizer, *gradients)
     if native is not None and logits.dtype == torch.float32:
-        sizes = *logits.shape, indices.shape[1], stride, grad_stride, torch.get_num_threads()
-        native.select_rows_backward(*map(address, arrays), address(grad), *sizes, logit_clamp)
+        native.select_rows_backward(
+            logits=logits,
+            weights=weights,
+            indices=indices,
+            log_normalizer=log_normalizer,
+            grad_values=grad_values,
+            grad_log_normalizer=grad_log_normalizer,
+            grad_probability_sum=grad_probability_sum,
+            grad=grad,
+            tokens=logits.shape[0],
+            num_atoms=logits.shape[1],
+            top_k=indices.shape[1],
+            stride=stride,
+            grad_stride=grad_stride,
+            threads=torch.get_num_threads(),
+            clamp=logit_clamp,
+        )
         return grad
+    return _backward_by_tensors(logits, weights, indices, log_normalizer, *gradients, logit_clamp, grad)
+
+
+def _backward_by_tensors(
+    logits: Tensor,
+    weights: Tensor | None,
+    indices: Tensor,
+    log_normalizer: Tensor,
+    grad_values: Tensor,
+    grad_log_normalizer: Tensor,
+    grad_probability_sum: Tensor,
+    logit_clamp: float,
+    grad: Tensor,
+) -> Tensor:
     clamped = _beyond(logits, logit_clamp)
     for rows in _chunks(logits):
         chunk = logits[rows].clamp(-logit_clamp, logit_clamp) if clamped else logits[rows]

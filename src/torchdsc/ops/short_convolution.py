@@ -1,4 +1,4 @@
-"""Tokens mixed with those before them: a causal depthwise convolution, compiled in one pass on a CPU."""
+"""A causal depthwise convolution: each token summed with those before it, weighted feature by feature."""
 
 from typing import Any
 
@@ -6,9 +6,12 @@ import torch
 from torch import Tensor, library
 
 from .devices import several_devices
-from .native import MOST_MIXED, address, module_for
+from .native import MOST_TAPS, module_for
 
 __all__ = ["short_convolution"]
+
+# Results up to which waking other threads costs more than the work.
+_FEW_NUMBERS = 1 << 15
 
 
 def short_convolution(
@@ -22,7 +25,7 @@ def short_convolution(
         length: How many tokens at the end to return, at most T.
         positions: Places of the returned tokens in their sequences, broadcasting to (..., length): a token sees none
             further before it than its place.
-        onto: What the mix is added to, of the shape of the result; nothing by default.
+        onto: What the sum is added to, of the shape of the result; nothing by default.
 
     Returns:
         Tensor of shape (..., length, d).
@@ -37,11 +40,20 @@ def short_convolution(
         and (onto is None or onto.device == device)
     ):
         raise several_devices(x=x, weight=weight, positions=positions, onto=onto)
-    if positions is None and length == x.shape[-2] and _can_be_compiled(x, weight, onto):
-        mixed: Tensor = _mix_op(x, weight, onto) if torch.is_grad_enabled() else _mix(x, weight, onto)
-        return mixed
+    if positions is None and _can_be_compiled(x, weight, onto):
+        if not torch.is_grad_enabled():
+            return _compiled(x, weight, length, onto)
+        if length == x.shape[-2]:
+            whole: Tensor = _short_convolution_op(x, weight, onto)
+            return whole
+    return _by_tensors(x, weight, length, positions, onto)
+
+
+def _by_tensors(
+    x: Tensor, weight: Tensor, length: int, positions: Tensor | None = None, onto: Tensor | None = None
+) -> Tensor:
     start = x.shape[-2] - length
-    mixed = x.narrow(-2, start, length) * weight[0]
+    y = x.narrow(-2, start, length) * weight[0]
     for distance in range(1, min(weight.shape[0], x.shape[-2])):
         # The first tokens have none at this distance.
         first = max(0, start - distance)
@@ -49,50 +61,68 @@ def short_convolution(
         earlier = x.narrow(-2, first, count)
         if positions is not None:
             earlier = earlier.masked_fill((positions[..., length - count :] < distance).unsqueeze(-1), 0.0)
-        mixed.narrow(-2, length - count, count).addcmul_(earlier, weight[distance])
-    return mixed if onto is None else onto + mixed
+        y.narrow(-2, length - count, count).addcmul_(earlier, weight[distance])
+    return y if onto is None else onto + y
 
 
 def _can_be_compiled(x: Tensor, weight: Tensor, onto: Tensor | None) -> bool:
     tensors = (x, weight) if onto is None else (x, weight, onto)
-    fits = x.numel() > 0 and weight.shape[0] <= MOST_MIXED and all(t.dtype == torch.float32 for t in tensors)
+    fits = x.numel() > 0 and weight.shape[0] <= MOST_TAPS and all(t.dtype == torch.float32 for t in tensors)
     # A compiler makes one pass of the tensor operations by itself.
     return fits and not torch.compiler.is_compiling() and module_for(*tensors) is not None
 
 
-def _sizes(x: Tensor, weight: Tensor) -> tuple[int, ...]:
-    length, width = x.shape[-2:]
-    return x.numel() // (length * width), length, width, weight.shape[0], torch.get_num_threads()
-
-
-def _mix(x: Tensor, weight: Tensor, onto: Tensor | None) -> Tensor:
-    native, y = module_for(x, weight, onto), torch.empty_like(x)
+def _compiled(x: Tensor, weight: Tensor, length: int, onto: Tensor | None) -> Tensor:
+    native, (num_tokens, width) = module_for(x, weight, onto), x.shape[-2:]
     assert native is not None
-    native.short_convolution(*map(address, (x, weight, onto, y)), *_sizes(x, weight))
+    y = x.new_empty(*x.shape[:-2], length, width)
+    native.short_convolution(
+        x=x,
+        weight=weight,
+        onto=onto,
+        y=y,
+        sequences=x.numel() // (num_tokens * width),
+        num_tokens=num_tokens,
+        length=length,
+        width=width,
+        taps=weight.shape[0],
+        threads=torch.get_num_threads() if y.numel() > _FEW_NUMBERS else 1,
+    )
     return y
 
 
 @library.custom_op("torchdsc::short_convolution", mutates_args=())
-def _mix_op(x: Tensor, weight: Tensor, onto: Tensor | None) -> Tensor:
-    return _mix(x, weight, onto)
+def _short_convolution_op(x: Tensor, weight: Tensor, onto: Tensor | None) -> Tensor:
+    return _compiled(x, weight, x.shape[-2], onto)
 
 
 @library.custom_op("torchdsc::short_convolution_backward", mutates_args=())
-def _mix_backward_op(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+def _short_convolution_backward_op(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     # Autograd may hand on a gradient that is expanded.
-    grad = grad.contiguous()
+    grad, (length, width) = grad.contiguous(), x.shape[-2:]
     native, dx, dweight = module_for(grad, x, weight), torch.empty_like(x), torch.empty_like(weight)
     assert native is not None
-    native.short_convolution_backward(*map(address, (grad, x, weight, dx, dweight)), *_sizes(x, weight))
+    native.short_convolution_backward(
+        grad=grad,
+        x=x,
+        weight=weight,
+        dx=dx,
+        dweight=dweight,
+        sequences=x.numel() // (length * width),
+        length=length,
+        width=width,
+        taps=weight.shape[0],
+        threads=torch.get_num_threads(),
+    )
     return dx, dweight
 
 
-@_mix_op.register_fake
+@_short_convolution_op.register_fake
 def _(x: Tensor, weight: Tensor, onto: Tensor | None) -> Tensor:
     return torch.empty_like(x)
 
 
-@_mix_backward_op.register_fake
+@_short_convolution_backward_op.register_fake
 def _(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     return torch.empty_like(x), torch.empty_like(weight)
 
@@ -104,8 +134,8 @@ def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], outpu
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-    dx, dweight = _mix_backward_op(grad, *ctx.saved_tensors)
+    dx, dweight = _short_convolution_backward_op(grad, *ctx.saved_tensors)
     return dx, dweight, grad if ctx.has_onto else None
 
 
-_mix_op.register_autograd(_backward, setup_context=_setup_context)
+_short_convolution_op.register_autograd(_backward, setup_context=_setup_context)

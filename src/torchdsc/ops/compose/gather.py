@@ -15,7 +15,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from torchdsc.ops.native import FEW_PAIRS, address, module_for
+from torchdsc.ops.native import FEW_PAIRS, module_for
 
 from .norms import inverse_norms, pair_scale, radial
 
@@ -31,7 +31,13 @@ def forward(
     """Equation (14): y (T, d_out) in the dtype of x and the latent values (T, K)."""
     native = module_for(x, u, v, indices, coefficients)
     if native is not None and x.dtype == torch.float32:
-        return _forward_native(native, x, u, v, indices, coefficients, eps)
+        return _forward_compiled(native, x, u, v, indices, coefficients, eps)
+    return _forward_by_tensors(x, u, v, indices, coefficients, eps)
+
+
+def _forward_by_tensors(
+    x: Tensor, u: Tensor, v: Tensor, indices: Tensor, coefficients: Tensor, eps: float | None
+) -> tuple[Tensor, Tensor]:
     if indices.numel() <= FEW_PAIRS:
         return _forward_few(x, u, v, indices, coefficients, eps)
     accumulated = coefficients.dtype
@@ -59,7 +65,20 @@ def backward(
     # Autograd may hand on a gradient that is expanded.
     native = module_for(grad.contiguous() if grad.is_cpu else grad, x, u, v, indices, coefficients, latent)
     if native is not None and x.dtype == torch.float32 and _ATOMS_PER_PAIR * indices.numel() >= u.shape[0]:
-        return _backward_native(native, (grad.contiguous(), x, u, v, coefficients, latent), indices, eps)
+        return _backward_compiled(native, grad.contiguous(), x, u, v, indices, coefficients, latent, eps)
+    return _backward_by_tensors(grad, x, u, v, indices, coefficients, latent, eps)
+
+
+def _backward_by_tensors(
+    grad: Tensor,
+    x: Tensor,
+    u: Tensor,
+    v: Tensor,
+    indices: Tensor,
+    coefficients: Tensor,
+    latent: Tensor,
+    eps: float | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dtype, accumulated = x.dtype, coefficients.dtype
     raw_u, raw_v = u, v
     u, u_indices = _in_dtype(u, indices, accumulated)
@@ -84,7 +103,7 @@ def backward(
     return dx.to(dtype), du.to(dtype), dv.to(dtype), latent * projected
 
 
-def _forward_native(
+def _forward_compiled(
     native: ModuleType, x: Tensor, u: Tensor, v: Tensor, indices: Tensor, coefficients: Tensor, eps: float | None
 ) -> tuple[Tensor, Tensor]:
     (tokens, top_k), width = indices.shape, v.shape[1]
@@ -94,25 +113,69 @@ def _forward_native(
     scale_u = scale_v = None
     if eps is not None and indices.numel() >= u.shape[0]:
         scale_u, scale_v = inverse_norms(u, eps), inverse_norms(v, eps)
-    sizes = tokens, top_k, u.shape[1], width, u.shape[0], threads
-    arrays = map(address, (x, u, v, coefficients, scale_u, scale_v, indices, y, latent))
-    native.compose(*arrays, *sizes, -1.0 if eps is None else eps)
+    native.compose(
+        x=x,
+        u=u,
+        v=v,
+        coefficients=coefficients,
+        scale_u=scale_u,
+        scale_v=scale_v,
+        indices=indices,
+        y=y,
+        latent=latent,
+        tokens=tokens,
+        top_k=top_k,
+        d_in=u.shape[1],
+        d_out=width,
+        num_atoms=u.shape[0],
+        threads=threads,
+        eps=-1.0 if eps is None else eps,
+    )
     return y, latent
 
 
-def _backward_native(
-    native: ModuleType, inputs: tuple[Tensor, ...], indices: Tensor, eps: float | None
+def _backward_compiled(
+    native: ModuleType,
+    grad: Tensor,
+    x: Tensor,
+    u: Tensor,
+    v: Tensor,
+    indices: Tensor,
+    coefficients: Tensor,
+    latent: Tensor,
+    eps: float | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    _, x, u, v, coefficients, _ = inputs
     (tokens, top_k), num_atoms = indices.shape, u.shape[0]
     scale_u, scale_v = (None, None) if eps is None else (inverse_norms(u, eps), inverse_norms(v, eps))
-    gradients = [torch.empty_like(t) for t in (x, u, v, coefficients)]
-    pairs = [torch.empty_like(coefficients) for _ in range(3)]
-    places = torch.empty_like(indices), indices.new_empty(num_atoms)
-    arrays = (*inputs, scale_u, scale_v, indices, *gradients, *pairs, *places)
-    sizes = tokens, top_k, x.shape[1], v.shape[1], num_atoms, torch.get_num_threads()
-    native.compose_backward(*map(address, arrays), *sizes, -1.0 if eps is None else eps)
-    return gradients[0], gradients[1], gradients[2], gradients[3]
+    dx, du, dv, d_coefficients = (torch.empty_like(t) for t in (x, u, v, coefficients))
+    native.compose_backward(
+        grad=grad,
+        x=x,
+        u=u,
+        v=v,
+        coefficients=coefficients,
+        latent=latent,
+        scale_u=scale_u,
+        scale_v=scale_v,
+        indices=indices,
+        dx=dx,
+        du=du,
+        dv=dv,
+        d_coefficients=d_coefficients,
+        weight_u=torch.empty_like(coefficients),
+        weight_v=torch.empty_like(coefficients),
+        common=torch.empty_like(coefficients),
+        order=torch.empty_like(indices),
+        ends=indices.new_empty(num_atoms),
+        tokens=tokens,
+        top_k=top_k,
+        d_in=x.shape[1],
+        d_out=v.shape[1],
+        num_atoms=num_atoms,
+        threads=torch.get_num_threads(),
+        eps=-1.0 if eps is None else eps,
+    )
+    return dx, du, dv, d_coefficients
 
 
 def _forward_few(
@@ -152,7 +215,7 @@ def sampled_product(x: Tensor, atoms: Tensor, indices: Tensor) -> Tensor:
     """``x_t . atoms_(t,k)`` of shape (T, K)."""
     tokens, top_k = indices.shape
     # The sampled product refuses patterns with more entries a row than columns.
-    if x.device.type == "cpu" and top_k <= atoms.shape[0] and _hassampled_product():
+    if x.device.type == "cpu" and top_k <= atoms.shape[0] and _has_sampled_product():
         starts = torch.arange(0, tokens * top_k + 1, top_k)
         pattern = torch.sparse_csr_tensor(
             starts, indices.reshape(-1), x.new_zeros(tokens * top_k), (tokens, atoms.shape[0]), check_invariants=False
@@ -169,7 +232,7 @@ def sampled_product(x: Tensor, atoms: Tensor, indices: Tensor) -> Tensor:
 
 
 @functools.cache
-def _hassampled_product() -> bool:
+def _has_sampled_product() -> bool:
     # Torch warns once a process that CSR tensors are in beta: nothing that a user of this library could act on.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -3,12 +3,11 @@
 
 /* Product with a row and, where it is asked for, the row's squared norm. */
 INLINE float dot_and_square(const float *x, const float *row, int64_t n, float *square) {
-    Vector products = {0}, squares = {0};
+    Sums products = {{{0}}}, squares = {{{0}}};
     int64_t i = 0;
     for (; i + LANES <= n; i += LANES) {
-        Vector values = AT(row + i);
-        products += AT(x + i) * values;
-        squares += values * values;
+        add_products(&products, x + i, row + i);
+        add_products(&squares, row + i, row + i);
     }
     float product = 0.0f, rest = 0.0f;
     for (; i < n; i++) {
@@ -21,7 +20,7 @@ INLINE float dot_and_square(const float *x, const float *row, int64_t n, float *
 
 INLINE void add_scaled(float *sum, float weight, const float *row, int64_t n) {
     int64_t i = 0;
-    for (; i + LANES <= n; i += LANES) *(Vector *)(sum + i) += weight * AT(row + i);
+    for (; i + WIDTH <= n; i += WIDTH) *(Vector *)(sum + i) += weight * AT(row + i);
     for (; i < n; i++) sum[i] += weight * row[i];
 }
 
@@ -30,7 +29,7 @@ INLINE void add_four(float *sum, const float *weights, const float *const *rows,
     const float a = weights[0], b = weights[1], c = weights[2], d = weights[3];
     const float *p = rows[0], *q = rows[1], *r = rows[2], *s = rows[3];
     int64_t i = 0;
-    for (; i + LANES <= n; i += LANES)
+    for (; i + WIDTH <= n; i += WIDTH)
         *(Vector *)(sum + i) += (a * AT(p + i) + b * AT(q + i)) + (c * AT(r + i) + d * AT(s + i));
     for (; i < n; i++) sum[i] += (a * p[i] + b * q[i]) + (c * r[i] + d * s[i]);
 }
@@ -64,9 +63,17 @@ typedef struct {
     const float *scale_u, *scale_v;     /* one over the norm of each atom; NULL: found with each pair */
     const int64_t *indices;
     float *y, *latent;
-    int64_t top_k, d_in, d_out;
+    int64_t tokens, top_k, d_in, d_out, num_atoms, threads;
     float eps;      /* negative: atoms as they are */
 } Composition;
+
+static const Field COMPOSE[] = {
+    FIELD(Composition, x),           FIELD(Composition, u),          FIELD(Composition, v),
+    FIELD(Composition, coefficients), OPTIONAL(Composition, scale_u), OPTIONAL(Composition, scale_v),
+    FIELD(Composition, indices),     FIELD(Composition, y),          FIELD(Composition, latent),
+    FIELD(Composition, tokens),      FIELD(Composition, top_k),      FIELD(Composition, d_in),
+    FIELD(Composition, d_out),       FIELD(Composition, num_atoms),  FIELD(Composition, threads),
+    FIELD(Composition, eps)};
 
 /* Four pairs of a token, of atoms whose norms are known. */
 INLINE void compose_four(const Composition *c, const float *x, int64_t pair, float *y) {
@@ -102,7 +109,7 @@ INLINE void compose_pair(const Composition *c, const float *x, int64_t pair, flo
     add_scaled(y, latent * c->coefficients[pair] * scale_v, row_v, c->d_out);
 }
 
-VECTORIZED static void compose_token(const Composition *c, int64_t token) {
+static void compose_token(const Composition *c, int64_t token) {
     const float *x = c->x + token * c->d_in;
     float *y = c->y + token * c->d_out;
     int64_t pair = token * c->top_k, end = pair + c->top_k;
@@ -122,25 +129,17 @@ static int are_atoms(const int64_t *indices, int64_t count, int64_t num_atoms) {
     return 1;
 }
 
-/* compose(x, u, v, coefficients, scale_u, scale_v, indices, y, latent, tokens, top_k, d_in, d_out, num_atoms, threads,
- * eps): equations (3) and (14); eps < 0 leaves atoms as they are. */
-PyObject *compose(PyObject *self, PyObject *args) {
-    int64_t p[15];
-    float eps;
-    if (!read_integers(args, p, 15) || !read_float(args, 15, &eps)) return NULL;
-    const float *in[6];
-    for (int i = 0; i < 6; i++) in[i] = (const float *)(intptr_t)p[i];
-    Composition c = {in[0], in[1], in[2], in[3], in[4], in[5], (const int64_t *)(intptr_t)p[6],
-                     (float *)(intptr_t)p[7], (float *)(intptr_t)p[8], p[10], p[11], p[12], eps};
-    int64_t tokens = p[9], num_atoms = p[13], threads = p[14];
-    if (!are_atoms(c.indices, tokens * c.top_k, num_atoms)) return NULL;
-    if (threads == 1) {
-        for (int64_t token = 0; token < tokens; token++) compose_token(&c, token);
+/* Equations (3) and (14). */
+PyObject *compose(ARGUMENTS) {
+    Composition c;
+    if (!READ(&c, COMPOSE) || !are_atoms(c.indices, c.tokens * c.top_k, c.num_atoms)) return NULL;
+    if (c.threads == 1) {
+        for (int64_t token = 0; token < c.tokens; token++) compose_token(&c, token);
         Py_RETURN_NONE;
     }
     Py_BEGIN_ALLOW_THREADS
-#pragma omp parallel for schedule(static) num_threads(threads)
-    for (int64_t token = 0; token < tokens; token++) compose_token(&c, token);
+#pragma omp parallel for schedule(static) num_threads(c.threads)
+    for (int64_t token = 0; token < c.tokens; token++) compose_token(&c, token);
     Py_END_ALLOW_THREADS
     Py_RETURN_NONE;
 }
@@ -152,11 +151,22 @@ typedef struct {
     float *dx, *du, *dv, *d_coefficients;
     float *weight_u, *weight_v, *common;    /* of each pair: what its rows are added with, and what points along them */
     int64_t *order, *ends;              /* pairs by atom, and where each atom's end */
-    int64_t tokens, top_k, d_in, d_out, num_atoms;
+    int64_t tokens, top_k, d_in, d_out, num_atoms, threads;
     float eps;
 } Gradients;
 
-VECTORIZED static void gradients_of_token(const Gradients *g, int64_t token) {
+static const Field GRADIENTS[] = {
+    FIELD(Gradients, grad),         FIELD(Gradients, x),              FIELD(Gradients, u),
+    FIELD(Gradients, v),            FIELD(Gradients, coefficients),   FIELD(Gradients, latent),
+    OPTIONAL(Gradients, scale_u),   OPTIONAL(Gradients, scale_v),     FIELD(Gradients, indices),
+    FIELD(Gradients, dx),           FIELD(Gradients, du),             FIELD(Gradients, dv),
+    FIELD(Gradients, d_coefficients), FIELD(Gradients, weight_u),     FIELD(Gradients, weight_v),
+    FIELD(Gradients, common),       FIELD(Gradients, order),          FIELD(Gradients, ends),
+    FIELD(Gradients, tokens),       FIELD(Gradients, top_k),          FIELD(Gradients, d_in),
+    FIELD(Gradients, d_out),        FIELD(Gradients, num_atoms),      FIELD(Gradients, threads),
+    FIELD(Gradients, eps)};
+
+static void gradients_of_token(const Gradients *g, int64_t token) {
     const float *grad = g->grad + token * g->d_out;
     float *dx = g->dx + token * g->d_in;
     Pending pending = {.held = 0};
@@ -180,7 +190,7 @@ INLINE void leave_radial(float *sum, float common, float scale, const float *row
     if (scale < 1.0f / eps) add_scaled(sum, -common * scale * scale, row, n);
 }
 
-VECTORIZED static void gradients_of_atom(const Gradients *g, int64_t atom) {
+static void gradients_of_atom(const Gradients *g, int64_t atom) {
     float *du = g->du + atom * g->d_in, *dv = g->dv + atom * g->d_out, common = 0.0f;
     Pending for_u = {.held = 0}, for_v = {.held = 0};
     for (int64_t i = 0; i < g->d_in; i++) du[i] = 0.0f;
@@ -210,24 +220,13 @@ static void sort_pairs(const Gradients *g) {
     for (int64_t pair = 0; pair < pairs; pair++) g->order[g->ends[g->indices[pair]]++] = pair;
 }
 
-/* compose_backward(grad, x, u, v, coefficients, latent, scale_u, scale_v, indices, dx, du, dv, d_coefficients, weight_u,
- * weight_v, common, order, ends, tokens, top_k, d_in, d_out, num_atoms, threads, eps): gradients of compose. */
-PyObject *compose_backward(PyObject *self, PyObject *args) {
-    int64_t p[24];
-    float eps;
-    if (!read_integers(args, p, 24) || !read_float(args, 24, &eps)) return NULL;
-    const float *in[8];
-    float *out[7];
-    for (int i = 0; i < 8; i++) in[i] = (const float *)(intptr_t)p[i];
-    for (int i = 0; i < 7; i++) out[i] = (float *)(intptr_t)p[9 + i];
-    Gradients g = {in[0], in[1], in[2], in[3], in[4], in[5], in[6], in[7], (const int64_t *)(intptr_t)p[8],
-                   out[0], out[1], out[2], out[3], out[4], out[5], out[6],
-                   (int64_t *)(intptr_t)p[16], (int64_t *)(intptr_t)p[17], p[18], p[19], p[20], p[21], p[22], eps};
-    int64_t threads = p[23];
-    if (!are_atoms(g.indices, g.tokens * g.top_k, g.num_atoms)) return NULL;
+/* Gradients of compose. */
+PyObject *compose_backward(ARGUMENTS) {
+    Gradients g;
+    if (!READ(&g, GRADIENTS) || !are_atoms(g.indices, g.tokens * g.top_k, g.num_atoms)) return NULL;
     Py_BEGIN_ALLOW_THREADS
     sort_pairs(&g);
-#pragma omp parallel num_threads(threads)
+#pragma omp parallel num_threads(g.threads)
     {
 #pragma omp for schedule(static)
         for (int64_t token = 0; token < g.tokens; token++) gradients_of_token(&g, token);

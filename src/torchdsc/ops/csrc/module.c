@@ -1,23 +1,54 @@
-/* The optional compiled module torchdsc.ops._native: what tensor operations do slowly on a CPU. */
+/* The optional compiled module torchdsc.ops._native, and its builds for processors that can do more: what tensor operations do slowly on a CPU. */
 #include "native.h"
 
 #include <stdlib.h>
 
-int read_integers(PyObject *args, int64_t *values, Py_ssize_t count) {
-    for (Py_ssize_t i = 0; i < count; i++) {
-        PyObject *item = PyTuple_GetItem(args, i);
-        if (item == NULL) return 0;
-        values[i] = PyLong_AsLongLong(item);
-        if (values[i] == -1 && PyErr_Occurred()) return 0;
+static PyObject *data_ptr;
+
+/* Where a tensor's elements start; an error is left set. */
+static void read_array(const char *name, PyObject *tensor, void **start) {
+    PyObject *address = PyObject_CallMethodObjArgs(tensor, data_ptr, NULL);
+    if (address == NULL) {
+        if (PyErr_ExceptionMatches(PyExc_AttributeError))
+            PyErr_Format(PyExc_TypeError, "%s must be a tensor, got %R", name, Py_TYPE(tensor));
+        return;
     }
-    return 1;
+    *start = PyLong_AsVoidPtr(address);
+    Py_DECREF(address);
 }
 
-int read_float(PyObject *args, Py_ssize_t index, float *value) {
-    PyObject *item = PyTuple_GetItem(args, index);
-    if (item == NULL) return 0;
-    *value = (float)PyFloat_AsDouble(item);
-    return !PyErr_Occurred();
+int read_fields(void *into, const Field *fields, Py_ssize_t count, PyObject *const *values, Py_ssize_t positional,
+                PyObject *names) {
+    const Py_ssize_t given = names == NULL ? 0 : PyTuple_Size(names);
+    if (positional != 0 || given != count) {
+        PyErr_Format(PyExc_TypeError, "arguments must be %zd by name, got %zd by name and %zd by place", count, given,
+                     positional);
+        return 0;
+    }
+    for (Py_ssize_t i = 0; i < count; i++) {
+        PyObject *name = PyTuple_GetItem(names, i);
+        if (PyUnicode_CompareWithASCIIString(name, fields[i].name) != 0) {
+            PyErr_Format(PyExc_TypeError, "argument %zd must be %s, got %U", i + 1, fields[i].name, name);
+            return 0;
+        }
+        char *member = (char *)into + fields[i].offset;
+        switch (fields[i].kind) {
+        case INTEGER:
+            *(int64_t *)member = PyLong_AsLongLong(values[i]);
+            break;
+        case REAL:
+            *(float *)member = (float)PyFloat_AsDouble(values[i]);
+            break;
+        case OPTIONAL_ARRAY:
+            *(void **)member = NULL;
+            if (values[i] == Py_None) break;
+            /* fall through */
+        case ARRAY:
+            read_array(fields[i].name, values[i], (void **)member);
+        }
+        if (PyErr_Occurred()) return 0;
+    }
+    return 1;
 }
 
 int can_select(int64_t top_k) {
@@ -75,9 +106,10 @@ void prune(Largest *l) {
     }
 }
 
-/* has_bfloat16(): whether the processor multiplies bfloat16 natively; elsewhere products in it are slower. */
+/* has_bfloat16(): whether the processor multiplies bfloat16 natively, in the build that is for such; elsewhere products in
+ * it are slower. */
 static PyObject *has_bfloat16(PyObject *self, PyObject *args) {
-#if defined(__x86_64__) && defined(__linux__)
+#if defined(__AVX512F__)
     __builtin_cpu_init();
     return PyBool_FromLong(__builtin_cpu_supports("avx512bf16") != 0);
 #else
@@ -85,22 +117,34 @@ static PyObject *has_bfloat16(PyObject *self, PyObject *args) {
 #endif
 }
 
+#define METHOD(function, documentation) \
+    {#function, (PyCFunction)(void (*)(void))function, METH_FASTCALL | METH_KEYWORDS, documentation}
+
 static PyMethodDef methods[] = {
-    {"gate", gate, METH_VARARGS, "Equation (5) of a few tokens."},
-    {"compose", compose, METH_VARARGS, "Equation (14)."},
-    {"compose_backward", compose_backward, METH_VARARGS, "Its gradients."},
-    {"select_rows", select_rows, METH_VARARGS, "Top-K and statistics of rows of logits in one pass."},
-    {"select_rows_backward", select_rows_backward, METH_VARARGS, "Gradient of the logits in one pass."},
-    {"largest_of_rows", largest_of_rows, METH_VARARGS, "Top-K of rows of logits."},
-    {"select_sums", select_sums, METH_VARARGS, "Top-K of the sums of two halves."},
-    {"round_rows", round_rows, METH_VARARGS, "Rows in bfloat16, their norms, and those of what rounding took away."},
-    {"screen", screen, METH_VARARGS, "Exact top-K from logits in bfloat16 and bounds on their errors."},
-    {"short_convolution", short_convolution, METH_VARARGS, "Tokens mixed with those before them."},
-    {"short_convolution_backward", short_convolution_backward, METH_VARARGS, "Its gradients."},
+    METHOD(gate, "Equation (5) of a few tokens."),
+    METHOD(compose, "Equation (14)."),
+    METHOD(compose_backward, "Its gradients."),
+    METHOD(select_rows, "Top-K and statistics of rows of logits in one pass."),
+    METHOD(select_rows_backward, "Gradient of the logits in one pass."),
+    METHOD(largest_of_rows, "Top-K of rows of logits."),
+    METHOD(select_sums, "Top-K of the sums of two halves."),
+    METHOD(round_rows, "Rows in bfloat16, their norms, and those of what rounding took away."),
+    METHOD(screen, "Exact top-K from logits in bfloat16 and bounds on their errors."),
+    METHOD(short_convolution, "A causal depthwise convolution."),
+    METHOD(short_convolution_backward, "Its gradients."),
     {"has_bfloat16", has_bfloat16, METH_NOARGS, "Whether the processor multiplies bfloat16 natively."},
     {NULL, NULL, 0, NULL},
 };
 
-static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "_native", NULL, -1, methods, NULL, NULL, NULL, NULL};
+/* MODULE is the name of this build, from setup.py. */
+#define QUOTED(name) #name
+#define INIT(name) PyInit_##name
+#define EXPANDED(macro, name) macro(name)
 
-PyMODINIT_FUNC PyInit__native(void) { return PyModule_Create(&module); }
+static struct PyModuleDef module = {
+    PyModuleDef_HEAD_INIT, EXPANDED(QUOTED, MODULE), NULL, -1, methods, NULL, NULL, NULL, NULL};
+
+PyMODINIT_FUNC EXPANDED(INIT, MODULE)(void) {
+    data_ptr = PyUnicode_InternFromString("data_ptr");
+    return data_ptr == NULL ? NULL : PyModule_Create(&module);
+}

@@ -1,11 +1,12 @@
-/* What the files of the compiled module share. Addresses come from Python as integers; every array is row-major and
- * contiguous, and the callers hold the tensors while a function runs. */
+/* What the files of the compiled module share. A function's arguments are the members of a struct, given by name; every
+ * array is row-major and contiguous, and the callers hold the tensors while a function runs. */
 #ifndef TORCHDSC_NATIVE_H
 #define TORCHDSC_NATIVE_H
 
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 #include <math.h>
+#include <stddef.h>
 #include <stdint.h>
 
 #ifdef _OPENMP
@@ -17,25 +18,37 @@
 
 #define INLINE static inline __attribute__((always_inline))
 
-/* One function for each vector width, chosen when the module is loaded; inlined helpers are compiled along. */
-#if defined(__x86_64__) && defined(__linux__)
-#define VECTORIZED __attribute__((target_clones("avx512f", "avx2", "default")))
-#else
-#define VECTORIZED
-#endif
-
+/* Partial sums of a product, and values looked at together; multiples of a register's numbers. */
 enum { LANES = 16, BLOCK = 64 };
+
+/* Numbers in a register of the processors that this build of the module is for. */
+#if defined(__AVX512F__)
+enum { WIDTH = 16 };
+#elif defined(__AVX__)
+enum { WIDTH = 8 };
+#else
+enum { WIDTH = 4 };
+#endif
 
 /* Rows after which single-precision sums over tokens are carried over to double precision. */
 enum { CARRY = 64 };
 
 INLINE float clamped(float value, float clamp) { return value < -clamp ? -clamp : (value > clamp ? clamp : value); }
 
-/* Independent lanes, so that the compiler may use vectors without reordering a sum on its own: a type for loops that it
- * would not put into registers by itself; anywhere in memory. */
-typedef float Vector __attribute__((vector_size(LANES * sizeof(float)), aligned(sizeof(float)), may_alias));
+/* A register, for loops that the compiler would not put into registers by itself; anywhere in memory. A wider type would
+ * go through memory in each operation. */
+typedef float Vector __attribute__((vector_size(WIDTH * sizeof(float)), aligned(sizeof(float)), may_alias));
 
 #define AT(p) (*(const Vector *)(p))
+
+/* Partial sums, as many in every build: which number is added to which does not depend on the width. */
+typedef struct {
+    Vector parts[LANES / WIDTH];
+} Sums;
+
+INLINE void add_products(Sums *sums, const float *a, const float *b) {
+    for (int j = 0; j < LANES / WIDTH; j++) sums->parts[j] += AT(a + j * WIDTH) * AT(b + j * WIDTH);
+}
 
 /* By halves: what is added next does not wait for what was added last. */
 INLINE float sum_lanes(const float *lanes) {
@@ -47,31 +60,25 @@ INLINE float sum_lanes(const float *lanes) {
 }
 
 INLINE float dot(const float *a, const float *b, int64_t n) {
-    Vector even = {0}, odd = {0};
+    Sums even = {{{0}}}, odd = {{{0}}};
     int64_t i = 0;
     for (; i + 2 * LANES <= n; i += 2 * LANES) {
-        even += AT(a + i) * AT(b + i);
-        odd += AT(a + i + LANES) * AT(b + i + LANES);
+        add_products(&even, a + i, b + i);
+        add_products(&odd, a + i + LANES, b + i + LANES);
     }
     float rest = 0.0f;
     for (; i < n; i++) rest += a[i] * b[i];
-    even += odd;
+    for (int j = 0; j < LANES / WIDTH; j++) even.parts[j] += odd.parts[j];
     return rest + sum_lanes((const float *)&even);
 }
 
 /* Four at a time: one pass over a. */
 INLINE void dot_four(const float *a, const float *const *rows, float *products, int64_t n) {
-    const float *p = rows[0], *q = rows[1], *r = rows[2], *s = rows[3];
-    Vector sums[4] = {{0}, {0}, {0}, {0}};
+    Sums sums[4] = {{{{0}}}};
     float rest[4] = {0};
     int64_t i = 0;
-    for (; i + LANES <= n; i += LANES) {
-        const Vector values = AT(a + i);
-        sums[0] += values * AT(p + i);
-        sums[1] += values * AT(q + i);
-        sums[2] += values * AT(r + i);
-        sums[3] += values * AT(s + i);
-    }
+    for (; i + LANES <= n; i += LANES)
+        for (int j = 0; j < 4; j++) add_products(&sums[j], a + i, rows[j] + i);
     for (; i < n; i++)
         for (int j = 0; j < 4; j++) rest[j] += a[i] * rows[j][i];
     for (int j = 0; j < 4; j++) products[j] = rest[j] + sum_lanes((const float *)&sums[j]);
@@ -241,22 +248,40 @@ INLINE void offer_all(Largest *l, const float *values, int64_t n) {
     for (; i < n; i++) offer(l, values[i], i);
 }
 
-/* Read count integers (addresses, sizes) from the arguments, and a float; 0 with an error set where that fails. */
-int read_integers(PyObject *args, int64_t *values, Py_ssize_t count);
-int read_float(PyObject *args, Py_ssize_t index, float *value);
+/* A member of the struct that holds a function's arguments. */
+typedef struct {
+    const char *name;
+    size_t offset;
+    enum { ARRAY, OPTIONAL_ARRAY, INTEGER, REAL } kind;
+} Field;
+
+#define OFFSET(type, member) #member, offsetof(type, member)
+/* Arrays are given as tensors, int64_t as integers and float as numbers. */
+#define FIELD(type, member) \
+    {OFFSET(type, member), _Generic(((type *)0)->member, int64_t: INTEGER, float: REAL, default: ARRAY)}
+/* An array that may be None, which is NULL. */
+#define OPTIONAL(type, member) {OFFSET(type, member), OPTIONAL_ARRAY}
+
+/* Parameters of a function that is called with keywords alone, as METH_FASTCALL | METH_KEYWORDS has them. */
+#define ARGUMENTS PyObject *self, PyObject *const *values, Py_ssize_t positional, PyObject *names
+/* Fill a struct from a function's arguments, which must come under the names of its fields and in their order; 0 with an
+ * error set where they do not. */
+#define READ(into, fields) read_fields(into, fields, sizeof(fields) / sizeof(*fields), values, positional, names)
+int read_fields(void *into, const Field *fields, Py_ssize_t count, PyObject *const *values, Py_ssize_t positional,
+                PyObject *names);
 /* 0 with an error set where so many cannot be selected. */
 int can_select(int64_t top_k);
 
-PyObject *gate(PyObject *self, PyObject *args);
-PyObject *compose(PyObject *self, PyObject *args);
-PyObject *compose_backward(PyObject *self, PyObject *args);
-PyObject *select_rows(PyObject *self, PyObject *args);
-PyObject *select_rows_backward(PyObject *self, PyObject *args);
-PyObject *largest_of_rows(PyObject *self, PyObject *args);
-PyObject *select_sums(PyObject *self, PyObject *args);
-PyObject *round_rows(PyObject *self, PyObject *args);
-PyObject *screen(PyObject *self, PyObject *args);
-PyObject *short_convolution(PyObject *self, PyObject *args);
-PyObject *short_convolution_backward(PyObject *self, PyObject *args);
+PyObject *gate(ARGUMENTS);
+PyObject *compose(ARGUMENTS);
+PyObject *compose_backward(ARGUMENTS);
+PyObject *select_rows(ARGUMENTS);
+PyObject *select_rows_backward(ARGUMENTS);
+PyObject *largest_of_rows(ARGUMENTS);
+PyObject *select_sums(ARGUMENTS);
+PyObject *round_rows(ARGUMENTS);
+PyObject *screen(ARGUMENTS);
+PyObject *short_convolution(ARGUMENTS);
+PyObject *short_convolution_backward(ARGUMENTS);
 
 #endif

@@ -6,9 +6,15 @@ typedef struct {
     const float *left, *right;          /* one row a token, of side scores */
     float *values;
     int64_t *indices;
-    int64_t side, top_k, left_stride, right_stride, out_stride;
+    /* top_k: at most side^2; strides: elements from one token to the next. */
+    int64_t tokens, side, top_k, left_stride, right_stride, out_stride, threads;
     float half;                         /* to which scores are clamped */
 } Halves;
+
+static const Field HALVES[] = {FIELD(Halves, left),        FIELD(Halves, right),        FIELD(Halves, values),
+                               FIELD(Halves, indices),     FIELD(Halves, tokens),       FIELD(Halves, side),
+                               FIELD(Halves, top_k),       FIELD(Halves, left_stride),  FIELD(Halves, right_stride),
+                               FIELD(Halves, out_stride),  FIELD(Halves, threads),      FIELD(Halves, half)};
 
 INLINE void sort_half(Largest *largest, const float *scores, int64_t side, float half) {
     offer_all(largest, scores, side);
@@ -20,7 +26,7 @@ INLINE void sort_half(Largest *largest, const float *scores, int64_t side, float
     }
 }
 
-VECTORIZED static void sum_halves(const Halves *h, int64_t token, Largest left, Largest right, Largest sums) {
+static void sum_halves(const Halves *h, int64_t token, Largest left, Largest right, Largest sums) {
     const int64_t k = h->top_k;
     sort_half(&left, h->left + token * h->left_stride, h->side, h->half);
     sort_half(&right, h->right + token * h->right_stride, h->side, h->half);
@@ -36,22 +42,16 @@ VECTORIZED static void sum_halves(const Halves *h, int64_t token, Largest left, 
     }
 }
 
-/* select_sums(left, right, values, indices, tokens, side, top_k, left_stride, right_stride, out_stride, threads, half):
- * top_k at most side^2; strides in elements from one token to the next. */
-PyObject *select_sums(PyObject *self, PyObject *args) {
-    int64_t p[11];
-    float half;
-    if (!read_integers(args, p, 11) || !read_float(args, 11, &half)) return NULL;
-    Halves h = {(const float *)(intptr_t)p[0], (const float *)(intptr_t)p[1], (float *)(intptr_t)p[2],
-                (int64_t *)(intptr_t)p[3], p[5], p[6], p[7], p[8], p[9], half};
-    int64_t tokens = p[4], threads = p[10], kept = h.top_k < h.side ? h.top_k : h.side;
-    if (!can_select(h.top_k)) return NULL;
+PyObject *select_sums(ARGUMENTS) {
+    Halves h;
+    if (!READ(&h, HALVES) || !can_select(h.top_k)) return NULL;
+    const int64_t kept = h.top_k < h.side ? h.top_k : h.side;
     int64_t second = capacity_for(kept), third = 2 * second;
     Room room;
-    if (!make_room(&room, threads, 0, third + capacity_for(h.top_k))) return NULL;
+    if (!make_room(&room, h.threads, 0, third + capacity_for(h.top_k))) return NULL;
     Py_BEGIN_ALLOW_THREADS
-#pragma omp parallel for schedule(static) num_threads(threads)
-    for (int64_t token = 0; token < tokens; token++)
+#pragma omp parallel for schedule(static) num_threads(h.threads)
+    for (int64_t token = 0; token < h.tokens; token++)
         sum_halves(&h, token, list_of(&room, THREAD, 0, kept), list_of(&room, THREAD, second, kept),
                    list_of(&room, THREAD, third, h.top_k));
     Py_END_ALLOW_THREADS

@@ -18,7 +18,7 @@ INLINE uint16_t narrowed(float value) {
     return (uint16_t)((wide.bits + 0x7fffu + ((wide.bits >> 16) & 1u)) >> 16);
 }
 
-VECTORIZED static void round_row(const float *row, uint16_t *out, int64_t n, float *norm, float *error) {
+static void round_row(const float *row, uint16_t *out, int64_t n, float *norm, float *error) {
     float squares[LANES] = {0}, errors[LANES] = {0};
     int64_t i = 0;
     for (; i + LANES <= n; i += LANES)
@@ -39,17 +39,24 @@ VECTORIZED static void round_row(const float *row, uint16_t *out, int64_t n, flo
     *error = sqrtf(sum_lanes(errors)) * SLACK;
 }
 
-/* round_rows(rows, out, norms, errors, count, width, threads): |row| and |row - out row|, rounded up. */
-PyObject *round_rows(PyObject *self, PyObject *args) {
-    int64_t p[7];
-    if (!read_integers(args, p, 7)) return NULL;
-    const float *rows = (const float *)(intptr_t)p[0];
-    uint16_t *out = (uint16_t *)(intptr_t)p[1];
-    float *norms = (float *)(intptr_t)p[2], *errors = (float *)(intptr_t)p[3];
-    int64_t count = p[4], width = p[5], threads = p[6];
+typedef struct {
+    const float *rows;
+    uint16_t *out;
+    float *norms, *errors;                /* |row| and |row - out row|, rounded up */
+    int64_t count, width, threads;
+} Rounding;
+
+static const Field ROUND[] = {FIELD(Rounding, rows),  FIELD(Rounding, out),   FIELD(Rounding, norms),
+                              FIELD(Rounding, errors), FIELD(Rounding, count), FIELD(Rounding, width),
+                              FIELD(Rounding, threads)};
+
+PyObject *round_rows(ARGUMENTS) {
+    Rounding r;
+    if (!READ(&r, ROUND)) return NULL;
     Py_BEGIN_ALLOW_THREADS
-#pragma omp parallel for schedule(static) num_threads(threads)
-    for (int64_t i = 0; i < count; i++) round_row(rows + i * width, out + i * width, width, norms + i, errors + i);
+#pragma omp parallel for schedule(static) num_threads(r.threads)
+    for (int64_t i = 0; i < r.count; i++)
+        round_row(r.rows + i * r.width, r.out + i * r.width, r.width, r.norms + i, r.errors + i);
     Py_END_ALLOW_THREADS
     Py_RETURN_NONE;
 }
@@ -60,8 +67,14 @@ typedef struct {
     const float *x_norms, *x_errors, *weight_norms, *weight_errors;
     float *values;
     int64_t *indices;
-    int64_t width, num_atoms, top_k;
+    int64_t tokens, width, num_atoms, top_k, threads;
 } Screen;
+
+static const Field SCREEN[] = {
+    FIELD(Screen, x),        FIELD(Screen, weight),       OPTIONAL(Screen, bias),        FIELD(Screen, approximate),
+    FIELD(Screen, x_norms),  FIELD(Screen, x_errors),     FIELD(Screen, weight_norms),   FIELD(Screen, weight_errors),
+    FIELD(Screen, values),   FIELD(Screen, indices),      FIELD(Screen, tokens),         FIELD(Screen, width),
+    FIELD(Screen, num_atoms), FIELD(Screen, top_k),       FIELD(Screen, threads)};
 
 typedef struct {
     float *lower, *upper;                 /* (num_atoms,) each */
@@ -88,7 +101,7 @@ INLINE void offer_exact(const Screen *s, const float *x, const int64_t *atoms, i
 /* |x w - a| <= |x - x'| |w'| + |x| |w - w'| + accumulation + rounding of a, with primes for rounded rows.
  *
  * Atoms whose upper bound lies below the K-th largest lower bound cannot be among the top-K. |w'| <= |w| + |w - w'|. */
-VECTORIZED static void screen_row(const Screen *s, int64_t token, const Scratch *scratch) {
+static void screen_row(const Screen *s, int64_t token, const Scratch *scratch) {
     const int64_t n = s->num_atoms, d = s->width, k = s->top_k;
     const uint16_t *approximate = s->approximate + token * n;
     const float *x = s->x + token * d, *weight_norms = s->weight_norms, *weight_errors = s->weight_errors;
@@ -146,26 +159,19 @@ VECTORIZED static void screen_row(const Screen *s, int64_t token, const Scratch 
     }
 }
 
-/* screen(x, weight, bias or 0, approximate, x_norms, x_errors, weight_norms, weight_errors, values, indices, tokens,
- * width, num_atoms, top_k, threads): the K largest logits of each token and their atoms. All norms must be finite. */
-PyObject *screen(PyObject *self, PyObject *args) {
-    int64_t p[15];
-    if (!read_integers(args, p, 15)) return NULL;
-    Screen s = {(const float *)(intptr_t)p[0], (const float *)(intptr_t)p[1], (const float *)(intptr_t)p[2],
-                (const uint16_t *)(intptr_t)p[3], (const float *)(intptr_t)p[4], (const float *)(intptr_t)p[5],
-                (const float *)(intptr_t)p[6], (const float *)(intptr_t)p[7], (float *)(intptr_t)p[8],
-                (int64_t *)(intptr_t)p[9], p[11], p[12], p[13]};
-    int64_t tokens = p[10], threads = p[14];
-    if (!can_select(s.top_k)) return NULL;
+/* The K largest logits of each token and their atoms. All norms must be finite. */
+PyObject *screen(ARGUMENTS) {
+    Screen s;
+    if (!READ(&s, SCREEN) || !can_select(s.top_k)) return NULL;
     Room room;
-    if (!make_room(&room, threads, 2 * s.num_atoms, capacity_for(s.top_k))) return NULL;
+    if (!make_room(&room, s.threads, 2 * s.num_atoms, capacity_for(s.top_k))) return NULL;
     Py_BEGIN_ALLOW_THREADS
-#pragma omp parallel num_threads(threads)
+#pragma omp parallel num_threads(s.threads)
     {
         float *own = floats_of(&room, THREAD);
         Scratch scratch = {own, own + s.num_atoms, list_of(&room, THREAD, 0, s.top_k)};
 #pragma omp for schedule(static)
-        for (int64_t token = 0; token < tokens; token++) screen_row(&s, token, &scratch);
+        for (int64_t token = 0; token < s.tokens; token++) screen_row(&s, token, &scratch);
     }
     Py_END_ALLOW_THREADS
     free_room(&room);

@@ -32,15 +32,21 @@ INLINE void write_largest(const float *row, int64_t n, Largest largest, float *v
 }
 
 typedef struct {
-    const float *logits, *weights;
-    float *values, *log_normalizer;
+    const float *logits, *weights;          /* weights: of tokens, or NULL */
+    float *values;
     int64_t *indices;
-    int64_t num_atoms, top_k, stride;       /* stride: floats from one row of logits to the next */
+    float *log_normalizer, *probability_sum;
+    int64_t tokens, num_atoms, top_k, stride, threads;      /* stride: floats from one row of logits to the next */
     float clamp;
 } Forward;
 
+static const Field FORWARD[] = {
+    FIELD(Forward, logits),         OPTIONAL(Forward, weights),      FIELD(Forward, values), FIELD(Forward, indices),
+    FIELD(Forward, log_normalizer), FIELD(Forward, probability_sum), FIELD(Forward, tokens), FIELD(Forward, num_atoms),
+    FIELD(Forward, top_k),          FIELD(Forward, stride),          FIELD(Forward, threads), FIELD(Forward, clamp)};
+
 /* One token; partial collects softmax times weight. */
-VECTORIZED static void select_row(const Forward *f, int64_t token, Largest largest_values, float *exponentials,
+static void select_row(const Forward *f, int64_t token, Largest largest_values, float *exponentials,
                                   float *partial) {
     const int64_t n = f->num_atoms;
     const float *row = f->logits + token * f->stride, clamp = f->clamp;
@@ -74,17 +80,11 @@ static void carry_over(float *partial, double *sums, int64_t n) {
     }
 }
 
-/* select_rows(logits, weights or 0, values, indices, log_normalizer, probability_sum, tokens, num_atoms, top_k, stride,
- * threads, clamp). Sums over tokens go thread by thread in a fixed order. */
-PyObject *select_rows(PyObject *self, PyObject *args) {
-    int64_t p[11];
-    float clamp;
-    if (!read_integers(args, p, 11) || !read_float(args, 11, &clamp)) return NULL;
-    int64_t tokens = p[6], n = p[7], threads = p[10];
-    Forward f = {(const float *)(intptr_t)p[0], (const float *)(intptr_t)p[1], (float *)(intptr_t)p[2],
-                 (float *)(intptr_t)p[4], (int64_t *)(intptr_t)p[3], n, p[8], p[9], clamp};
-    float *probability_sum = (float *)(intptr_t)p[5];
-    if (!can_select(f.top_k)) return NULL;
+/* Sums over tokens go thread by thread in a fixed order. */
+PyObject *select_rows(ARGUMENTS) {
+    Forward f;
+    if (!READ(&f, FORWARD) || !can_select(f.top_k)) return NULL;
+    const int64_t n = f.num_atoms, threads = f.threads;
     double *sums = calloc((size_t)(threads * n), sizeof(double));
     Room room;
     if (sums == NULL) return PyErr_NoMemory();
@@ -100,7 +100,7 @@ PyObject *select_rows(PyObject *self, PyObject *args) {
         double *own = sums + THREAD * n;
         int64_t done = 0;
 #pragma omp for schedule(static)
-        for (int64_t token = 0; token < tokens; token++) {
+        for (int64_t token = 0; token < f.tokens; token++) {
             select_row(&f, token, largest, exponentials, partial);
             if (++done % CARRY == 0) carry_over(partial, own, n);
         }
@@ -109,7 +109,7 @@ PyObject *select_rows(PyObject *self, PyObject *args) {
     for (int64_t j = 0; j < n; j++) {
         double sum = 0.0;
         for (int64_t thread = 0; thread < threads; thread++) sum += sums[thread * n + j];
-        probability_sum[j] = (float)sum;
+        f.probability_sum[j] = (float)sum;
     }
     Py_END_ALLOW_THREADS
     free(sums);
@@ -118,12 +118,20 @@ PyObject *select_rows(PyObject *self, PyObject *args) {
 }
 
 typedef struct {
-    const float *logits, *weights, *log_normalizer, *grad_values, *grad_log_normalizer, *grad_probability_sum;
+    const float *logits, *weights;          /* weights: of tokens, or NULL */
     const int64_t *indices;
+    const float *log_normalizer, *grad_values, *grad_log_normalizer, *grad_probability_sum;
     float *grad;
-    int64_t num_atoms, top_k, stride, grad_stride;
+    int64_t tokens, num_atoms, top_k, stride, grad_stride, threads;
     float clamp;
 } Backward;
+
+static const Field BACKWARD[] = {
+    FIELD(Backward, logits),      OPTIONAL(Backward, weights),         FIELD(Backward, indices),
+    FIELD(Backward, log_normalizer), FIELD(Backward, grad_values),     FIELD(Backward, grad_log_normalizer),
+    FIELD(Backward, grad_probability_sum), FIELD(Backward, grad),      FIELD(Backward, tokens),
+    FIELD(Backward, num_atoms),   FIELD(Backward, top_k),              FIELD(Backward, stride),
+    FIELD(Backward, grad_stride), FIELD(Backward, threads),            FIELD(Backward, clamp)};
 
 INLINE void add_selected(const Backward *b, int64_t token, float *out) {
     for (int64_t k = 0; k < b->top_k; k++)
@@ -131,7 +139,7 @@ INLINE void add_selected(const Backward *b, int64_t token, float *out) {
 }
 
 /* With p the softmax, d/dr of g . p and of h lse: p (h + w (g - g . p)); nothing passes a clamped logit. */
-VECTORIZED static void select_row_backward(const Backward *b, int64_t token) {
+static void select_row_backward(const Backward *b, int64_t token) {
     const int64_t n = b->num_atoms;
     const float *row = b->logits + token * b->stride, *g = b->grad_probability_sum, clamp = b->clamp;
     float *out = b->grad + token * b->grad_stride, normalizer = b->log_normalizer[token];
@@ -169,43 +177,37 @@ VECTORIZED static void select_row_backward(const Backward *b, int64_t token) {
     add_selected(b, token, out);
 }
 
-/* select_rows_backward(logits, weights or 0, indices, log_normalizer, grad_values, grad_log_normalizer,
- * grad_probability_sum, grad, tokens, num_atoms, top_k, stride, grad_stride, threads, clamp). */
-PyObject *select_rows_backward(PyObject *self, PyObject *args) {
-    int64_t p[14];
-    float clamp;
-    if (!read_integers(args, p, 14) || !read_float(args, 14, &clamp)) return NULL;
-    Backward b = {(const float *)(intptr_t)p[0], (const float *)(intptr_t)p[1], (const float *)(intptr_t)p[3],
-                  (const float *)(intptr_t)p[4], (const float *)(intptr_t)p[5], (const float *)(intptr_t)p[6],
-                  (const int64_t *)(intptr_t)p[2], (float *)(intptr_t)p[7], p[9], p[10], p[11], p[12],
-                  clamp};
-    int64_t tokens = p[8], threads = p[13];
+PyObject *select_rows_backward(ARGUMENTS) {
+    Backward b;
+    if (!READ(&b, BACKWARD)) return NULL;
     Py_BEGIN_ALLOW_THREADS
-#pragma omp parallel for schedule(static) num_threads(threads)
-    for (int64_t token = 0; token < tokens; token++) select_row_backward(&b, token);
+#pragma omp parallel for schedule(static) num_threads(b.threads)
+    for (int64_t token = 0; token < b.tokens; token++) select_row_backward(&b, token);
     Py_END_ALLOW_THREADS
     Py_RETURN_NONE;
 }
 
-VECTORIZED static void largest_of_row(const float *row, int64_t n, Largest largest, float *values, int64_t *at) {
-    write_largest(row, n, largest, values, at);
-}
+typedef struct {
+    const float *logits;
+    float *values;
+    int64_t *indices;
+    int64_t tokens, num_atoms, top_k, stride, threads;
+} Rows;
 
-/* largest_of_rows(logits, values, indices, tokens, num_atoms, top_k, stride, threads). */
-PyObject *largest_of_rows(PyObject *self, PyObject *args) {
-    int64_t p[8];
-    if (!read_integers(args, p, 8)) return NULL;
-    const float *logits = (const float *)(intptr_t)p[0];
-    float *values = (float *)(intptr_t)p[1];
-    int64_t *indices = (int64_t *)(intptr_t)p[2], tokens = p[3], n = p[4], k = p[5], stride = p[6];
-    int64_t threads = p[7];
-    if (!can_select(k)) return NULL;
+static const Field ROWS[] = {FIELD(Rows, logits),    FIELD(Rows, values), FIELD(Rows, indices), FIELD(Rows, tokens),
+                             FIELD(Rows, num_atoms), FIELD(Rows, top_k),  FIELD(Rows, stride),  FIELD(Rows, threads)};
+
+PyObject *largest_of_rows(ARGUMENTS) {
+    Rows r;
+    if (!READ(&r, ROWS) || !can_select(r.top_k)) return NULL;
+    const int64_t k = r.top_k;
     Room room;
-    if (!make_room(&room, threads, 0, capacity_for(k))) return NULL;
+    if (!make_room(&room, r.threads, 0, capacity_for(k))) return NULL;
     Py_BEGIN_ALLOW_THREADS
-#pragma omp parallel for schedule(static) num_threads(threads)
-    for (int64_t t = 0; t < tokens; t++)
-        largest_of_row(logits + t * stride, n, list_of(&room, THREAD, 0, k), values + t * k, indices + t * k);
+#pragma omp parallel for schedule(static) num_threads(r.threads)
+    for (int64_t t = 0; t < r.tokens; t++)
+        write_largest(r.logits + t * r.stride, r.num_atoms, list_of(&room, THREAD, 0, k), r.values + t * k,
+                      r.indices + t * k);
     Py_END_ALLOW_THREADS
     free_room(&room);
     Py_RETURN_NONE;

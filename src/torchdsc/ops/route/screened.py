@@ -8,7 +8,7 @@ K-th largest lower bound cannot be among the top-K. What is returned are logits 
 import torch
 from torch import Tensor
 
-from torchdsc.ops.native import MOST_SELECTED, address, has_bfloat16, module_for
+from torchdsc.ops.native import MOST_SELECTED, has_bfloat16, module_for
 
 # Tokens that pay for rounding the weight, with atoms a selected one that pay for comparing again.
 _PAYS_FROM = ((64, 32), (512, 16))
@@ -56,12 +56,23 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, top_k: int) -> tuple
         rows = slice(start, min(start + _CHUNK, tokens))
         count = rows.stop - start
         torch.mm(rounded_x[rows], rounded_weight.t(), out=logits[:count])
-        shared = (address(t) for t in (weight_norms, weight_errors))
-        own = (address(t[rows]) for t in (x_norms, x_errors))
-        found = (address(t[rows]) for t in (values, indices))
-        inputs = address(x[rows]), address(weight), address(bias), address(logits)
-        sizes = count, width, num_atoms, top_k, torch.get_num_threads()
-        native.screen(*inputs, *own, *shared, *found, *sizes)
+        native.screen(
+            x=x[rows],
+            weight=weight,
+            bias=bias,
+            approximate=logits,
+            x_norms=x_norms[rows],
+            x_errors=x_errors[rows],
+            weight_norms=weight_norms,
+            weight_errors=weight_errors,
+            values=values[rows],
+            indices=indices[rows],
+            tokens=count,
+            width=width,
+            num_atoms=num_atoms,
+            top_k=top_k,
+            threads=torch.get_num_threads(),
+        )
     return values, indices
 
 
@@ -71,5 +82,13 @@ def _round_rows(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     assert native is not None
     rounded = torch.empty_like(rows, dtype=torch.bfloat16)
     norms, errors = rows.new_empty(rows.shape[0]), rows.new_empty(rows.shape[0])
-    native.round_rows(*map(address, (rows, rounded, norms, errors)), *rows.shape, torch.get_num_threads())
+    native.round_rows(
+        rows=rows,
+        out=rounded,
+        norms=norms,
+        errors=errors,
+        count=rows.shape[0],
+        width=rows.shape[1],
+        threads=torch.get_num_threads(),
+    )
     return rounded, norms, errors
