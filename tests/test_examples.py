@@ -1,7 +1,9 @@
 """The two transformers of examples/: both train and write, and their difference is the one that README shows."""
 
 import importlib.util
+import json
 import re
+import statistics
 import subprocess
 from pathlib import Path
 
@@ -77,3 +79,22 @@ def test_readme_shows_the_difference():
     made = subprocess.run(command, cwd=FOLDER, capture_output=True, text=True, check=False)
     assert made.returncode == 1, made.stderr
     assert re.findall(r"```diff\n(.*?)```", README, re.DOTALL) == [made.stdout]
+
+
+def test_readme_shows_the_results():
+    results = json.loads((FOLDER / "results.json").read_text(encoding="utf-8"))
+    for name in NAMES:
+        stored = sum(p.numel() for p in load(name).Transformer().parameters())
+        assert results["parameters"][f"{name}.py"] == stored
+        assert f"{stored:,}" in README
+    rows = re.findall(r"^\| ([\d,]+) \| (.*) \|$", README, re.MULTILINE)
+    assert len(rows) == 4
+    for step, cells in rows:
+        losses = [
+            [run["validation_loss"][step.replace(",", "")] for run in results["runs"] if run["program"] == f"{name}.py"]
+            for name in NAMES
+        ]
+        differences = [after - before for before, after in zip(*losses, strict=True)]
+        shown = [", ".join(f"{value:.3f}" for value in values) for values in (*losses, differences)]
+        expected = f"{shown[0]} | {shown[1]} | {statistics.median(differences):.3f} ({shown[2]})"
+        assert cells == expected.replace("-", "\N{MINUS SIGN}")
