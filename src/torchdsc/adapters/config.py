@@ -125,8 +125,8 @@ class DSCAdapterConfig(AdapterConfig, DSCFields, ContextFields):
         context = ContextOptions(**{f.name: getattr(self, f.name) for f in fields(ContextOptions)})
         if context.router_context > 1 and context.router_input == "hidden":
             raise ValueError(
-                "router_input must be 'embeddings' for router_context > 1 in an adapter, got 'hidden': its model's cache "
-                "keeps no hidden states"
+                "router_input must be 'embeddings' for router_context > 1 in an adapter, got 'hidden': its model's "
+                "cache keeps no hidden states"
             )
         return context
 

@@ -234,8 +234,8 @@ class DSCAdapterModel(AdapterModel):
         for name, in_features in targets.items():
             if model.get_submodule(name) not in inside:
                 raise ValueError(
-                    f"target_modules must match modules inside {type(decoder).__name__}, whose call tells the embeddings "
-                    f"that router_input and input_context ask for, got {name!r}"
+                    f"target_modules must match modules inside {type(decoder).__name__}, whose call tells the "
+                    f"embeddings that router_input and input_context ask for, got {name!r}"
                 )
             if in_features != features:
                 raise ValueError(
