@@ -138,6 +138,23 @@ class TestNumbers:
         for part, logits in zip(row.split([3, 2, 3]), found.split([3, 2, 3]), strict=True):
             close(logits, reference(kind, model, part))
 
+    @pytest.mark.parametrize("autocast_adapter_dtype", [True, False])
+    def test_half_precision_is_near(self, kind, autocast_adapter_dtype, adapt, make_batch, output):
+        fields, batch = {"target_modules": TARGETS[kind], **SEEN, "top_k": 9}, make_batch(kind)
+        expected = output(stir(adapt(kind, **fields, moved=True)), batch)
+        peft = {"autocast_adapter_dtype": autocast_adapter_dtype}
+        model = stir(adapt(kind, **fields, peft=peft, moved=True)).bfloat16()
+        if autocast_adapter_dtype:
+            for layer in model.modules():
+                if isinstance(layer, AdapterLayer):
+                    layer.adapters.float()
+        found = output(model, batch)
+        assert found.dtype == torch.bfloat16
+        torch.testing.assert_close(found.float(), expected, rtol=0.1, atol=0.3)
+        with torch.autocast("cpu", torch.bfloat16):
+            found = output(stir(adapt(kind, **fields, moved=True)), batch)
+        torch.testing.assert_close(found.float(), expected, rtol=0.1, atol=0.3)
+
     def test_embeddings_in_place_of_tokens(self, kind, make, ids):
         model = make(kind)
         close(model(inputs_embeds=model.get_input_embeddings()(ids)).logits, model(ids).logits)
