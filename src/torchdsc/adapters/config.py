@@ -6,10 +6,9 @@ from typing import Any, ClassVar
 from peft import PeftConfig
 
 from torchdsc.arguments import check_at_least, check_positive, check_types, own_copies
-from torchdsc.nn import DSCOptions, RegularizerWeights
-from torchdsc.nn.options import Activation, RouterKind, RouterNorm
+from torchdsc.nn import ContextOptions, DSCOptions, RegularizerWeights
+from torchdsc.nn.options import ContextFields, DSCFields, RouterNorm
 from torchdsc.ops.compose.api import Implementation
-from torchdsc.ops.gate import GateKind
 
 from .files import refuse_pickle
 from .plugin import peft_type
@@ -79,19 +78,22 @@ class AdapterConfig(PeftConfig):
         return super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
 
 
-@dataclass
-class DSCAdapterConfig(AdapterConfig):
+@dataclass(kw_only=True)
+class DSCAdapterConfig(AdapterConfig, DSCFields, ContextFields):
     """A DSC layer beside each target module: ``y = base(x) + scale gamma * ((x U_I^T) * z) V_I``.
 
     Gamma starts at zero, so that a fresh adapter changes nothing. The regularisers go into the loss of Hugging Face
     models by themselves; for other models, and losses computed outside the model (as TRL's trainers do), add
-    ``torchdsc.regularization(model).total`` or set their weights to 0. The fields from ``num_atoms`` on are those of
-    :class:`torchdsc.DSCOptions`, with other defaults where adapters want them.
+    ``torchdsc.regularization(model).total`` or set their weights to 0. Adapters of a language model may be routed by
+    the embeddings of its tokens, and see them beside the hidden state: with
+    ``**torchdsc.recommended(num_atoms=64, gamma_init=0.0)``, say.
 
     Args:
         share_bank: One bank for all target modules of a shape, instead of one each.
-        share_router: One router for all target modules of a shape.
-        **options: See :class:`torchdsc.DSCOptions`.
+        share_router: One router for all target modules of a shape. Each mixes what it sees of other tokens by its own
+            weights.
+        **options: See :class:`torchdsc.DSCOptions`, with other defaults where adapters want them, and
+            :class:`torchdsc.nn.ContextOptions`.
 
     Raises:
         TypeError: If a field has another type.
@@ -104,38 +106,29 @@ class DSCAdapterConfig(AdapterConfig):
     share_router: bool = field(default=False, metadata={"help": "One router for all target modules of a shape."})
     num_atoms: int = field(default=64, metadata={"help": "M, atoms in a bank."})
     top_k: int = field(default=4, metadata={"help": "K, atoms composed per token."})
-    router: RouterKind = field(default="linear", metadata={"help": "linear, low_rank or product_key."})
-    router_rank: int | None = None
-    router_heads: int = 1
-    router_bias: bool = False
-    router_norm: RouterNorm = "layer"
-    router_init_std: float | None = None
-    channelwise_gamma: bool = True
     gamma_init: float = field(default=0.0, metadata={"help": "0 for an adapter that starts as the identity."})
     scale: float = field(default=32.0, metadata={"help": "Factor of gamma, as LoRA's alpha / r."})
-    atom_init_norm: float = 1.0
-    logit_clamp: float = 20.0
-    eps: float = 1e-6
-    activation: Activation = "none"
-    gate: GateKind = "sum"
-    z_loss_on_raw_logits: bool = False
-    frame_normalized: bool = True
-    aux_weight: float = field(default=0.01, metadata={"help": "Weight of the load balance."})
-    budget_weight: float = field(default=0.01, metadata={"help": "Weight of the activation budget."})
-    frame_weight: float = field(default=0.001, metadata={"help": "Weight of the frame potential."})
-    z_weight: float = field(default=1e-4, metadata={"help": "Weight of the router z-loss."})
-    frame_samples: int | None = None
-    sparse_gradients: bool = False
-    budget: float = 1.0
-    impl: Implementation = "auto"
+    atom_init_norm: float = field(default=1.0, metadata={"help": "Norm of the raw rows of atoms at the start."})
+    frame_normalized: bool = field(default=True, metadata={"help": "Take the frame potential per pair of atoms."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.options()
+        self.context()
 
     def options(self) -> DSCOptions:
         """The options of the layers."""
         return DSCOptions(**{f.name: getattr(self, f.name) for f in fields(DSCOptions)})
+
+    def context(self) -> ContextOptions:
+        """What layers and their routers see besides each token's own hidden state."""
+        context = ContextOptions(**{f.name: getattr(self, f.name) for f in fields(ContextOptions)})
+        if context.router_context > 1 and context.router_input == "hidden":
+            raise ValueError(
+                "router_input must be 'embeddings' for router_context > 1 in an adapter, got 'hidden': its model's "
+                "cache keeps no hidden states"
+            )
+        return context
 
 
 @dataclass

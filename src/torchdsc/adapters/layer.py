@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from torchdsc.baselines import MixtureOfLoRAs
-from torchdsc.nn import DSC, RoutedLayer
+from torchdsc.nn import DSC, BasisBank, ContextOptions, DSCOptions, RoutedLayer
+from torchdsc.nn.broadcast import Broadcast, Listener
 from torchdsc.nn.host import TokenMasked, feature_sizes, is_linear, stream_width
 
 from .config import AdapterConfig, DSCAdapterConfig, MixtureOfLoRAsConfig
@@ -113,8 +114,27 @@ class AdapterLayer(nn.Module, BaseTunerLayer, TokenMasked):
         return host
 
     def leave(self) -> None:
-        """Leave the target module as it was found."""
+        """Leave the target module, and the model around it, as they were found."""
         self._handle.remove()
+        for name in self.adapters:
+            self._silence(name)
+
+    def listen(self, adapter_name: str, broadcast: Broadcast) -> None:
+        """Let an adapter see the embeddings of the tokens of its model, where the layer has it."""
+        if adapter_name in self.adapters:
+            self._silence(adapter_name)
+            cast(Listener, self.adapters[adapter_name]).listen(broadcast)
+
+    def _silence(self, adapter_name: str) -> None:
+        layer = self.adapters[adapter_name]
+        if isinstance(layer, Listener):
+            layer.leave()
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """See PEFT."""
+        if adapter_name in self.adapters:
+            self._silence(adapter_name)
+        super().delete_adapter(adapter_name)
 
     @property
     def adapters(self) -> nn.ModuleDict:
@@ -185,10 +205,12 @@ class AdapterLayer(nn.Module, BaseTunerLayer, TokenMasked):
             y = self._mixed(x, y, self._sample_names)
         return (y, *output[1:]) if isinstance(output, tuple) else y
 
-    def _update(self, name: str, x: Tensor, y: Tensor, mask: Tensor | None) -> Tensor:
+    def _update(self, name: str, x: Tensor, y: Tensor, mask: Tensor | None, rows: Tensor | None = None) -> Tensor:
         layer = cast(RoutedLayer, self.adapters[name])
-        x = self._cast_input_dtype(x, next(layer.parameters()).dtype)
-        routing = layer.route(x, mask)
+        x, routed = self._cast_input_dtype(x, next(layer.parameters()).dtype), None
+        if isinstance(layer, Listener):
+            x, routed = layer.look(x, rows)
+        routing = layer.route(x if routed is None else routed, mask)
         if not trains(layer):
             # What is frozen leaves nothing to collect.
             routing, _ = routing.take_statistics()
@@ -198,6 +220,8 @@ class AdapterLayer(nn.Module, BaseTunerLayer, TokenMasked):
                 f"in_features and out_features must be those of {self.target!r}, got ({self.in_features}, "
                 f"{self.out_features}) for {tuple(x.shape)} mapped to {tuple(y.shape)}"
             )
+        if isinstance(layer, Listener):
+            layer.kept(update)
         return update.to(y.dtype)
 
     def _mixed(self, x: Tensor, y: Tensor, names: list[str]) -> Tensor:
@@ -205,7 +229,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer, TokenMasked):
         for name in dict.fromkeys(names):
             if name in self.adapters:
                 rows = torch.tensor([i for i, other in enumerate(names) if other == name], device=x.device)
-                y[rows] += self._update(name, x[rows], y[rows], None)
+                y[rows] += self._update(name, x[rows], y[rows], None, rows)
         return y
 
     def active_layers(self) -> Iterator[RoutedLayer]:
@@ -240,6 +264,36 @@ NO_MERGE = (
 )
 
 
+class ContextualDSC(DSC, Listener):
+    """A DSC layer with what it and its router see of a sequence.
+
+    Args:
+        in_features: d_in.
+        out_features: d_out.
+        options: Of the layer.
+        context: What is seen.
+        bank: Bank to share; a new one by default.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        options: DSCOptions,
+        context: ContextOptions,
+        bank: BasisBank | None = None,
+    ) -> None:
+        super().__init__(in_features, out_features, options, bank=bank)
+        self.add_contexts(in_features, context)
+
+    def reset_parameters(self) -> None:
+        """See :class:`torchdsc.DSC`; the short convolutions too."""
+        super().reset_parameters()
+        for convolution in (self.router_context, self.input_context):
+            if convolution is not None:
+                convolution.reset_parameters()
+
+
 class DSCAdapterLayer(AdapterLayer):
     """A target module with a :class:`torchdsc.DSC` an adapter."""
 
@@ -249,11 +303,9 @@ class DSCAdapterLayer(AdapterLayer):
     def build(self, config: AdapterConfig, owner: nn.Module | None) -> DSC:
         """See :class:`AdapterLayer`."""
         assert isinstance(config, DSCAdapterConfig)
-        options = config.options()
-        if not isinstance(owner, DSC):
-            return DSC(self.in_features, self.out_features, options)
-        layer = DSC(self.in_features, self.out_features, options, bank=owner.bank if config.share_bank else None)
-        if config.share_router:
+        bank = owner.bank if isinstance(owner, DSC) and config.share_bank else None
+        layer = ContextualDSC(self.in_features, self.out_features, config.options(), config.context(), bank)
+        if isinstance(owner, DSC) and config.share_router:
             layer.router = owner.router
         return layer
 

@@ -21,9 +21,10 @@ from transformers import GenerationConfig
 from transformers.pytorch_utils import Conv1D
 
 from torchdsc.losses import add_regularization, leave_regularization
+from torchdsc.nn.broadcast import broadcast_embeddings, decoder_of, embedding_size
 from torchdsc.nn.host import leave_attention_mask, leave_fused_encoder, pass_attention_mask
 
-from .config import ALL_LINEAR, AdapterConfig
+from .config import ALL_LINEAR, AdapterConfig, DSCAdapterConfig
 from .files import check_keys, shared_keys
 from .layer import BASE, NO_MERGE, AdapterLayer, DSCAdapterLayer, MixtureOfLoRAsLayer, sizes_of
 
@@ -54,12 +55,16 @@ class AdapterModel(BaseTuner):
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         for part, requires_grad in before:
             part.requires_grad_(requires_grad)
+        self._broadcast(adapter_name)
+
+    def _broadcast(self, adapter_name: str) -> None:
+        """Hand the adapter what it sees besides the inputs of its targets."""
 
     def _prepare_model(self, peft_config: AdapterConfig, model: nn.Module) -> None:
         """Refuse targets before the first is replaced."""
         if isinstance(peft_config.target_modules, str) and peft_config.target_modules.lower() == ALL_LINEAR:
             peft_config.target_modules = _all_linear(peft_config, model)
-        targets: set[str] = set()
+        targets: dict[str, int] = {}
         for name, _ in model.named_modules():
             outer = [name[: match.start()] for match in re.finditer(r"\.", name)]
             if any(isinstance(model.get_submodule(other), BaseTunerLayer) for other in outer):
@@ -71,8 +76,11 @@ class AdapterModel(BaseTuner):
                         f"target_modules must not match modules inside others that they match, got {name!r} inside "
                         f"{inside!r}"
                     )
-                sizes_of(peft_config, model, name)
-                targets.add(name)
+                targets[name], _ = sizes_of(peft_config, model, name)
+        self._check_targets(peft_config, model, targets)
+
+    def _check_targets(self, config: AdapterConfig, model: nn.Module, targets: dict[str, int]) -> None:
+        """Refuse targets, given with their d_in, that an adapter of this method cannot stand beside."""
 
     def _create_and_replace(
         self,
@@ -204,6 +212,36 @@ class DSCAdapterModel(AdapterModel):
 
     prefix = "dsc_"
     tuner_layer_cls = DSCAdapterLayer
+
+    def _broadcast(self, adapter_name: str) -> None:
+        config = self.peft_config[adapter_name]
+        assert isinstance(config, DSCAdapterConfig)
+        context = config.context()
+        layers = [layer for layer in _layers(self.model) if isinstance(layer, DSCAdapterLayer)]
+        layers = [layer for layer in layers if adapter_name in layer.adapters]
+        if context.embeddings_are_seen and layers:
+            source = broadcast_embeddings(self.model, layers[0].in_features, context.past_tokens)
+            for layer in layers:
+                layer.listen(adapter_name, source)
+
+    def _check_targets(self, config: AdapterConfig, model: nn.Module, targets: dict[str, int]) -> None:
+        assert isinstance(config, DSCAdapterConfig)
+        if not config.context().embeddings_are_seen:
+            return
+        features = embedding_size(model) or next(iter(targets.values()), None)
+        decoder = decoder_of(model)
+        inside = {*decoder.modules()}
+        for name, in_features in targets.items():
+            if model.get_submodule(name) not in inside:
+                raise ValueError(
+                    f"target_modules must match modules inside {type(decoder).__name__}, whose call tells the "
+                    f"embeddings that router_input and input_context ask for, got {name!r}"
+                )
+            if in_features != features:
+                raise ValueError(
+                    f"target_modules must match modules of in_features = {features}, that of the embeddings which "
+                    f"router_input and input_context ask for, got {name!r} of {in_features}"
+                )
 
 
 class MixtureOfLoRAsModel(AdapterModel):

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from torchdsc.arguments import check_at_least, check_types
 from torchdsc.losses import add_regularization
-from torchdsc.nn import DSC, BasisBank, Contextual, DenseFFN, Residual
-from torchdsc.nn.broadcast import Broadcast, broadcast_embeddings
+from torchdsc.nn import DSC, BasisBank, DenseFFN, Residual
+from torchdsc.nn.broadcast import Listener, broadcast_embeddings
 from torchdsc.nn.host import (
     TokenMasked,
     feature_sizes,
@@ -125,7 +125,7 @@ def convert(
             raise ValueError(f"in_features must be the same for layers that see embeddings, got {sorted(features)}")
         source = broadcast_embeddings(model, features.pop(), context.past_tokens)
         for layer in layers:
-            layer.broadcast = source
+            layer.listen(source)
     for name, layer in zip(names, layers, strict=True):
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, layer)
@@ -143,43 +143,23 @@ def convert(
     return names
 
 
-class _Converted(nn.Module, TokenMasked, Contextual):
+class _Converted(nn.Module, TokenMasked, Listener):
     """A converted module: hands its DSC layer the attention mask of its model, and the embeddings of its tokens.
 
     Attributes:
         module: What it was made of: the DSC layer, alone or beside a static layer or the module that it keeps.
-        broadcast: What has the embeddings; None for layers that see none.
     """
 
     module: DSC | Residual
-    broadcast: Broadcast | None
 
     def __init__(self, module: DSC | Residual) -> None:
         super().__init__()
         self.module = module
-        self.broadcast = None
 
     @property
     def dsc(self) -> DSC:
         """The DSC layer."""
         return self.module if isinstance(self.module, DSC) else cast(DSC, self.module.dsc)
-
-    def look(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """What the DSC layer and its router see of tokens ``x`` of shape (..., d), the latter None for the former."""
-        if self.broadcast is None:
-            return x, None
-        seen = self.broadcast.seen(x)
-        # Some models flatten sequences on the way.
-        sequences = x.reshape(*seen.sequences.shape[:-2], seen.length, x.shape[-1])
-        routed = self.router_sees(seen)
-        z = self.layer_sees(sequences, seen).reshape(x.shape)
-        return z, None if routed is None else routed.reshape(x.shape)
-
-    def kept(self, y: Tensor) -> Tensor:
-        """The output ``y``, which may be recomputed in its backward pass."""
-        if self.broadcast is not None:
-            self.broadcast.keep(y)
-        return y
 
 
 class _Wrapped(_Converted):

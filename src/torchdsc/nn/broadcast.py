@@ -14,10 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .context import Seen
+from .context import Contextual, Seen
 from .packing import number_sequences
 
-_BROADCAST = "_torchdsc_broadcast"
 _OUTSIDE = (
     "a layer that sees the embeddings of the tokens must be called by {model}, whose call tells them, got a call of "
     "the layer, or of a module around it, alone"
@@ -38,6 +37,7 @@ class Broadcast:
 
     def __init__(self, model: nn.Module) -> None:
         self.past_tokens = 0
+        self._num_listeners = 0
         self._name = type(model).__name__
         self._accepted = tuple(inspect.signature(model.forward).parameters)
         self._is_open = False
@@ -62,16 +62,23 @@ class Broadcast:
         vars(self).update(state)
         self._calls = weakref.WeakSet()
 
-    def remove(self) -> None:
-        """Take the hooks off the model."""
-        for handle in self._handles:
-            handle.remove()
+    def join(self) -> None:
+        """Count a layer that asks for embeddings."""
+        self._num_listeners += 1
 
-    def seen(self, x: Tensor) -> Seen:
+    def leave(self) -> None:
+        """One layer less; the last takes the hooks off the model."""
+        self._num_listeners -= 1
+        if self._num_listeners == 0:
+            for handle in self._handles:
+                handle.remove()
+
+    def seen(self, x: Tensor, rows: Tensor | None = None) -> Seen:
         """The embeddings of the tokens of the current call, on the device and in the dtype of a layer's input.
 
         Args:
             x: Shape (..., d), of as many tokens as the call has.
+            rows: Which sequences of the call ``x`` holds, int64 of shape (b,); all by default.
 
         Raises:
             RuntimeError: If the layer is called outside of its model's call, or recomputed for one of several.
@@ -80,6 +87,11 @@ class Broadcast:
         found = self._seen if self._is_open or torch.compiler.is_compiling() else self._recomputed()
         if found is None:
             raise RuntimeError(_OUTSIDE.format(model=self._name))
+        if rows is not None:
+            positions = found.positions
+            if positions is not None and positions.shape[0] > 1:
+                positions = positions[rows]
+            found = Seen(found.sequences[rows], found.length, positions)
         batch, length = found.sequences.shape[0], found.length
         if x.shape[:-1].numel() != batch * length:
             raise ValueError(
@@ -162,6 +174,75 @@ class _Call:
         self.is_used = True
 
 
+class Listener(Contextual):
+    """A contextual layer inside a model, which sees what a :class:`Broadcast` hands it.
+
+    Attributes:
+        broadcast: What has the embeddings; None for a layer that sees none.
+    """
+
+    broadcast: Broadcast | None = None
+
+    def listen(self, broadcast: Broadcast) -> None:
+        """Ask ``broadcast`` from now on."""
+        self.broadcast = broadcast
+        broadcast.join()
+
+    def leave(self) -> None:
+        """Ask it no more."""
+        if self.broadcast is not None:
+            self.broadcast.leave()
+            self.broadcast = None
+
+    def look(self, x: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """What the layer and its router see of its input.
+
+        Args:
+            x: Shape (..., d).
+            rows: See :meth:`Broadcast.seen`.
+
+        Returns:
+            Two tensors of the shape of ``x``, the second None where the router sees what the layer does.
+        """
+        if self.broadcast is None:
+            return x, None
+        seen = self.broadcast.seen(x, rows)
+        # Some models flatten sequences on the way.
+        sequences = x.reshape(*seen.sequences.shape[:-2], seen.length, x.shape[-1])
+        routed = self.router_sees(seen)
+        z = self.layer_sees(sequences, seen).reshape(x.shape)
+        return z, None if routed is None else routed.reshape(x.shape)
+
+    def kept(self, y: Tensor) -> Tensor:
+        """The output ``y``, which may be recomputed in its backward pass."""
+        if self.broadcast is not None:
+            self.broadcast.keep(y)
+        return y
+
+
+def decoder_of(model: nn.Module) -> nn.Module:
+    """The part that is called with the tokens of every forward pass, whoever calls it: ``model.model``, say."""
+    prefix = getattr(model, "base_model_prefix", "")
+    part = getattr(model, prefix, None) if prefix else None
+    return part if isinstance(part, nn.Module) else model
+
+
+def embedding_size(model: nn.Module) -> int | None:
+    """d of the embeddings that layers of ``model`` can see; None where its embedding does not tell.
+
+    Raises:
+        ValueError: If the model has no input embedding, or an encoder beside its decoder.
+    """
+    decoder = decoder_of(model)
+    embedding = decoder.get_input_embeddings() if hasattr(decoder, "get_input_embeddings") else None  # type: ignore[operator]
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False) or not isinstance(embedding, nn.Module):
+        raise ValueError(
+            "router_input and input_context must leave embeddings out for a model that is no decoder with "
+            f"get_input_embeddings(), got {type(model).__name__}"
+        )
+    return getattr(embedding, "embedding_dim", None)
+
+
 def broadcast_embeddings(model: nn.Module, features: int, past_tokens: int) -> Broadcast:
     """Let layers of ``model`` see the embeddings of the tokens it is called with.
 
@@ -171,43 +252,21 @@ def broadcast_embeddings(model: nn.Module, features: int, past_tokens: int) -> B
         past_tokens: How many tokens before its own a layer looks back to.
 
     Returns:
-        What the layers ask; the same for all layers of a model.
+        What the layers ask, by :meth:`Listener.listen`; the same for all layers of a model.
 
     Raises:
         ValueError: If the model has no such embedding, one of another size, or an encoder beside its decoder.
     """
-    decoder = _decoder(model)
-    embedding = decoder.get_input_embeddings() if hasattr(decoder, "get_input_embeddings") else None  # type: ignore[operator]
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False) or not isinstance(embedding, nn.Module):
-        raise ValueError(
-            "router_input and input_context must leave embeddings out for a model that is no decoder with "
-            f"get_input_embeddings(), got {type(model).__name__}"
-        )
-    size = getattr(embedding, "embedding_dim", features)
-    if size != features:
+    size = embedding_size(model)
+    if size is not None and size != features:
         raise ValueError(
             f"layers that see the embeddings of the tokens must have in_features = {size}, theirs, got {features}"
         )
-    found: Broadcast | None = decoder.__dict__.get(_BROADCAST)
-    if found is None:
-        found = Broadcast(decoder)
-        decoder.__dict__[_BROADCAST] = found
+    decoder = decoder_of(model)
+    hooks = (getattr(hook, "__self__", None) for hook in decoder._forward_pre_hooks.values())
+    found = next((owner for owner in hooks if isinstance(owner, Broadcast)), None) or Broadcast(decoder)
     found.past_tokens = max(found.past_tokens, past_tokens)
     return found
-
-
-def leave_embeddings(model: nn.Module) -> None:
-    """Undo :func:`broadcast_embeddings`."""
-    found = _decoder(model).__dict__.pop(_BROADCAST, None)
-    if found is not None:
-        found.remove()
-
-
-def _decoder(model: nn.Module) -> nn.Module:
-    """The part that is called with the tokens of every forward pass, whoever calls it: ``model.model``, say."""
-    prefix = getattr(model, "base_model_prefix", "")
-    part = getattr(model, prefix, None) if prefix else None
-    return part if isinstance(part, nn.Module) else model
 
 
 def _token_mask(mask: Any, length: int, cache: Any) -> Tensor | None:

@@ -89,7 +89,9 @@ def _run(module: nn.Module, name: str, sizes: list[int]) -> dict[int, int]:
     mapped: dict[int, int] = {}
     try:
         tensors = {id(tensor): _without_data(tensor) for tensor in (*module.parameters(), *module.buffers())}
-        copied = copy.deepcopy(module, dict(tensors)).eval()
+        # Nor the embedding of the model around it, which a layer of ours may refer to.
+        left = {id(found): None for part in module.modules() if (found := vars(part).get("broadcast")) is not None}
+        copied = copy.deepcopy(module, {**tensors, **left}).eval()
         dtype = next((t.dtype for t in tensors.values() if t.is_floating_point()), torch.get_default_dtype())
     except Exception:  # Whatever a module of others raises, it cannot be copied.
         return {}
