@@ -349,7 +349,7 @@ def test_wrong_dtypes():
         ({"hidden_features": -1, **SIZES}, ValueError, "hidden_features must be >= 0, got -1"),
         ({"hidden_features": 2.0, **SIZES}, TypeError, "hidden_features must be an int, got 2.0"),
         ({"normalize_embeddings": 1, **SIZES}, TypeError, "normalize_embeddings must be a bool, got 1"),
-        ({"base": torch.relu, **SIZES}, TypeError, "base must be a Module or None"),
+        ({"base": "relu", **SIZES}, TypeError, "base must be a Module or None"),
         (
             {"base": torch.nn.Identity(), "hidden_features": 4, **SIZES},
             ValueError,

@@ -147,7 +147,8 @@ class DSCFeedForward(nn.Module, Contextual):
         if state is None:
             return y
         past = self.context.past_tokens
-        return y, seen.sequences.narrow(-2, seen.sequences.shape[-2] - past, past)
+        # A copy, which does not keep all that was seen.
+        return y, seen.sequences.narrow(-2, seen.sequences.shape[-2] - past, past).clone()
 
     def _look(
         self,
