@@ -23,13 +23,13 @@ from torchdsc.lab.environment import command_line, commit, hardware, versions
 
 VOCABULARY, WIDTH, LAYERS, HEADS, LENGTH = 2048, 96, 4, 4, 128
 STEPS, BATCH, WARMUP, EVALUATED = 50, 8, 10, 32
-RATES, SEEDS = (0.003, 0.006, 0.012), (0, 1, 2)
+RATES, SEEDS = (0.001, 0.002, 0.004, 0.008), (0, 1, 2)
 SIZES = {"vocab_size": VOCABULARY, "hidden_size": WIDTH, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS}
 LLAMA = {**SIZES, "intermediate_size": 256, "num_key_value_heads": HEADS, "max_position_embeddings": LENGTH}
 # Each with tied embeddings, as DSCGPT.
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "Llama": ("LlamaForCausalLM", LLAMA),
-    "Mistral": ("MistralForCausalLM", LLAMA),
+    "Mistral": ("MistralForCausalLM", {**LLAMA, "sliding_window": 32}),
     "Qwen2": ("Qwen2ForCausalLM", LLAMA),
     "Qwen3": ("Qwen3ForCausalLM", {**LLAMA, "head_dim": WIDTH // HEADS}),
     "GPT-2": (
