@@ -188,7 +188,7 @@ class _Replaced(_Converted):
 
 
 def _declare_shared(model: nn.Module) -> None:
-    """Tell transformers which parameters are tied. It refuses to save undeclared ones, and would initialise them anew."""
+    """Declare tied parameters to transformers, which refuses to save others, and would initialise them on loading."""
     declared = getattr(model, "_tied_weights_keys", ())
     if not isinstance(declared, dict | None):
         return

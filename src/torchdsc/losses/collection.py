@@ -60,7 +60,7 @@ def regularization(
     Args:
         model: Any module that contains DSC layers.
         num_tokens: Counted tokens of the whole optimizer step, over all micro-batches and processes. By default those
-            that each layer has seen since the last collection.
+            of each forward pass, whose terms then are means over its own tokens.
         frame_share: Share of L_frame in this call; shares must add up to 1 over a step. By default the share of tokens.
             Pass 0 if you call :func:`frame_regularization` once a step.
         synchronize: Take the batch means of L_aux and L_budget over all processes of the default group.

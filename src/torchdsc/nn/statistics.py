@@ -89,7 +89,7 @@ class RoutedLayer(nn.Module):
         The routing depends only on the router's input, so it can be computed before the layer's own input exists.
 
         Args:
-            router_input: What the router sees, of shape (..., d_in): ``x``, or what :meth:`forward` calls so.
+            router_input: What the router sees, of shape (..., d_in): ``x``, or the ``router_input`` of :meth:`forward`.
             token_mask: See :meth:`forward`.
 
         Returns:

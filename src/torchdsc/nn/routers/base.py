@@ -150,7 +150,7 @@ class Router(nn.Module):
 
 
 def _full_precision(x: Tensor) -> AbstractContextManager[Any]:
-    """Switch autocast off. If it is off already, do nothing: entering the context costs more than a token's selection."""
+    """Switch autocast off, if it is on: entering the context costs more than a token's selection."""
     if torch.is_autocast_enabled(x.device.type):
         return torch.autocast(x.device.type, enabled=False)
     return nullcontext()
