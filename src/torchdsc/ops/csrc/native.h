@@ -219,8 +219,8 @@ INLINE float reached_by_groups(const float *values, int64_t n, int64_t k, const 
     return k < FEWEST_HALVED ? kth_of(groups, k, count) : halved_to(groups, k, count);
 }
 
-/* A lower bound of the k-th largest of values[0..n), usually close, at a fraction of the cost: about the k-th largest of
- * the maxima of at least 2 k groups. NaN, which excludes no value, if there are too few values or infinite ones. */
+/* A lower bound of the k-th largest of values[0..n), usually close, at a fraction of the cost: about the k-th largest
+ * of the maxima of at least 2 k groups. NaN, which excludes no value, if there are too few values or infinite ones. */
 INLINE float reached_by(const float *values, int64_t n, int64_t k) {
     if (k <= LANES / 4) return reached_by_groups(values, n, k, LANES);
     if (k <= BLOCK / 4) return reached_by_groups(values, n, k, BLOCK);

@@ -138,7 +138,7 @@ INLINE void add_selected(const Backward *b, int64_t token, float *out) {
         out[b->indices[token * b->top_k + k]] += b->grad_values[token * b->top_k + k];
 }
 
-/* The gradient of w g . p + h logsumexp(r), with p = softmax(r), is p (h + w (g - g . p)), and 0 for a clamped logit. */
+/* The gradient of w g . p + h logsumexp(r), with p = softmax(r), is p (h + w (g - g . p)); 0 for a clamped logit. */
 static void select_row_backward(const Backward *b, int64_t token) {
     const int64_t n = b->num_atoms;
     const float *row = b->logits + token * b->stride, *g = b->grad_probability_sum, clamp = b->clamp;
