@@ -167,7 +167,9 @@ class TestCheckpointing:
         model = make_training(routed_kind)
         model.gradient_checkpointing_enable({"use_reentrant": True})
         if model.config.model_options.router_input == "embeddings":
-            pytest.skip("routed before the checkpoint: below")
+            # Routed before the checkpoint: nothing vanishes.
+            model(**step).loss.backward()
+            return
         with pytest.raises(RuntimeError, match="reentrant checkpointing"):
             model(**step)
 

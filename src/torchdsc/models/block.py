@@ -46,8 +46,16 @@ class DSCGPTBlock(GradientCheckpointingLayer, Contextual):
 
     def route(self, seen: Seen, token_mask: Tensor | None) -> Routing | None:
         """The feed-forward layer's routing, if its router sees nothing but token embeddings; else None."""
+        if self.routed_layer is None or self.context.router_input == "hidden":
+            return None
+        weight = next(self.routed_layer.router.parameters(), None)
+        if weight is not None and not weight.is_meta and weight.device != seen.sequences.device:
+            # Blocks may be placed on several devices, and hooks bring their inputs there only when they are called.
+            seen = seen.to(weight.device)
+            token_mask = None if token_mask is None else token_mask.to(weight.device)
         routed = self.router_sees(seen)
-        return None if routed is None or self.routed_layer is None else self.routed_layer.route(routed, token_mask)
+        assert routed is not None
+        return self.routed_layer.route(routed, token_mask)
 
     def forward(
         self,

@@ -89,18 +89,17 @@ class Broadcast:
         if found is None:
             raise RuntimeError(_OUTSIDE.format(model=self._name))
         if rows is not None:
-            of_rows = found.positions
-            if of_rows is not None and of_rows.shape[0] > 1:
-                of_rows = of_rows[rows]
-            found = Seen(found.sequences[rows], found.length, of_rows)
+            positions = found.positions
+            if positions is not None and positions.shape[0] > 1:
+                positions = positions[rows]
+            found = Seen(found.sequences[rows], found.length, positions)
         batch, length = found.sequences.shape[0], found.length
         if x.shape[:-1].numel() != batch * length:
             raise ValueError(
                 f"a layer that sees the embeddings of the tokens must see every token once, got hidden states of shape "
                 f"{tuple(x.shape)} for {batch} sequences of {length}"
             )
-        positions = None if found.positions is None else found.positions.to(x.device)
-        return found._replace(sequences=found.sequences.to(x.device, x.dtype), positions=positions)
+        return found.to(x.device, x.dtype)
 
     def keep(self, output: Tensor) -> None:
         """Keep the embeddings for recomputation in the backward pass, for as long as the graph of ``output`` lives."""

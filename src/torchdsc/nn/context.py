@@ -1,6 +1,6 @@
 """Short convolutions in front of a layer and its router, over hidden states or token embeddings."""
 
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,11 @@ class Seen(NamedTuple):
     sequences: Tensor
     length: int
     positions: Tensor | None = None
+
+    def to(self, device: torch.device, dtype: torch.dtype | None = None) -> Self:
+        """The same on another device, and in another dtype."""
+        positions = None if self.positions is None else self.positions.to(device)
+        return self._replace(sequences=self.sequences.to(device, dtype), positions=positions)
 
     def own(self) -> Tensor:
         """The tokens of this call, of shape (..., T, d)."""

@@ -97,9 +97,19 @@ class DSC(RoutedLayer):
         self.gamma = nn.Parameter(torch.full(shape, self.options.gamma_init, device=device, dtype=dtype))
 
     @classmethod
-    def basic(cls, in_features: int, out_features: int | None = None, **options: Any) -> Self:
+    def basic(
+        cls,
+        in_features: int,
+        out_features: int | None = None,
+        *,
+        bank: BasisBank | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **changes: Unpack[DSCArguments],
+    ) -> Self:
         """Algorithm 1: the router sees x itself, and gamma is a scalar; arguments are those of the class."""
-        return cls(in_features, out_features, **{"router_norm": "none", "channelwise_gamma": False, **options})
+        options: DSCArguments = {"router_norm": "none", "channelwise_gamma": False, **changes}
+        return cls(in_features, out_features, bank=bank, device=device, dtype=dtype, **options)
 
     @property
     def output_scale(self) -> Tensor:
