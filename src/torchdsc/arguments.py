@@ -1,4 +1,4 @@
-"""Arguments of public classes and functions: checks of types and ranges, and copies of what callers may change."""
+"""Checks of the types and ranges of arguments of public classes and functions."""
 
 import copy
 import types
@@ -10,23 +10,23 @@ from typing import Any, ClassVar, Literal, Union, Unpack, get_args, get_origin, 
 
 __all__ = ["check_at_least", "check_finite", "check_not_negative", "check_positive", "check_types", "own_copies"]
 
-# Torch names these itself, and takes more than their annotations say.
+# Not checked: torch accepts more than their annotations say, and raises its own errors.
 _LEFT_TO_TORCH = {"device", "dtype"}
 _NAMES = {int: "an int", float: "a number", bool: "a bool", str: "a str", types.NoneType: "None"}
 
 
 def check_types(of: Callable[..., Any], values: Mapping[str, Any]) -> None:
-    """Refuse values that are not of their annotated types.
+    """Refuse values that do not have their annotated types.
 
-    An int is a number, a bool is neither, and a tuple may stand for a list.
+    An int is accepted as a float, a tuple as a list; a bool is not accepted as a number.
 
     Args:
         of: A dataclass, or a function whose parameters are annotated.
-        values: Its fields or arguments by name; names that have no annotation are left alone.
+        values: Its fields or arguments by name; names without an annotation are ignored.
 
     Raises:
         TypeError: If a value has another type.
-        ValueError: If a value is none of those that a ``Literal`` lists.
+        ValueError: If a value is not one of those that a ``Literal`` lists.
     """
     for name, kind in _hints(of).items():
         if name in values and name not in _LEFT_TO_TORCH and not _fits(values[name], kind):
@@ -64,18 +64,18 @@ def check_finite(**values: float) -> None:
 
 
 def own_copies(instance: Any) -> None:
-    """Replace the lists, dictionaries and sets of a dataclass by copies: callers may change theirs afterwards."""
+    """Replace lists, dictionaries and sets in a dataclass by copies, so that callers may change theirs afterwards."""
     for field in fields(instance):
         value = getattr(instance, field.name)
         if isinstance(value, list | dict | set):
-            # Past the dataclass, which may be frozen.
+            # The dataclass may be frozen.
             object.__setattr__(instance, field.name, copy.deepcopy(value))
 
 
 @cache
 def _hints(of: Callable[..., Any]) -> dict[str, Any]:
     hints = get_type_hints(of)
-    # Keywords that are unpacked are checked by what they are handed to.
+    # **kwargs annotated by Unpack are checked by the function that they are passed on to.
     left = (ClassVar, Unpack)
     return {name: kind for name, kind in hints.items() if name != "return" and get_origin(kind) not in left}
 

@@ -1,4 +1,4 @@
-"""Certified bounds of the composed update, and what they bound, measured."""
+"""Certified bounds of the composed update, and measurements of what they bound."""
 
 import torch
 from torch import Tensor
@@ -12,9 +12,9 @@ __all__ = ["certified_spectral_bound", "frame_excess", "spectral_norm", "welch_b
 def certified_spectral_bound(layer: DSC) -> float:
     """Bound on ``|dW|_2`` for every input: ``scale max_i |gamma_i|``, equations (7) and (8).
 
-    Strict in real arithmetic; in floating point it holds up to a few units in the last place, for ``gate="none"``
-    too, since coefficients never sum to more than 1. It bounds the update with the routing held fixed. It is no
-    Lipschitz constant of the whole map, which also moves through the coefficients and jumps where the selection does.
+    It holds up to rounding, a few units in the last place, also for ``gate="none"``, as coefficients never sum to more
+    than 1. It bounds the update for a fixed routing. It is not a Lipschitz constant of the whole map, because the
+    coefficients also depend on x, and the output jumps where the selection changes.
 
     Args:
         layer: The layer.
@@ -29,13 +29,13 @@ def certified_spectral_bound(layer: DSC) -> float:
 def spectral_norm(layer: DSC, x: Tensor, router_input: Tensor | None = None) -> Tensor:
     """True ``|dW(z(x))|_2`` of each token, from its rank-K factors.
 
-    With ``dW = A^T B``, A and B of K rows, it is the norm of the K x K matrix ``R_A R_B^T`` of their QR factors: no
-    d_in x d_out matrix is formed, and no square root of rounding errors taken.
+    For ``dW = A^T B`` with K rows in A and B, this is the norm of the K x K matrix ``R_A R_B^T``, from the QR
+    decompositions of A^T and B^T. No d_in x d_out matrix is formed, and small norms stay accurate.
 
     Args:
         layer: The layer.
         x: Tokens of shape (..., d_in).
-        router_input: What the router sees in place of ``x``, of its shape.
+        router_input: What the router sees instead of ``x``, of the same shape.
 
     Returns:
         Tensor of shape (...), in the dtype of the coefficients.
@@ -48,19 +48,19 @@ def spectral_norm(layer: DSC, x: Tensor, router_input: Tensor | None = None) -> 
 
 
 def welch_bound(num_atoms: int, num_features: int) -> float:
-    """Least frame potential of ``num_atoms`` unit rows in ``num_features`` dimensions: ``M^2 / d - M``, or 0.
+    """Smallest possible frame potential of M unit rows in d dimensions: ``max(0, M^2 / d - M)``.
 
     Args:
         num_atoms: M.
         num_features: d.
 
     Returns:
-        The bound on one side's part of equation (11).
+        The bound on one side (u or v) of equation (11).
     """
     return max(0.0, num_atoms * num_atoms / num_features - num_atoms)
 
 
 @torch.no_grad()
 def frame_excess(rows: Tensor, eps: float = 1e-6) -> float:
-    """Frame potential of raw rows (M, d) over its Welch bound: what L_frame could still lose, >= 0 up to rounding."""
+    """Frame potential of raw rows (M, d) minus its Welch bound: how far L_frame can still fall; >= 0 up to rounding."""
     return float(frame_potential(rows.double(), eps)) - welch_bound(*rows.shape)

@@ -1,4 +1,4 @@
-"""Parameter groups and optimizers: which parameters are decayed, at what rate, and banks with row-sparse gradients."""
+"""Parameter groups and optimizers, also for banks with row-sparse gradients."""
 
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -22,17 +22,17 @@ def parameter_groups(
     router_lr_multiplier: float = 1.0,
     atom_lr_multiplier: float = 1.0,
 ) -> list[dict[str, Any]]:
-    """The paper's groups: routers at their own rate without decay, other matrices with decay, the rest without.
+    """The paper's groups: routers with their own rate and no decay, other matrices with decay, the rest without.
 
-    Embeddings, gamma, contexts, norms, biases and banks with row-sparse gradients are not decayed; those banks are the
-    last group, for an optimizer that takes such gradients (:func:`build_optimizer`).
+    Weight decay does not apply to embeddings, gamma, short convolutions, norms, biases and banks with row-sparse
+    gradients. Those banks are the last group, for an optimizer that takes such gradients (:func:`build_optimizer`).
 
     Args:
-        model: Any module, wrapped by PEFT or a Hugging Face model among them.
-        learning_rate: Base rate.
-        weight_decay: Of matrices.
-        router_lr_multiplier: Factor on the routers' rate.
-        atom_lr_multiplier: Factor on that of the banks' atoms.
+        model: Any module, also a Hugging Face model or one wrapped by PEFT.
+        learning_rate: Base learning rate.
+        weight_decay: Weight decay of matrices.
+        router_lr_multiplier: Factor on the learning rate of routers.
+        atom_lr_multiplier: Factor on the learning rate of banks.
 
     Returns:
         Groups for an optimizer; every trainable parameter is in exactly one.
@@ -57,9 +57,9 @@ def parameter_groups(
 
 
 def decay_parameter_names(model: nn.Module) -> list[str]:
-    """Names of the parameters that :func:`parameter_groups` decays: what ``Trainer.get_decay_parameter_names`` returns.
+    """Names of the parameters that :func:`parameter_groups` decays, to return in ``Trainer.get_decay_parameter_names``.
 
-    Trainer's own rule, by names, decays gamma, contexts and routers.
+    Trainer's own method would also decay gamma, short convolutions and routers.
 
     Args:
         model: Any module.
@@ -71,7 +71,7 @@ def decay_parameter_names(model: nn.Module) -> list[str]:
 
 
 def _kinds(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, str]]:
-    """Every parameter with its name and its group."""
+    """The name, parameter and group of every parameter."""
     routers, atoms, without = (
         {id(p) for module in model.modules() if isinstance(module, kind) for p in module.parameters()}
         for kind in (Router, BasisBank, (nn.Embedding, ShortConvolution))
@@ -99,7 +99,7 @@ def build_optimizer(
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
 ) -> Optimizer:
-    """AdamW over :func:`parameter_groups`, with SparseAdam for banks with row-sparse gradients where there are some.
+    """AdamW over :func:`parameter_groups`, and SparseAdam for banks with row-sparse gradients, if there are any.
 
     Args:
         model: See :func:`parameter_groups`, as for the next four.
@@ -111,10 +111,10 @@ def build_optimizer(
         eps: Of Adam.
 
     Returns:
-        The optimizer. Gradients of which some are row-sparse are clipped by :func:`clip_grad_norm`, not by torch's.
+        The optimizer. With row-sparse gradients, clip by :func:`clip_grad_norm` instead of torch's function.
 
     Raises:
-        ValueError: See there.
+        ValueError: As :func:`parameter_groups`.
     """
     groups = parameter_groups(
         model,
@@ -169,32 +169,32 @@ class DenseAndSparseAdam(Optimizer):
         return {"parts": [part.state_dict() for part in self._parts]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up what :meth:`state_dict` gave."""
+        """Load what :meth:`state_dict` returned."""
         for part, state in zip(self._parts, state_dict["parts"], strict=True):
             part.load_state_dict(state)
         self._share_groups()
 
     def _share_groups(self) -> None:
-        # The same dictionaries, so that a schedule that changes a rate here changes it there.
+        # The same dictionaries, so that a scheduler that changes a rate here changes it in the parts.
         self.param_groups = [group for part in self._parts for group in part.param_groups]
 
 
 def _sparse_parameters(model: nn.Module) -> set[int]:
-    """Identities of the parameters in ``model`` that get row-sparse gradients."""
+    """``id`` of every parameter in ``model`` that gets row-sparse gradients."""
     banks = (module for module in model.modules() if isinstance(module, BasisBank) and module.sparse_gradients)
     return {id(parameter) for bank in banks for parameter in bank.parameters()}
 
 
 @torch.no_grad()
 def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
-    """``torch.nn.utils.clip_grad_norm_`` for gradients of which some are row-sparse.
+    """``torch.nn.utils.clip_grad_norm_`` where some gradients may be row-sparse.
 
     Args:
-        parameters: Those whose gradients are scaled, in place.
-        max_norm: Largest norm of all together.
+        parameters: Parameters whose gradients are scaled in place.
+        max_norm: Largest norm of all gradients together.
 
     Returns:
-        Their norm before, scalar.
+        Their norm before clipping, scalar.
     """
     gradients = []
     for parameter in parameters:

@@ -1,4 +1,4 @@
-"""Adapters of pretrained Hugging Face models through PEFT; importing this registers them with PEFT."""
+"""Adapters for pretrained Hugging Face models; importing this module registers them with PEFT."""
 
 try:
     import peft

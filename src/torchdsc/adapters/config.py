@@ -13,24 +13,25 @@ from torchdsc.ops.compose.api import Implementation
 from .files import refuse_pickle
 from .plugin import peft_type
 
-# What PEFT calls all linear layers but the head.
+# PEFT's name for all linear layers but the head.
 ALL_LINEAR = "all-linear"
 
 
 @dataclass
 class AdapterConfig(PeftConfig):
-    """What the adapters' configurations share: where adapters go.
+    """Base class of the adapters' configurations: which modules to adapt.
 
     Args:
         target_modules: Names (or ends of names) of the modules to adapt, a regular expression as a string, or
-            "all-linear". Linear layers, quantised or not, Conv1D, and whole modules that hold some, such as an MLP; by
-            default those that PEFT adapts by LoRA in the architecture.
+            "all-linear". They may be linear layers, quantised or not, Conv1D, or modules that contain some, such as an
+            MLP. By default those that PEFT's LoRA adapts in the architecture.
         exclude_modules: Names or regular expression of modules to leave out.
-        layers_to_transform: Indices of the layers to adapt; all by default.
-        layers_pattern: Name of the list of layers, where ``layers_to_transform`` is given and it has no usual name.
+        layers_to_transform: Indices of the layers to adapt; by default all.
+        layers_pattern: Attribute name of the list of layers, if it is an unusual one and ``layers_to_transform`` is
+            given.
         modules_to_save: Other modules to train and save, such as a new head.
-        in_features: d_in of targets that are no linear layers, with ``out_features``; by default what they map, as far
-            as that can be told.
+        in_features: d_in of targets that are not linear layers, given together with ``out_features``; by default found
+            by running them without data, if possible.
         out_features: d_out of such targets.
 
     Raises:
@@ -73,7 +74,7 @@ class AdapterConfig(PeftConfig):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:
-        """See PEFT; refuses a local folder whose weights are only there as a pickle."""
+        """See PEFT; refuses a local folder that has its weights only as a pickle."""
         refuse_pickle(pretrained_model_name_or_path, subfolder)
         return super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
 
@@ -82,17 +83,15 @@ class AdapterConfig(PeftConfig):
 class DSCAdapterConfig(AdapterConfig, DSCFields, ContextFields):
     """A DSC layer beside each target module: ``y = base(x) + scale gamma * ((x U_I^T) * z) V_I``.
 
-    Gamma starts at zero, so that a fresh adapter changes nothing. The regularisers go into the loss of Hugging Face
-    models by themselves; for other models, and losses computed outside the model (as TRL's trainers do), add
-    ``torchdsc.regularization(model).total`` or set their weights to 0. Adapters of a language model may be routed by
-    the embeddings of its tokens, and see them beside the hidden state: with
-    ``**torchdsc.recommended(num_atoms=64, gamma_init=0.0)``, say.
+    Gamma starts at zero, so that a fresh adapter changes nothing. Hugging Face models add the regularisers to their
+    loss. For other models, and for losses computed outside the model (as in TRL's trainers), add
+    ``torchdsc.regularization(model).total`` or set their weights to 0. In language models, adapters can be routed by
+    token embeddings, for example with ``**torchdsc.recommended(num_atoms=64, gamma_init=0.0)``.
 
     Args:
-        share_bank: One bank for all target modules of a shape, instead of one each.
-        share_router: One router for all target modules of a shape. Each mixes what it sees of other tokens by its own
-            weights.
-        **options: See :class:`torchdsc.DSCOptions`, with other defaults where adapters want them, and
+        share_bank: One bank for all target modules of the same sizes, instead of one for each.
+        share_router: One router for all target modules of the same sizes. Short convolutions are not shared.
+        **options: Fields of :class:`torchdsc.DSCOptions`, some with other defaults, and of
             :class:`torchdsc.nn.ContextOptions`.
 
     Raises:
@@ -121,7 +120,7 @@ class DSCAdapterConfig(AdapterConfig, DSCFields, ContextFields):
         return DSCOptions(**{f.name: getattr(self, f.name) for f in fields(DSCOptions)})
 
     def context(self) -> ContextOptions:
-        """What layers and their routers see besides each token's own hidden state."""
+        """The options of the layers' short convolutions."""
         context = ContextOptions(**{f.name: getattr(self, f.name) for f in fields(ContextOptions)})
         if context.router_context > 1 and context.router_input == "hidden":
             raise ValueError(
@@ -133,16 +132,16 @@ class DSCAdapterConfig(AdapterConfig, DSCFields, ContextFields):
 
 @dataclass
 class MixtureOfLoRAsConfig(AdapterConfig):
-    """A mixture of LoRA experts beside each target module; at rank 1 the null hypothesis of DSC.
+    """A mixture of LoRA experts beside each target module; at rank 1, the ablation of DSC without its gate and norms.
 
     Args:
         num_experts: N.
         rank: r of each expert.
         top_k: Experts per token.
         scale: Constant factor of the update, LoRA's alpha / r.
-        normalize_weights: Divide the selected softmax weights by their sum; by default where there are several. A
-            single one would always be 1, and the router get no gradient from the task: with ``top_k=1`` True is for
-            evaluating what was trained so, and training raises.
+        normalize_weights: Divide the selected softmax weights by their sum; by default if ``top_k > 1``. A single
+            weight would always be 1 and give the router no gradient from the task: training with ``top_k=1`` and True
+            raises, evaluation works.
         router_norm: LayerNorm before the router.
         aux_weight: Weight of the load balance.
         z_weight: Weight of the router z-loss.
@@ -173,7 +172,7 @@ class MixtureOfLoRAsConfig(AdapterConfig):
         check_positive(scale=self.scale)
         RegularizerWeights(aux=self.aux_weight, z=self.z_weight)
         if self.normalize_weights is None:
-            # Saved by value, so that later defaults change nothing.
+            # Saved as a value, so that a later change of defaults does not change saved adapters.
             self.normalize_weights = self.top_k > 1
 
     def arguments(self) -> dict[str, Any]:

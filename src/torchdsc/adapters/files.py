@@ -1,4 +1,4 @@
-"""What a folder of an adapter may hold, looked at before PEFT or transformers load it."""
+"""Checks of an adapter's folder before PEFT or transformers load it."""
 
 import inspect
 import json
@@ -18,15 +18,15 @@ from transformers.integrations import PeftAdapterMixin
 from torchdsc.nn import RoutedLayer
 from torchdsc.nn.host import tied_keys
 
-# Where PEFT keeps the base's module and the adapters', under the name of a module that modules_to_save names.
+# Where PEFT keeps the base's module and the adapters', inside a module that modules_to_save names.
 _INSIDE = r"(original_module|modules_to_save)\."
 
-# Methods of this package, and the attribute of a layer that holds its adapters.
+# For each method of this package, the attribute of a layer that holds its adapters.
 _CONTAINERS: dict[str, str] = {}
 
 
 def refuse_pickle(folder: str | Path, subfolder: str | None = None) -> None:
-    """A ValueError for a local folder whose weights are only there as a pickle."""
+    """Raise a ValueError for a local folder that has its weights only as a pickle."""
     folder = Path(folder, subfolder or "")
     if (folder / WEIGHTS_NAME).is_file() and not (folder / SAFETENSORS_WEIGHTS_NAME).is_file():
         raise ValueError(
@@ -35,7 +35,7 @@ def refuse_pickle(folder: str | Path, subfolder: str | None = None) -> None:
 
 
 def check_keys(missing: Iterable[str], unexpected: Iterable[str]) -> None:
-    """A ValueError if an adapter's weights lack some, or hold others, such as the base model's."""
+    """Raise a ValueError if weights of an adapter are missing, or others, such as the base model's, are there."""
     missing, unexpected = sorted(missing), sorted(unexpected)
     if missing or unexpected:
         raise ValueError(
@@ -52,7 +52,7 @@ def _some(keys: list[str]) -> str:
 def watch_loading(method: str, container: str) -> None:
     """Check adapters of a method whenever they are loaded.
 
-    PEFT reads weights before a method learns of them, and transformers loads them without asking it.
+    This wraps the ``load_adapter`` of PEFT and transformers, which read weights before a method could check them.
     """
     if not _CONTAINERS:
         PeftModel.load_adapter = _watched(PeftModel.load_adapter, _by_peft)
@@ -61,7 +61,7 @@ def watch_loading(method: str, container: str) -> None:
 
 
 def shared_keys(model: nn.Module) -> dict[str, str]:
-    """Names of parameters of banks and routers that several targets share, each with the name that is saved."""
+    """Names of parameters that several targets share, each mapped to the name it is saved under."""
     return tied_keys((name, module) for name, module in model.named_modules() if isinstance(module, RoutedLayer))
 
 
@@ -80,7 +80,7 @@ def _watched(load: Callable[..., Any], watch: Callable[..., Any]) -> Callable[..
 
 @contextmanager
 def _by_peft(self: PeftModel, model_id: str, adapter_name: str, kwargs: Any, **_: Any) -> Iterator[Callable[..., None]]:
-    # A configuration that is given, rather than read, is there already.
+    # If the configuration was passed rather than read from the folder, the folder has not been checked yet.
     if adapter_name in self.peft_config and self.peft_config[adapter_name].peft_type in _CONTAINERS:
         refuse_pickle(model_id, kwargs.get("subfolder"))
     yield lambda _: None
@@ -115,7 +115,7 @@ def _by_transformers(
 
     def check(info: Any) -> None:
         mine = f".{container}.{adapter_name or 'default'}."
-        # The modules that share a parameter are one: it was loaded under another name.
+        # A shared parameter is loaded under one of its names only.
         info.missing_keys = {*info.missing_keys} - {*shared_keys(self)}
         check_keys([key for key in info.missing_keys if mine in key], info.unexpected_keys)
 

@@ -15,7 +15,7 @@ from torchdsc.nn.host import TokenMasked, feature_sizes, is_linear, stream_width
 
 from .config import AdapterConfig, DSCAdapterConfig, MixtureOfLoRAsConfig
 
-# What PEFT calls a sample without adapter in a mixed batch.
+# PEFT's name for no adapter, for samples of a mixed batch.
 BASE = "__base__"
 
 
@@ -23,13 +23,13 @@ def sizes_of(config: AdapterConfig, model: nn.Module, name: str) -> tuple[int, i
     """d_in and d_out of a target module.
 
     Args:
-        config: Of the adapter, whose sizes go before the module's.
+        config: The adapter's configuration; sizes given there are used for targets that are not linear layers.
         model: The model around the module.
         name: Name of the module in it.
 
     Raises:
-        TypeError: If the module holds no linear layer, or is a list of modules or a whole model.
-        ValueError: If its sizes cannot be told.
+        TypeError: If the module contains no linear layer, or is a list of modules or a whole model.
+        ValueError: If its sizes cannot be found.
     """
     module = model.get_submodule(name)
     base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
@@ -50,28 +50,28 @@ def sizes_of(config: AdapterConfig, model: nn.Module, name: str) -> tuple[int, i
 
 
 def trains(layer: nn.Module) -> bool:
-    """Whether an adapter is one whose regularisers have something to move."""
+    """Whether the router of an adapter is trained, so that regularisers make sense."""
     return any(parameter.requires_grad for parameter in cast(RoutedLayer, layer).router.parameters())
 
 
 class AdapterLayer(nn.Module, BaseTunerLayer, TokenMasked):
-    """A target module and one routed layer an adapter; subclasses build it.
+    """A target module and a routed layer for each of its adapters, which subclasses build.
 
-    The updates are added in a forward hook of the target module, which comes before its other hooks: transformers
-    records hidden states in hooks of the modules it knows, and must see what the next layer reads. Attributes that an
-    adapter layer lacks are those of the target module.
+    The updates are added in a forward hook of the target module. It runs before other hooks, so that transformers,
+    which records hidden states in hooks, sees the adapted output. Attributes that the adapter layer does not have are
+    looked up in the target module.
 
     Args:
-        base_layer: The module to adapt: one that maps (..., d_in) to (..., d_out), or to a tuple that starts so.
+        base_layer: The module to adapt. It maps (..., d_in) to (..., d_out), or to a tuple whose first element is that.
         name: Name of the module, for errors.
         in_features: d_in.
         out_features: d_out.
     """
 
-    # The attribute that holds the adapters, under PEFT's prefix of the method.
+    # Name of the attribute that holds the adapters; it begins with PEFT's prefix of the method.
     container: ClassVar[str]
 
-    # What PEFT's mixin has, for type checkers.
+    # Attributes of PEFT's mixin, for type checkers.
     base_layer: nn.Module
     in_features: int
     out_features: int
@@ -94,11 +94,11 @@ class AdapterLayer(nn.Module, BaseTunerLayer, TokenMasked):
         self._handle = self._host().register_forward_hook(self._add_updates, prepend=True, with_kwargs=True)
 
     def __getattr__(self, name: str) -> Any:
-        """An attribute of the target module, where the adapter layer has none of that name."""
+        """Look an attribute that the adapter layer does not have up in the target module."""
         try:
             return super().__getattr__(name)
         except AttributeError:
-            # Private attributes of an object are what others keep about it, such as accelerate's hook: not handed on.
+            # Not private attributes of the instance, which other libraries set, such as accelerate's hook.
             if name == "base_layer" or name.startswith("__"):
                 raise
             host = self._host()
@@ -107,20 +107,20 @@ class AdapterLayer(nn.Module, BaseTunerLayer, TokenMasked):
             return getattr(host, name)
 
     def _host(self) -> nn.Module:
-        """The module whose output the updates are added to: the target, inside other methods of this package."""
+        """The target module itself, also if adapters of another method of this package are around it."""
         host = self.base_layer
         while isinstance(host, AdapterLayer):
             host = host.base_layer
         return host
 
     def leave(self) -> None:
-        """Leave the target module, and the model around it, as they were found."""
+        """Remove all hooks from the target module and the model around it."""
         self._handle.remove()
         for name in self.adapters:
             self._silence(name)
 
     def listen(self, adapter_name: str, broadcast: Broadcast) -> None:
-        """Let an adapter see the embeddings of the tokens of its model, where the layer has it."""
+        """Let an adapter of this layer, if it has that one, get its model's token embeddings."""
         if adapter_name in self.adapters:
             self._silence(adapter_name)
             cast(Listener, self.adapters[adapter_name]).listen(broadcast)
@@ -150,11 +150,11 @@ class AdapterLayer(nn.Module, BaseTunerLayer, TokenMasked):
         Args:
             adapter_name: Its name.
             config: Its configuration.
-            owner: The first layer of this shape, whose parts may be shared; None for the first itself.
+            owner: The first layer of the same sizes, whose bank and router may be shared; None for that layer itself.
             **kwargs: ``inference_mode`` of PEFT.
 
         Raises:
-            ValueError: If parts are to be shared with a layer on another device.
+            ValueError: If bank or router would be shared with a layer on another device.
         """
         layer = self.build(config, None if owner is None else owner.adapters[adapter_name])
         self.adapters[adapter_name] = layer.train(self.training)
@@ -165,24 +165,24 @@ class AdapterLayer(nn.Module, BaseTunerLayer, TokenMasked):
         self.set_adapter(self.active_adapters, inference_mode=kwargs.get("inference_mode", False))
 
     def parameters_of(self, adapter_name: str) -> Iterator[nn.Parameter]:
-        """Parameters of an adapter, none where the layer lacks it."""
+        """Parameters of an adapter; none if the layer does not have it."""
         if adapter_name in self.adapters:
             yield from self.adapters[adapter_name].parameters()
 
     def build(self, config: AdapterConfig, owner: nn.Module | None) -> RoutedLayer:
-        """A new adapter."""
+        """Build the routed layer of a new adapter, which may share parts of ``owner``."""
         raise NotImplementedError
 
     def forward(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
         """The module's output plus the updates of the active adapters.
 
         Args:
-            *args: Of the module; the first is what it maps, of shape (..., d_in).
-            adapter_names: Adapter of each sample of a mixed batch, instead of the active ones.
-            **kwargs: Of the module.
+            *args: Arguments of the module; the first is its input of shape (..., d_in).
+            adapter_names: Name of the adapter for each sample of a mixed batch, instead of the active ones.
+            **kwargs: Arguments of the module.
 
         Raises:
-            ValueError: If the module's sizes, as the config gives them, are not those of its input and output.
+            ValueError: If sizes given in the config are not those of the module's input and output.
         """
         if adapter_names is None:
             return self.base_layer(*args, **kwargs)
@@ -212,7 +212,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer, TokenMasked):
             x, routed = layer.look(x, rows)
         routing = layer.route(x if routed is None else routed, mask)
         if not trains(layer):
-            # What is frozen leaves nothing to collect.
+            # A frozen adapter has no regularisers to collect.
             routing, _ = routing.take_statistics()
         update: Tensor = layer(x, mask, routing=routing)
         if update.shape != y.shape:
@@ -240,7 +240,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer, TokenMasked):
             )
 
     def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[Any, Any]:
-        # PEFT's own looks at the module's weight, which a whole MLP has none of.
+        # PEFT's method looks at the module's weight, which a whole MLP does not have.
         for module in base_layer.modules():
             device, dtype = BaseTunerLayer._get_base_layer_device_and_dtype(self, module)
             if device is not None:
@@ -252,7 +252,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer, TokenMasked):
         raise ValueError(NO_MERGE)
 
     def unmerge(self) -> None:
-        """Nothing: nothing is ever merged."""
+        """Does nothing, as nothing is ever merged."""
 
     def __repr__(self) -> str:
         return "torchdsc." + super().__repr__()
@@ -265,14 +265,14 @@ NO_MERGE = (
 
 
 class ContextualDSC(DSC, Listener):
-    """A DSC layer with what it and its router see of a sequence.
+    """A DSC layer with its short convolutions.
 
     Args:
         in_features: d_in.
         out_features: d_out.
         options: Of the layer.
-        context: What is seen.
-        bank: Bank to share; a new one by default.
+        context: Of the short convolutions.
+        bank: A bank to share; by default a new one.
     """
 
     def __init__(
@@ -287,7 +287,7 @@ class ContextualDSC(DSC, Listener):
         self.add_contexts(in_features, context)
 
     def reset_parameters(self) -> None:
-        """See :class:`torchdsc.DSC`; the short convolutions too."""
+        """See :class:`torchdsc.DSC`; also initialises the short convolutions."""
         super().reset_parameters()
         for convolution in (self.router_context, self.input_context):
             if convolution is not None:
@@ -295,7 +295,7 @@ class ContextualDSC(DSC, Listener):
 
 
 class DSCAdapterLayer(AdapterLayer):
-    """A target module with a :class:`torchdsc.DSC` an adapter."""
+    """A target module with a :class:`torchdsc.DSC` for each adapter."""
 
     container = "dsc_layers"
     adapter_layer_names = ("dsc_layers",)
@@ -311,7 +311,7 @@ class DSCAdapterLayer(AdapterLayer):
 
 
 class MixtureOfLoRAsLayer(AdapterLayer):
-    """A target module with a :class:`torchdsc.baselines.MixtureOfLoRAs` an adapter."""
+    """A target module with a :class:`torchdsc.baselines.MixtureOfLoRAs` for each adapter."""
 
     container = "molora_layers"
     adapter_layer_names = ("molora_layers",)

@@ -1,4 +1,4 @@
-"""The tuners: they put adapter layers into a model, and save and load them."""
+"""PEFT tuners, which put adapter layers into a model, and save and load them."""
 
 import re
 from collections.abc import Iterator
@@ -39,7 +39,7 @@ class AdapterModel(BaseTuner):
         """See PEFT.
 
         Raises:
-            ValueError: If ``adapter_name`` cannot name a module, or names of adapters are among ``modules_to_save``.
+            ValueError: If ``adapter_name`` cannot be a module's name, or ``modules_to_save`` has names of adapters.
         """
         try:
             nn.ModuleDict({adapter_name: nn.Identity()})
@@ -48,7 +48,7 @@ class AdapterModel(BaseTuner):
         heads = {name for config in self.peft_config.values() for name in config.modules_to_save or ()}
         if heads & {*self.peft_config}:
             raise ValueError(f"names of adapters must not be among modules_to_save, got {sorted(heads)}")
-        # PEFT keeps what trains as it was, but tells the adapter's own parameters by its name in theirs.
+        # PEFT recognises an adapter's parameters by its name in theirs, which may match others: restore those.
         own = {id(part) for layer in _layers(model) for part in layer.parameters_of(adapter_name)}
         is_first = not any(isinstance(module, BaseTunerLayer) for module in model.modules())
         before = [] if is_first else [(part, part.requires_grad) for part in model.parameters() if id(part) not in own]
@@ -58,10 +58,10 @@ class AdapterModel(BaseTuner):
         self._broadcast(adapter_name)
 
     def _broadcast(self, adapter_name: str) -> None:
-        """Hand the adapter what it sees besides the inputs of its targets."""
+        """Give the adapter token embeddings, if its method uses them."""
 
     def _prepare_model(self, peft_config: AdapterConfig, model: nn.Module) -> None:
-        """Refuse targets before the first is replaced."""
+        """Check all targets before the first is replaced."""
         if isinstance(peft_config.target_modules, str) and peft_config.target_modules.lower() == ALL_LINEAR:
             peft_config.target_modules = _all_linear(peft_config, model)
         targets: dict[str, int] = {}
@@ -80,7 +80,7 @@ class AdapterModel(BaseTuner):
         self._check_targets(peft_config, model, targets)
 
     def _check_targets(self, config: AdapterConfig, model: nn.Module, targets: dict[str, int]) -> None:
-        """Refuse targets, given with their d_in, that an adapter of this method cannot stand beside."""
+        """Refuse targets, given by name with their d_in, that this method cannot adapt."""
 
     def _create_and_replace(
         self,
@@ -101,7 +101,7 @@ class AdapterModel(BaseTuner):
             self._replace_module(parent, target_name, layer, target)
 
     def _owner(self, layer: AdapterLayer, adapter_name: str) -> AdapterLayer | None:
-        """The layer whose bank and router those of the same shape may share: the first."""
+        """The first other layer of the same sizes with this adapter, whose bank and router may be shared."""
         sizes = (layer.in_features, layer.out_features)
         others = [module for module in self.model.modules() if isinstance(module, self.tuner_layer_cls)]
         for other in others:
@@ -114,7 +114,7 @@ class AdapterModel(BaseTuner):
         return None
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        # PEFT's own copies a weight to the module put back, which a whole MLP has none of.
+        # PEFT's method copies a weight to the restored module, which a whole MLP does not have.
         setattr(parent, child_name, new_module)
         if not isinstance(new_module, AdapterLayer):
             for layer in _layers(child):
@@ -137,7 +137,7 @@ class AdapterModel(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """What PEFT enters around a call: hands ``adapter_names`` of a mixed batch to the layers."""
+        """PEFT enters this around a call; it hands the ``adapter_names`` of a mixed batch to the layers."""
         names = kwargs.pop("adapter_names", None)
         if names is None:
             yield
@@ -164,7 +164,7 @@ class AdapterModel(BaseTuner):
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
-        # PEFT's own looks for the name in the last place but one; a DSC layer has modules of its own.
+        # PEFT's method expects the name right before the parameter's, but a DSC layer has submodules.
         head, found, tail = key.rpartition(f".{cls.tuner_layer_cls.container}.{adapter_name}.")
         return f"{head}.{cls.tuner_layer_cls.container}.{tail}" if found else key
 
@@ -180,7 +180,7 @@ class AdapterModel(BaseTuner):
         prefixes = _get_tuner_state_dict_key_prefixes(model, adapter_name)
         own = _filter_state_dict_by_key_prefixes(dict(model.named_parameters()), prefixes)
         if any(f".{name}." in f".{key}." for name in unwanted_adapter_names for key in own):
-            # PEFT takes every key in which the name of another adapter stands for one of that adapter.
+            # PEFT has dropped every key that contains the name of another adapter.
             state_dict = {**model.state_dict(), **state_dict}
         found = _filter_state_dict_by_key_prefixes(state_dict, prefixes)
         # A bank or router that several targets share is saved once.
@@ -200,7 +200,7 @@ class AdapterModel(BaseTuner):
                 own = {f"{name}.{key}" for key in module.adapter_state_dict_load_map(adapter_name).values()}
                 expected |= own
                 if own:
-                    # Saved with a resized vocabulary, PEFT's wrapper brings the base's weights, and its own twice.
+                    # With a resized vocabulary, PEFT also saves the base's weights, and the trained ones twice.
                     inside = tuple(f"{name}.{kept}." for kept in ("original_module", "modules_to_save"))
                     remapped = {k: v for k, v in remapped.items() if k in own or not k.startswith(inside)}
         check_keys(expected - {*remapped}, {*remapped} - expected)
@@ -252,7 +252,7 @@ class MixtureOfLoRAsModel(AdapterModel):
 
 
 def _all_linear(config: AdapterConfig, model: nn.Module) -> set[str]:
-    """Names of all linear layers but the head, those that have adapters already included."""
+    """Names of all linear layers but the head, including those that already have adapters."""
     adapted = {
         name
         for name, module in model.named_modules()
@@ -261,7 +261,7 @@ def _all_linear(config: AdapterConfig, model: nn.Module) -> set[str]:
     names: set[str] = _maybe_include_all_linear_layers(config, model).target_modules | adapted
     if config.layers_to_transform is None:
         return names
-    # PEFT takes a name that is given in full whatever its layer.
+    # PEFT ignores layers_to_transform for full names: match by the last part.
     ends = {name: replace(config, target_modules=[name.rpartition(".")[2]]) for name in names if "." in name}
     chosen = {name for name, end in ends.items() if check_target_module_exists(end, name)}
     if not chosen:
@@ -272,7 +272,7 @@ def _all_linear(config: AdapterConfig, model: nn.Module) -> set[str]:
 
 
 def _expansion(model: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> int:
-    """Samples that generation makes of each."""
+    """How many sequences generation makes of each sample."""
     configs = (options.get("generation_config"), *args, getattr(model, "generation_config", None))
     config = next((given for given in configs if isinstance(given, GenerationConfig)), None)
     names = ("num_beams", "num_return_sequences")
@@ -280,7 +280,7 @@ def _expansion(model: nn.Module, args: tuple[Any, ...], options: dict[str, Any])
 
 
 def _for_samples(names: list[str], samples: int, expansion: int) -> list[str]:
-    """Adapter of each of ``samples``, which may be those of a batch or those that generation makes of them."""
+    """The adapter of each row of a batch, in which generation may have repeated every sample ``expansion`` times."""
     factor = samples // len(names)
     if factor not in (1, expansion) or factor * len(names) != samples:
         raise ValueError(f"adapter_names must name an adapter for each of {samples} samples, got {len(names)} names")

@@ -1,4 +1,4 @@
-"""Registration with PEFT, which has no hook for methods of other packages."""
+"""Registration with PEFT, which does not provide for methods of other packages."""
 
 from peft import PeftConfig, PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
@@ -9,10 +9,9 @@ from .files import watch_loading
 
 
 def peft_type(name: str) -> PeftType:
-    """The member ``name`` of PEFT's enum of methods, entered there where it is missing.
+    """The member ``name`` of PEFT's enum of methods, added if it is missing.
 
-    ``register_peft_method`` refuses a name that is no member, and plain string keys in PEFT's mappings fail in
-    ``load_adapter``.
+    ``register_peft_method`` refuses other names, and plain strings as keys of PEFT's mappings fail in ``load_adapter``.
     """
     if name not in PeftType._member_map_:
         member = str.__new__(PeftType, name)
@@ -24,7 +23,7 @@ def peft_type(name: str) -> PeftType:
 
 
 def register(name: str, config: type[PeftConfig], model: type[BaseTuner]) -> None:
-    """Make a method known to PEFT, once however often this is imported, and have its files checked when loaded."""
+    """Register a method with PEFT, unless it already is, and have its files checked when they are loaded."""
     watch_loading(name, model.tuner_layer_cls.container)
     if peft_type(name) not in PEFT_TYPE_TO_CONFIG_MAPPING:
         register_peft_method(name=name.lower(), config_cls=config, model_cls=model, prefix=model.prefix)

@@ -1,4 +1,4 @@
-"""What DSC is measured against: a dense feed-forward layer, Standard MoE, Mixture-of-LoRAs and PEER."""
+"""Layers that DSC is compared with: a dense feed-forward layer, Standard MoE, Mixture-of-LoRAs and PEER."""
 
 from torchdsc.nn import DenseFFN
 

@@ -1,4 +1,4 @@
-"""The feed-forward methods that are compared: all that tells one from another is said here, once."""
+"""The table of feed-forward methods: how each is built, sized for a budget, counted, described and drawn."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,22 +17,22 @@ _CONTEXT = frozenset({"router_input", "router_context", "input_context"})
 
 @dataclass(frozen=True)
 class Method:
-    """A feed-forward layer, as models are built with it and comparisons show it.
+    """A feed-forward method, as models build it and comparisons show it.
 
     Attributes:
-        label: What it is called in tables and figures.
-        layer: Its class, called as ``layer(d, width, **options)``, or ``layer(d, **options)`` for an update.
-        form: Where the width is, by which the layer is built and solved for a budget: "dense" for one layer of that
-            width, "experts" for experts of it, "update" for a layer without one, which is added to a static layer of
-            that width.
-        idle: Parameters of a built layer that a token leaves idle.
-        words: A plan in words, with fields for the ``width``, ``shared`` of a bank, and options.
-        color: Of its marks in figures, on a light page and on a dark one.
-        marker: Of matplotlib, and the same as a character.
-        widths: Options that the budget solver sets: the number of units, how many a token takes, and their rank.
-        units: What a token selects, in the plural.
-        router: Kind of router where no option says another.
-        model_options: Options that concern the model around the layer, fields of its ``ModelOptions``.
+        label: Name in tables and figures.
+        layer: Class, called as ``layer(d, width, **options)``, or as ``layer(d, **options)`` for an update.
+        form: What has the width ``intermediate_size``: "dense" for the layer itself, "experts" for each of its experts,
+            "update" for a static layer that the layer is added to.
+        idle: Number of parameters of a built layer that are idle for any one token.
+        words: Format of a short description, with fields ``width``, ``shared`` (a shared bank) and options.
+        color: Colour in figures, on a light and on a dark page.
+        marker: Matplotlib's marker, and the same as a character.
+        widths: Options that the budget solver sets: number of units, units per token, and rank of a unit.
+        units: Name of what a token selects, in the plural.
+        router: Default kind of router.
+        model_options: Options that concern the model around the layer: fields of
+            :class:`torchdsc.models.options.ModelOptions`.
     """
 
     label: str
@@ -103,4 +103,4 @@ METHODS: dict[str, Method] = {
         model_options=_CONTEXT | {"share_bank", "attention_rank"},
     ),
 }
-"""In the order of every table and figure."""
+"""The methods by name, in the order of tables and figures."""

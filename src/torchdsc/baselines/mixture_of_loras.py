@@ -1,4 +1,4 @@
-"""Mixture-of-LoRAs: DSC without unit norms and magnitude gate, with atoms bound together in experts of rank r."""
+"""Mixture-of-LoRAs: DSC without unit norms and magnitude gate, and with atoms grouped into experts of rank r."""
 
 import math
 
@@ -15,9 +15,9 @@ from .router import SoftmaxRouter
 
 
 class MixtureOfLoRAs(RoutedLayer):
-    """``y = scale sum_{e in top-k} p_e (x A_e^T) B_e`` with A_e, B_e of rank r: the update alone, for a residual.
+    """``y = scale sum_{e in top-k} p_e (x A_e^T) B_e`` with A_e, B_e of rank r; to be added to a static layer.
 
-    At r = 1 it is the null hypothesis of DSC. It runs on the same operation, without normalisation.
+    At r = 1 it is DSC without unit norms and magnitude gate. Both use the same :func:`torchdsc.ops.compose`.
 
     Args:
         in_features: d_in.
@@ -26,9 +26,9 @@ class MixtureOfLoRAs(RoutedLayer):
         rank: r >= 1.
         top_k: Experts per token.
         scale: Constant factor, LoRA's alpha / r.
-        normalize_weights: Divide the selected softmax weights by their sum; by default where there are several. A
-            single one would always be 1, and the router get no gradient from the task: with ``top_k=1`` True is for
-            evaluating what was trained so, and training raises.
+        normalize_weights: Divide the selected softmax weights by their sum; by default if ``top_k > 1``. A single
+            weight would always be 1 and give the router no gradient from the task: training with ``top_k=1`` and True
+            raises, evaluation works.
         router_norm: LayerNorm before the router.
         aux_weight: Weight of the load balance N sum_j P_j f_j.
         z_weight: Weight of the router z-loss.

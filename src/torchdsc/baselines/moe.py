@@ -1,4 +1,4 @@
-"""Standard Mixture-of-Experts on the fastest expert kernel that transformers has."""
+"""Standard Mixture-of-Experts, on transformers' expert kernels."""
 
 from collections.abc import Callable
 from typing import Any, Literal
@@ -16,38 +16,39 @@ from .router import SoftmaxRouter
 
 ExpertKernel = Literal["auto", "eager", "batched_mm", "grouped_mm"]
 
-# Pairs of token and expert up to which a GPU gathers whole experts instead of sorting tokens. On a CPU the loop over
-# experts was measured to be as fast as the grouped product at 4,096 tokens, and four times as fast at one.
+# Up to so many pairs of token and expert, a GPU gathers whole experts instead of sorting tokens. On a CPU, the loop
+# over experts was measured to be as fast as the grouped product for 4,096 tokens, and four times as fast for one.
 _FEW_PAIRS = 4
 
 
 class StandardMoE(RoutedLayer):
-    """``y = sum_{e in top-k} p_e gelu(x W_1e) W_2e``, experts without biases, and shared ones if there are any.
+    """``y = sum_{e in top-k} p_e gelu(x W_1e) W_2e``, with experts without biases, and optional shared experts.
 
-    Regularised by the load balance N sum_j P_j f_j (k when uniform) and the router z-loss, collected by
-    :func:`torchdsc.regularization` like those of DSC.
+    The regularisers are the load balance N sum_j P_j f_j (k when uniform) and the router z-loss;
+    :func:`torchdsc.regularization` collects them, as those of DSC.
 
     Args:
         in_features: d.
         hidden_features: Width h of an expert.
         num_experts: N.
         top_k: Experts per token.
-        normalize_weights: Divide the selected softmax weights by their sum; by default where there are several. A
-            single one would always be 1, and the router get no gradient from the task: with ``top_k=1`` True is for
-            evaluating what was trained so, and training raises. The published run leaves them raw.
+        normalize_weights: Divide the selected softmax weights by their sum; by default if ``top_k > 1``. A single
+            weight would always be 1 and give the router no gradient from the task: training with ``top_k=1`` and True
+            raises, evaluation works. The published run does not normalise.
         jitter: Standard deviation of noise on the router's logits in training.
         router_norm: LayerNorm before the router.
         aux_weight: Weight of the load balance.
         z_weight: Weight of the z-loss.
-        shared_experts: Experts beside the N that every token takes, unweighted.
-        impl: Expert kernel: "grouped_mm" and "batched_mm" are those of transformers, "eager" is a loop over experts
-            over their own tokens; "auto" takes the fastest for the number of tokens and the device.
+        shared_experts: Number of additional experts that every token uses, unweighted.
+        impl: Expert kernel: "grouped_mm" and "batched_mm" are those of transformers, "eager" is a loop over experts;
+            "auto" takes the fastest for the number of tokens and the device.
         device: Where the parameters live.
         dtype: Their dtype.
 
     Raises:
         TypeError: If an argument has another type.
-        ValueError: On an argument out of its range; in a forward pass of float64 through "grouped_mm", which has none.
+        ValueError: On an argument out of its range; in a forward pass in float64 with "grouped_mm", which has no such
+            kernel.
     """
 
     def __init__(
@@ -85,7 +86,7 @@ class StandardMoE(RoutedLayer):
             dtype=dtype,
         )
         self.experts = Experts(num_experts, in_features, hidden_features, device=device, dtype=dtype)
-        # As one layer of their width together.
+        # Together they are one dense layer.
         shared = shared_experts * hidden_features
         self.shared = DenseFFN(in_features, shared, device=device, dtype=dtype) if shared else None
 
@@ -94,13 +95,13 @@ class StandardMoE(RoutedLayer):
         return found
 
     def _compose(self, flat: Tensor, routing: Routing) -> Tensor:
-        # The experts refuse another dtype than theirs.
+        # The experts check the dtype themselves.
         indices, weights = routing.indices, routing.coefficients
         y: Tensor = self.experts(flat, indices, weights, self._kernel(flat, indices))
         return y if self.shared is None else y + self.shared(flat)
 
     def _kernel(self, x: Tensor, indices: Tensor) -> str:
-        # Compiled, transformers has a grouped product of its own, for every dtype.
+        # Compiled, transformers uses another grouped product, which takes every dtype.
         grouped = x.dtype != torch.float64 or torch.compiler.is_compiling()
         if self.impl != "auto":
             if self.impl == "grouped_mm" and not grouped:
@@ -116,7 +117,7 @@ class StandardMoE(RoutedLayer):
 
 
 class _KernelInterface:
-    """The names that transformers' expert kernels read."""
+    """The attributes that transformers' expert kernels read."""
 
     has_gate = False
     has_bias = False
@@ -134,10 +135,7 @@ class _PaddedExperts(_KernelInterface):
 
 
 class Experts(_KernelInterface, nn.Module):
-    """Weights of N experts, laid out as transformers' expert kernels want them.
-
-    ``up_proj`` is (N, h, d) and ``down_proj`` (N, d, h).
-    """
+    """Weights of N experts, laid out for transformers' kernels: ``up_proj`` (N, h, d) and ``down_proj`` (N, d, h)."""
 
     def __init__(self, num_experts: int, in_features: int, hidden_features: int, **factory: Any) -> None:
         super().__init__()
@@ -147,12 +145,12 @@ class Experts(_KernelInterface, nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Uniform within 1 / sqrt(fan in), as ``nn.Linear``."""
+        """Uniform within +-1 / sqrt(fan in), as ``nn.Linear``."""
         for weight in (self.up_proj, self.down_proj):
             nn.init.uniform_(weight, -(weight.shape[-1] ** -0.5), weight.shape[-1] ** -0.5)
 
     def forward(self, x: Tensor, indices: Tensor, weights: Tensor, kernel: str) -> Tensor:
-        """Tokens (T, d), their experts (T, k) and weights (T, k) to outputs (T, d).
+        """Map tokens (T, d), given their experts (T, k) and weights (T, k), to outputs (T, d).
 
         Raises:
             TypeError: If the dtype of ``x`` is not that of the parameters, and autocast is off.
@@ -172,7 +170,7 @@ class Experts(_KernelInterface, nn.Module):
         return y
 
     def _aligned(self, run: Callable[..., Tensor], x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
-        """The grouped product wants rows in multiples of 16 bytes: widths such as 545 are filled up with zeros."""
+        """Pad with zeros: the grouped product needs rows of multiples of 16 bytes, which a width such as 545 is not."""
         _, hidden, features = self.up_proj.shape
         unit = 16 // self.up_proj.element_size()
         more_hidden, more = -hidden % unit, -features % unit

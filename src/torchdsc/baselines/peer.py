@@ -15,21 +15,21 @@ from torchdsc.ops.compose.api import Implementation
 
 
 class PEER(RoutedLayer):
-    """``y = sum_heads sum_{e in top-k} p_e gelu(x . u_e) v_e``, arXiv 2407.04153: a product-key memory of neurons.
+    """``y = sum_heads sum_{e in top-k} p_e gelu(x . u_e) v_e``, arXiv 2407.04153; to be added to a static layer.
 
-    Each head retrieves K / heads of N experts by the sum of two half scores, and p is the softmax over those that it
-    retrieves. Training needs tokens x N latent values. It is the update alone, for a residual.
+    Each head retrieves K / heads of N experts by product keys, and p is the softmax over those it retrieves. All
+    tokens x N products x . u_e are computed.
 
     Args:
         in_features: d_in.
         out_features: d_out; ``in_features`` by default.
         num_experts: N, a square.
-        top_k: Experts per token K, a multiple of ``heads``; in training more than one for each, whose weight would
-            always be 1.
-        heads: Queries, each with keys of its own.
-        query_features: Of each head, even; d_in / 2 by default, rounded down to an even number.
-        router_norm: What the queries see of x: "layer" its LayerNorm, "layer_affine", or "none".
-        aux_weight: Weight of L_aux, equation (9); PEER as published has none.
+        top_k: Experts per token K, a multiple of ``heads``. Training needs at least 2 a head, as the weight of one
+            would always be 1.
+        heads: Number of heads, each with its own query and keys.
+        query_features: Features of a head's query, even; by default d_in / 2, rounded down to an even number.
+        router_norm: Normalisation before the queries: "layer" (LayerNorm without parameters), "layer_affine" or "none".
+        aux_weight: Weight of L_aux, equation (9); PEER as published has no such term.
         z_weight: Weight of the router z-loss; likewise.
         impl: Implementation of the composition.
         device: Where the parameters live.
@@ -45,7 +45,7 @@ class PEER(RoutedLayer):
     """
 
     router: ProductKeyRouter
-    # Clamping is DSC's: no score comes near.
+    # PEER does not clamp logits: none comes near this bound.
     logit_clamp = 1e4
 
     def __init__(
@@ -113,6 +113,6 @@ class PEER(RoutedLayer):
     def _compose(self, flat: Tensor, routing: Routing) -> Tensor:
         weights = routing.coefficients
         latent = (flat @ self.down.t()).gather(1, routing.indices).to(weights.dtype)
-        # gelu(a) is a times the normal distribution's function at a; compose brings the other a.
+        # gelu(a) = a Phi(a), with the normal distribution function Phi; compose multiplies by a.
         coefficients = weights * 0.5 * torch.erfc(-latent / math.sqrt(2))
         return compose(flat, self.down, self.up, routing.indices, coefficients, eps=None, impl=self.impl)

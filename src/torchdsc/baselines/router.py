@@ -1,4 +1,4 @@
-"""The softmax top-k router of Mixture-of-Experts, with its regularisers' statistics."""
+"""The softmax top-k router of Mixture-of-Experts."""
 
 import torch
 from torch import Tensor, nn
@@ -10,15 +10,15 @@ from torchdsc.nn.statistics import sum_statistics
 
 
 class SoftmaxRouter(nn.Module):
-    """``p = softmax(norm(x) W_r)``; the top-k experts of each token, weighted by p, renormalised or raw.
+    """``p = softmax(norm(x) W_r)``: selects the top-k experts of each token, weighted by p, normalised or not.
 
     Args:
         in_features: d.
         num_experts: N.
         top_k: Experts per token, 1 <= k <= N.
-        normalize_weights: Divide the selected weights by their sum; by default where there are several. A single
-            one would always be 1, and the router get no gradient from the task: with ``top_k=1`` True is for evaluating
-            what was trained so, and training raises.
+        normalize_weights: Divide the selected weights by their sum; by default if ``top_k > 1``. A single weight would
+            always be 1 and give the router no gradient from the task: training with ``top_k=1`` and True raises,
+            evaluation works.
         jitter: Standard deviation of normal noise added to logits in training.
         norm: LayerNorm before the router: "none", "layer" (parameter-free) or "layer_affine".
         device: Where the parameters live.
@@ -76,7 +76,7 @@ class SoftmaxRouter(nn.Module):
             return Routing(indices, weights, strength)
         counted = torch.ones_like(strength) if token_mask is None else token_mask.to(strength.dtype)
         if token_mask is not None:
-            # What does not count need not be finite.
+            # Tokens that do not count may be NaN.
             probabilities = probabilities.masked_fill(~token_mask.unsqueeze(1), 0.0)
         load = counted.new_zeros(probabilities.shape[-1]).index_add(
             0, indices.reshape(-1), counted.unsqueeze(1).expand_as(weights).reshape(-1)

@@ -26,7 +26,7 @@ from .parsing import (
 _TASK_FLAGS = [f.name for f in fields(Task) if f.name not in ("name", "steps")]
 _STUDY_FLAGS = [f.name for f in fields(AdaptConfig) if f.name not in ("base", "tasks", "methods")]
 _LISTS = ("text", "columns", "seeds", "learning_rates", "tuning_tasks")
-# What --method takes beside the names of a preset's methods: a kind alone, at this budget.
+# Budget of a method that --method gives by its kind, rather than by a name in the preset.
 _DEFAULT_BUDGET = 100_000
 
 

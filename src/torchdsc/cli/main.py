@@ -61,7 +61,7 @@ def _run(command: str, arguments: list[str]) -> int:
         run(underscored(arguments))
         sys.stdout.flush()
     except BrokenPipeError:
-        # The reader has gone, as head does when it has read enough: what is still to be written has nowhere to go.
+        # The reader of the pipe, such as head, has closed it: drop the rest of the output.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except KeyboardInterrupt:

@@ -1,4 +1,4 @@
-"""Parsers that raise their errors, and the words for them."""
+"""Argument parsers that raise errors instead of exiting, and the texts of such errors."""
 
 import re
 from argparse import SUPPRESS, ArgumentError
@@ -27,7 +27,7 @@ _UNKNOWN = re.compile(r"unrecognized arguments: --([\w.]+)|Option '([\w.]+)' is 
 
 
 class ArgumentParser(jsonargparse.ArgumentParser):
-    """jsonargparse's, which guesses what an unknown flag or setting was meant to be."""
+    """jsonargparse's parser, which also suggests a known name for an unknown flag or setting."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise ``ArgumentError``, with the guess."""
@@ -67,13 +67,13 @@ def command_parser(command: str, description: str, usage: str | None = None, **o
 
 
 def add_dry_run(parser: ArgumentParser) -> None:
-    """A flag for what would be done."""
+    """Add the flag ``--dry_run``."""
     words = "say what would be done, its sizes and about how long it takes here; train and write nothing"
     parser.add_argument("--dry_run", action="store_true", default=SUPPRESS, help=words)
 
 
 def add_print_config(parser: ArgumentParser) -> None:
-    """A flag for the settings, for a parser made with ``print_config=None``, whose settings are not all flags."""
+    """Add ``--print_config`` to a parser made with ``print_config=None``, whose settings are not all flags."""
     words = "print the settings after applying all other arguments, for --config to read, and exit"
     parser.add_argument("--print_config", action="store_true", default=SUPPRESS, help=words)
 

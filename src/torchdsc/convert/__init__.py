@@ -1,4 +1,4 @@
-"""Conversion of existing models: DSC beside, or instead of, their feed-forward modules."""
+"""Conversion of existing models: DSC beside or instead of their feed-forward modules."""
 
 from .api import convert
 from .loading import load_converted

@@ -37,33 +37,33 @@ def convert(
     share_bank: bool = False,
     **options: Unpack[FeedForwardArguments],
 ) -> list[str]:
-    """Put a DSC layer beside (``base(x) + dsc(x)``) or in place of the feed-forward modules of ``model``, in place.
+    """Put DSC layers beside the feed-forward modules of ``model`` (``base(x) + dsc(x)``), or instead of them, in place.
 
-    The recommended layer in place of the MLPs of a causal language model of transformers, at no more parameters::
+    To replace the MLPs of a transformers causal language model by the recommended layer, with no more parameters::
 
         torchdsc.convert(model, mode="replace", match="parameters", **torchdsc.recommended())
 
-    A converted model passes the ``attention_mask`` it is called with, where it has the shape of the tokens, to its DSC
-    layers, so that padding does not count in their regularisers, and where these see them the embeddings of its tokens:
-    in training, evaluation, cached generation, with padding, and with sequences packed by ``position_ids``. A Hugging
-    Face model adds the regularisers to its loss in training; for others add ``torchdsc.regularization(model).total``. A
-    backward pass without them raises. ``save_pretrained`` saves the converted model, :func:`torchdsc.load_converted`
-    loads it; transformers' own ``from_pretrained`` refuses it.
+    The converted model hands its DSC layers the ``attention_mask`` it is called with, so that padding does not count in
+    the regularisers, and token embeddings if the options ask for them. This works in training, evaluation and cached
+    generation, with padding, and with sequences packed by ``position_ids``. A Hugging Face model adds the regularisers
+    to its loss in training; with other models add ``torchdsc.regularization(model).total``. A backward pass without
+    them raises. Save a converted model by ``save_pretrained`` and load it by :func:`torchdsc.load_converted`;
+    transformers' own ``from_pretrained`` refuses it.
 
     Args:
         model: Any PyTorch or Hugging Face model whose targets map (..., d_in) to (..., d_out).
         target: Regular expression searched in module names, or a predicate of name and module. Modules inside a
             target, and those converted by an earlier call, are not converted again.
-        mode: "wrap" keeps the module as base, which sees what it did before; "replace" drops it.
-        match: "parameters" solves ``num_atoms`` and ``hidden_features``, as far as they are not given, so that a layer
-            stores no more than the module it replaces.
-        in_features: d_in; by default that of each target, as far as it can be told.
+        mode: "wrap" keeps the module as base, with unchanged inputs; "replace" drops it.
+        match: "parameters" chooses ``num_atoms`` and ``hidden_features``, unless given, so that a layer has no more
+            parameters than the module it replaces.
+        in_features: d_in; by default read from each target, if possible.
         out_features: d_out; likewise.
-        hidden_features: Width of a static layer (:class:`torchdsc.nn.DenseFFN`) beside DSC that replaces a module; none
-            by default.
-        share_bank: One bank for all layers; their sizes must then agree.
-        **options: Fields of :class:`torchdsc.DSCOptions` and :class:`torchdsc.nn.ContextOptions`, such as
-            :func:`torchdsc.recommended` gives; without ``match``, ``num_atoms`` is required, and ``top_k`` is.
+        hidden_features: With "replace", width of a static layer (:class:`torchdsc.nn.DenseFFN`) beside DSC; by default
+            none.
+        share_bank: One bank for all layers, which must then have the same sizes.
+        **options: Fields of :class:`torchdsc.DSCOptions` and :class:`torchdsc.nn.ContextOptions`, for example those of
+            :func:`torchdsc.recommended`. ``top_k`` is required, and without ``match`` also ``num_atoms``.
 
     Returns:
         Names of the converted modules, in order.
@@ -71,7 +71,7 @@ def convert(
     Raises:
         TypeError: If an argument has another type, or an option is unknown or missing.
         ValueError: If nothing matches, an argument is out of its range or does not go with the others, sizes cannot be
-            told, a shared bank does not fit, or the model has no embeddings that its layers could see.
+            read, a shared bank does not fit, or the options ask for token embeddings that the model does not have.
     """
     check_types(convert, locals())
     check_at_least(1, in_features=in_features, out_features=out_features, hidden_features=hidden_features)
@@ -91,7 +91,7 @@ def convert(
     names = _matches(model, target)
     if not names:
         raise ValueError(f"target must match a module of model, got {target!r}, which matches none")
-    # Everything is built before anything is replaced: an error leaves the model as it was.
+    # All layers are built before any module is replaced, so that an error leaves the model as it was.
     layers: list[_Converted] = []
     sizes: list[tuple[int, int | None]] = []
     for name in names:
@@ -136,7 +136,7 @@ def convert(
     add_regularization(model)
     arguments = {"mode": mode, "in_features": in_features, "out_features": out_features, "share_bank": share_bank}
     for size in dict.fromkeys(sizes):
-        # What was solved, not what it was solved for.
+        # Remember the sizes that were chosen, not the budget.
         found = [name for name, other in zip(names, sizes, strict=True) if other == size]
         solved = {"num_atoms": size[0], "hidden_features": size[1]}
         remember_conversion(model, {"modules": found, "arguments": {**arguments, **options, **solved}})
@@ -144,10 +144,10 @@ def convert(
 
 
 class _Converted(nn.Module, TokenMasked, Listener):
-    """A converted module: hands its DSC layer the attention mask of its model, and the embeddings of its tokens.
+    """A converted module: hands its DSC layer the model's attention mask and token embeddings.
 
     Attributes:
-        module: What it was made of: the DSC layer, alone or beside a static layer or the module that it keeps.
+        module: The DSC layer, alone or with a static layer or the original module.
     """
 
     module: DSC | Residual
@@ -170,7 +170,7 @@ class _Wrapped(_Converted):
         return getattr(self.module.base, "takes_router_input", False)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        # The base has the arguments that it had before, whatever their names.
+        # The base gets exactly the arguments it got before, whatever their names.
         y: Tensor = self.module.base(x, *args, **kwargs)
         z, routed = self.look(x)
         update: Tensor = self.module.dsc(z, self.mask_of(x), routed)
@@ -188,14 +188,14 @@ class _Replaced(_Converted):
 
 
 def _declare_shared(model: nn.Module) -> None:
-    """Tell transformers which tensors share memory: it refuses to save others, and fills them anew on loading."""
+    """Declare tied parameters to transformers, which refuses to save others, and would initialise them on loading."""
     declared = getattr(model, "_tied_weights_keys", ())
     if not isinstance(declared, dict | None):
         return
     tied = tied_keys((name, module) for name, module in model.named_modules() if isinstance(module, DSC))
     patterns = {re.escape(name): first for name, first in tied.items()}
     model._tied_weights_keys = {**(declared or {}), **patterns}  # type: ignore[assignment]
-    # Loading goes by what the model found out of these when it was built.
+    # Loading reads the expanded mapping, which the model made when it was built.
     model.all_tied_weights_keys = {**getattr(model, "all_tied_weights_keys", {}), **tied}  # type: ignore[assignment]
 
 
@@ -216,7 +216,7 @@ def _sizes(
         return in_features, out_features
     first, last = feature_sizes(base, name, width)
     if first is None and any(parameter.dim() > 1 and width in parameter.shape for parameter in base.parameters()):
-        # Experts that are no linear layers: a block of the residual stream.
+        # Experts held as plain parameters: the module maps the residual stream to itself.
         first = last = width
     first = first if in_features is None else in_features
     last = last if out_features is None else out_features

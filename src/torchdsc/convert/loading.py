@@ -15,9 +15,9 @@ def load_converted(folder: str | Path, *, model_class: type[nn.Module] | None = 
     """Load a Hugging Face model that was saved after :func:`torchdsc.convert`.
 
     Args:
-        folder: Where ``save_pretrained``, or Trainer, has saved it.
-        model_class: Class of the model before its conversion; by default that of transformers which config.json names.
-        **options: Of transformers' ``from_pretrained``: ``dtype``, ``device_map``, ``attn_implementation`` and so on.
+        folder: Where ``save_pretrained`` or Trainer saved it.
+        model_class: The model's class before conversion; by default the transformers class that config.json names.
+        **options: Arguments of ``from_pretrained``: ``dtype``, ``device_map``, ``attn_implementation`` and so on.
 
     Returns:
         The model in evaluation mode, with its converted layers.
@@ -57,7 +57,7 @@ def load_converted(folder: str | Path, *, model_class: type[nn.Module] | None = 
 
 
 def _loading_class(cls: Any, conversions: list[dict[str, Any]]) -> Any:
-    """``cls`` that is converted as soon as it is built, before its weights are loaded."""
+    """A subclass of ``cls`` that converts itself when built, before weights are loaded."""
 
     def init(self: Any, config: Any, *args: Any, **options: Any) -> None:
         cls.__init__(self, config, *args, **options)

@@ -8,7 +8,7 @@ import torch
 
 from torchdsc.nn import DSC, ContextOptions
 
-# The static layer's share of a budget where nothing is said about it: about that of the layers in the studies.
+# The static layer's default share of a parameter budget, about what it has in this project's studies.
 _STATIC_SHARE = 0.1
 
 
@@ -20,21 +20,21 @@ def match_parameters(
     options: dict[str, Any],
     hidden_features: int | None,
 ) -> tuple[int, int]:
-    """M and the width of the static layer for at most ``budget`` parameters, contexts included.
+    """Find M and the width of the static layer for at most ``budget`` parameters, short convolutions included.
 
     Args:
-        budget: Parameters of the module that is replaced.
+        budget: Number of parameters of the module that is replaced.
         in_features: d_in.
         out_features: d_out.
-        context: What the layer and its router see.
-        options: Of DSC; "num_atoms" is solved unless it is among them.
-        hidden_features: Width of the static layer; solved by default, 0 where d_in is not d_out.
+        context: The short convolutions.
+        options: Of DSC; "num_atoms" is chosen here unless given.
+        hidden_features: Width of the static layer; chosen here by default, as 0 if d_in is not d_out.
 
     Returns:
-        M and the width, as large as they may be.
+        M and the width, as large as the budget allows.
 
     Raises:
-        ValueError: If not even K atoms fit, or sizes that are given do not.
+        ValueError: If K atoms, or the sizes that are given, do not fit in the budget.
     """
     room = budget - context.context_rows * in_features
     each = in_features + out_features
@@ -71,7 +71,7 @@ def match_parameters(
 
 
 def _largest(start: int, fits: Callable[[int], bool]) -> int:
-    """The largest number that fits, from one that does; whatever is smaller fits too."""
+    """The largest number that fits, by bisection from ``start``, which fits."""
     least, most = start, 2 * start
     while fits(most):
         least, most = most, 2 * most

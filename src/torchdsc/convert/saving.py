@@ -8,19 +8,19 @@ from torch import nn
 
 from torchdsc.losses.host import is_pretrained
 
-# In config.json: what was converted.
+# Key of config.json that lists the conversions.
 CONVERSIONS = "torchdsc_conversions"
-# In config.json: where transformers looks for weights. No such file exists, so that a loader stops that would leave out
-# what was put into the model, and start its feed-forward modules anew.
+# Key of config.json for the file with the weights. It names one that does not exist, so that ``from_pretrained`` fails
+# instead of ignoring the DSC layers and initialising the original modules anew.
 REDIRECTION = "transformers_weights"
 _NO_FILE = "to-be-loaded-by-torchdsc.load_converted.safetensors"
 
 
 def remember_conversion(model: nn.Module, conversion: dict[str, Any]) -> None:
-    """Let ``save_pretrained`` of a Hugging Face model write down a conversion for :func:`torchdsc.load_converted`.
+    """Make ``save_pretrained`` of a Hugging Face model record a conversion for :func:`torchdsc.load_converted`.
 
     Args:
-        model: The converted model; others than Hugging Face's are left as they are.
+        model: The converted model; nothing happens if it is not a Hugging Face model.
         conversion: Arguments of :func:`torchdsc.convert`.
     """
     if not is_pretrained(model):
@@ -32,10 +32,10 @@ def remember_conversion(model: nn.Module, conversion: dict[str, Any]) -> None:
 
 
 class _Converted:
-    """Put before the class of a model, it saves what was converted beside the weights."""
+    """Mixin for the class of a converted model, which saves its conversions in config.json."""
 
     def save_pretrained(self, save_directory: str | Path, *args: Any, **options: Any) -> None:
-        """See transformers; config.json then says what :func:`torchdsc.load_converted` has to convert."""
+        """See transformers; config.json also records the conversions for :func:`torchdsc.load_converted`."""
         if options.get("push_to_hub"):
             raise ValueError(
                 "push_to_hub must be False for a converted model, got True: save it, and upload the folder"
@@ -48,7 +48,7 @@ class _Converted:
             path.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        # The class is made here, not found in a module: a pickle names the one it was made of.
+        # This class is made at run time, so a pickle refers to the original class instead.
         _, _, *state = cast(tuple[Any, ...], super().__reduce_ex__(2))
         return (_blank, (type(self).__mro__[2],), *state)
 
@@ -62,7 +62,7 @@ _converted_classes: dict[type, Any] = {}
 
 
 def converted_class(cls: type) -> Any:
-    """``cls`` with another ``save_pretrained``, under the same name: transformers goes by names."""
+    """``cls`` with :class:`_Converted` mixed in, under the same name, by which transformers identifies classes."""
     if cls not in _converted_classes:
         attributes = {"__module__": cls.__module__, "__doc__": cls.__doc__}
         _converted_classes[cls] = type(cls.__name__, (_Converted, cls), attributes)

@@ -1,4 +1,4 @@
-"""What routed layers do with their atoms: utilisation, load, signal strength, and the geometry of a bank."""
+"""Diagnostics of routed layers: utilisation, load, signal strength, and the geometry of a bank."""
 
 from .bank import coherence, effective_rank
 from .routing import LayerRouting, RoutingMonitor

@@ -8,14 +8,14 @@ from torchdsc.losses import frame_potential
 
 @torch.no_grad()
 def effective_rank(rows: Tensor, eps: float = 1e-6) -> float:
-    """``exp`` of the entropy of the unit rows' normalised squared singular values: between 1 and min(M, d).
+    """Effective rank: ``exp`` of the entropy of the unit rows' squared singular values, scaled to sum to 1.
 
     Args:
         rows: Raw rows of shape (M, d).
         eps: Lower bound of a row's norm.
 
     Returns:
-        The effective rank; min(M, d) for a tight frame.
+        A value between 1 and min(M, d), which is reached by a tight frame.
     """
     unit = torch.nn.functional.normalize(rows.double(), dim=1, eps=eps)
     share = torch.linalg.svdvals(unit).square()
@@ -25,7 +25,7 @@ def effective_rank(rows: Tensor, eps: float = 1e-6) -> float:
 
 @torch.no_grad()
 def coherence(rows: Tensor, eps: float = 1e-6) -> float:
-    """Root mean square inner product of two different unit rows, 0 for orthogonal ones.
+    """Root mean square of the inner products of different unit rows; 0 if they are orthogonal.
 
     Args:
         rows: Raw rows of shape (M, d).

@@ -1,4 +1,4 @@
-"""Which atoms or experts a model's routed layers select, counted over the tokens that pass through it."""
+"""Counts of the atoms or experts that a model's routed layers select."""
 
 from dataclasses import asdict, dataclass
 from types import TracebackType
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torchdsc.nn import DSC, RoutedLayer
 from torchdsc.ops import gate
 
-# Points of a load curve that a record keeps.
+# Most points of a load curve that are kept.
 _LOAD_POINTS = 200
 
 
@@ -19,12 +19,12 @@ class LayerRouting:
     """Routing of one layer.
 
     Attributes:
-        num_atoms: Atoms or experts M.
-        utilization: Share of them selected at least once.
-        effective_atoms: ``exp`` of the entropy of the load: M when uniform.
-        strength: Mean signal strength S; None where there is no gate.
+        num_atoms: M, the number of atoms or experts.
+        utilization: Share of them that were selected at least once.
+        effective_atoms: ``exp`` of the entropy of the load; M if it is uniform.
+        strength: Mean signal strength S; None for layers without a gate.
         gate: Mean tanh(S); None likewise.
-        load: Shares of all selections, falling, at most 200 points evenly spaced over the atoms.
+        load: Each atom's share of all selections, in descending order, thinned to at most 200 evenly spaced points.
     """
 
     num_atoms: int
@@ -40,7 +40,7 @@ class LayerRouting:
 
 
 class RoutingMonitor:
-    """Counts the selections of every routed layer while it is entered.
+    """Context manager that counts the selections of every routed layer.
 
     Example::
 
@@ -49,7 +49,7 @@ class RoutingMonitor:
         monitor.layers()[0].utilization
 
     Args:
-        model: Any module that holds routed layers.
+        model: Any module that contains routed layers.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -68,7 +68,7 @@ class RoutingMonitor:
         self._handles = []
 
     def layers(self) -> list[LayerRouting]:
-        """What has been counted, layer by layer; layers that saw no token are left out."""
+        """The counts of each layer; layers that saw no token are left out."""
         return [counter.result() for counter in self._counters if counter.tokens]
 
 

@@ -49,7 +49,7 @@ def checkpoint_step(folder: Path) -> int:
 
 
 def remove_checkpoints(folder: Path) -> None:
-    """Remove all, complete or not; another process may be at it too."""
+    """Remove all checkpoints, complete or not, even if another process does so at the same time."""
     for checkpoint in _checkpoints(folder):
         with suppress(FileNotFoundError):
             shutil.rmtree(checkpoint)

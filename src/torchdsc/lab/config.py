@@ -15,7 +15,7 @@ __all__ = ["METHODS", "ExperimentConfig", "load_preset", "preset_names"]
 # What may differ from method to method: the optimizer's settings, K, and options of the feed-forward layer.
 _OVERRIDABLE = ("learning_rate", "router_lr_multiplier", "atom_lr_multiplier", "weight_decay", "top_k", "feed_forward")
 
-# What holds of a number; written so that NaN does not pass.
+# Conditions on numbers, written so that NaN fails them.
 _Range = tuple[Callable[[Any], bool], str]
 _AT_LEAST_1: _Range = (lambda value: value >= 1, ">= 1")
 _RANGES: dict[str, _Range] = {
@@ -41,8 +41,8 @@ class ExperimentConfig:
     """Dense, MoE, Mixture-of-LoRAs and DSC language models trained at equal budgets.
 
     Attributes:
-        methods: Which feed-forward layers, by name; a name that is none of them is answered with all.
-        seeds: Every method is trained once with each.
+        methods: Names of feed-forward layers.
+        seeds: Every method is trained once with each seed.
         corpus: "embedded" (the Python standard library), "wikitext-2", "wikitext-103", or a path to text.
         preparation: "plain", or "published" for the published run's text preparation.
         max_bytes: Bytes of each split to use at most.
@@ -50,7 +50,7 @@ class ExperimentConfig:
         vocab_size: Of a trained BPE.
         total: Target of stored parameters of the model.
         active: Target of active parameters.
-        match: Method whose realised numbers the others are solved to, in place of the targets.
+        match: Method whose realised parameter counts replace the targets for the other methods.
         d_model: Hidden size.
         n_layer: Layers.
         n_head: Attention heads.
@@ -168,7 +168,7 @@ class ExperimentConfig:
         return override.get(name, getattr(self, name))
 
     def doubts(self) -> list[str]:
-        """What is allowed, and hardly meant, in sentences."""
+        """Warnings, as sentences, about settings that are allowed but hardly intended."""
         found = []
         if self.warmup_steps >= self.steps:
             found.append(f"warmup_steps = {self.warmup_steps:,} of {self.steps:,} steps: no step has the full rate")

@@ -1,4 +1,4 @@
-"""What a figure depends on beside its config: versions, hardware, commit, and the memory that a run took."""
+"""What a result depends on beside its config: versions, hardware and commit; and the memory that a run takes."""
 
 import ctypes
 import gc
@@ -109,7 +109,7 @@ def reset_peak_memory() -> None:
 
 
 def peak_memory_bytes() -> int:
-    """Peak since the last reset: allocated on the GPU, or resident on the CPU (of the whole process elsewhere)."""
+    """Peak memory since the last reset: allocated on a GPU, else resident (outside Linux: since the process began)."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     try:

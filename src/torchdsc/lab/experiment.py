@@ -53,7 +53,7 @@ def prepare(config: ExperimentConfig, folder: Path) -> tuple[Data, dict[str, Pla
 
 
 def look(config: ExperimentConfig, folder: Path) -> tuple[Data, dict[str, Plan]]:
-    """What :func:`prepare` returns, or its errors but for those of writing; the folder is left as it is."""
+    """As :func:`prepare`, but without writing anything to the folder."""
     _check_folder(folder, config)
     corpus = _load_corpus(config)
     _check_corpus(folder, corpus)

@@ -47,7 +47,7 @@ def expand(source: str) -> str:
 
 @contextmanager
 def new_folder(folder: Path) -> Iterator[None]:
-    """Make a folder; where what follows fails, folders that were made for it and are still empty are removed."""
+    """Make a folder. If the block that follows fails, newly made folders that are still empty are removed."""
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     try:
@@ -89,9 +89,9 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
 
 @contextmanager
 def draft_beside(path: Path, *, is_folder: bool = False) -> Iterator[Path]:
-    """An empty file or folder beside ``path``, to be filled and moved there; removed where that does not happen.
+    """An empty file or folder beside ``path``, to be filled and moved there; removed if that does not happen.
 
-    It is locked, and the lock ends with the process: so that :func:`remove_drafts` can tell whose writer is dead.
+    It is locked until the process ends, so that :func:`remove_drafts` can tell whether its writer is still alive.
 
     Args:
         path: What is to be written; its folder is made where it is missing.
@@ -136,7 +136,7 @@ def remove_drafts(folder: Path) -> None:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[bool]:
-    """Whether this process now holds the lock of a file or folder; not where another does, or it cannot be locked."""
+    """Lock a file or folder, and yield whether that succeeded: another process may hold the lock."""
     try:
         import fcntl
 
@@ -166,7 +166,7 @@ def _remove(draft: Path) -> None:
 
 @contextmanager
 def naming_writes(path: Path) -> Iterator[None]:
-    """What libraries raise that cannot write ``path``, as on a full disk, becomes an OSError that names it.
+    """Turn the errors of libraries that cannot write ``path``, as on a full disk, into an OSError that names it.
 
     Args:
         path: The file or folder that is written inside.

@@ -24,7 +24,7 @@ __all__ = [
 ]
 
 CONFIG, DATA, RESULTS, TABLE, REPORT = "config.yaml", "data.json", "results.json", "table.md", "report.html"
-# What launchers such as torchrun and mpirun say of the number of processes.
+# Environment variables by which launchers such as torchrun and mpirun tell the number of processes.
 _WORLD = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 _POLL_SECONDS = 5.0
 
@@ -37,7 +37,7 @@ def share(
     record_of: Callable[[Job], Path],
     console: Console,
 ) -> list[dict[str, Any]]:
-    """Run jobs in order, leaving out those that another process is at, until all are done.
+    """Run jobs in order, skipping those that another process is running, until all are done.
 
     Args:
         jobs: What to do.
@@ -67,7 +67,11 @@ def share(
 
 @contextmanager
 def locked(path: Path, *, wait: bool = False) -> Iterator[bool]:
-    """Whether this process now holds the lock, which ends with the process; always where files cannot be locked."""
+    """Try to lock a file, or wait for the lock; it is released at the end of the block or the process.
+
+    Yields:
+        Whether this process holds the lock; always True on systems where files cannot be locked.
+    """
     try:
         import fcntl
     except ImportError:

@@ -48,7 +48,7 @@ class Statistic:
         return cls(mean, statistics.stdev(finite) if len(finite) > 1 else None, len(finite))
 
     def overlaps(self, other: Statistic) -> bool:
-        """Whether mean ± std of the two overlap; True as well where either has no std to tell by."""
+        """Whether the intervals mean ± std of the two overlap; also True if either has no std."""
         if self.std is None or other.std is None:
             return True
         return abs(self.mean - other.mean) <= self.std + other.std

@@ -24,10 +24,10 @@ __all__ = ["DivergedError", "GuardedTrainer", "LabTrainer", "QuietProgress", "sh
 
 
 class DivergedError(ArithmeticError):
-    """A training loss that is not finite: no later step can mend it.
+    """A training loss is not finite, which no later step can mend.
 
     Attributes:
-        step: The step that it is the loss of, counted from 1.
+        step: The step with that loss, counted from 1.
         loss: NaN or an infinity.
     """
 
@@ -37,7 +37,7 @@ class DivergedError(ArithmeticError):
 
 
 class GuardedTrainer(Trainer):
-    """Trainer that stops where its loss is not finite, and names what it could not write."""
+    """Trainer that stops if its loss is not finite, and names files that it could not write."""
 
     control: TrainerControl
 
@@ -64,7 +64,7 @@ class GuardedTrainer(Trainer):
         try:
             return super().train(resume_from_checkpoint, **kwargs)
         except (DivergedError, OSError):
-            # As where training ends by itself: progress bars are closed.
+            # As at the normal end of training, so that progress bars are closed.
             self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
             raise
 
@@ -74,11 +74,11 @@ class GuardedTrainer(Trainer):
 
 
 class LabTrainer(GuardedTrainer):
-    """Trainer with :func:`torchdsc.parameter_groups`, and a log that a record is made from.
+    """Trainer with :func:`torchdsc.parameter_groups`, whose log has what a run's record needs.
 
-    Beside transformers' entries the log holds the task loss without regularisers, the seconds of training (evaluations
-    left out) and the peak memory so far, and the routing at every evaluation. It is part of a checkpoint, so all of
-    them go on over an interruption.
+    Beside transformers' entries the log has the task loss without regularisers, the seconds of training (without
+    evaluations), the peak memory so far, and the routing at every evaluation. The log is part of a checkpoint, so that
+    all of these continue after an interruption.
 
     Args:
         router_lr_multiplier: Factor on the routers' learning rate.
@@ -170,7 +170,10 @@ class LabTrainer(GuardedTrainer):
         super().log(logs, *args, **kwargs)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Evaluate with the clock stopped; mean routing over layers goes into the log, of the last one each layer's."""
+        """Evaluate, with the clock stopped. The log gets the routing, averaged over layers.
+
+        The routing of each layer is only kept for the last evaluation.
+        """
         runs = self._since is not None
         self._seconds, self._since = self.seconds, None
         with RoutingMonitor(self.model) as monitor:
@@ -201,7 +204,7 @@ def _mean_routing(layers: list[LayerRouting]) -> dict[str, float]:
 
 
 class _LogBeforeCheckpoint(TrainerCallback):
-    """A checkpoint holds a log up to its step, so that a resumed run's intervals are those of one that ran through."""
+    """Logs before every checkpoint, so that a resumed run logs over the same intervals as one without interruption."""
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if control.should_evaluate or control.should_save:
@@ -209,7 +212,7 @@ class _LogBeforeCheckpoint(TrainerCallback):
 
 
 def show_progress(trainer: Trainer, label: str) -> None:
-    """Put :class:`QuietProgress` in place of what Trainer shows on a terminal, and nothing where there is none."""
+    """Replace Trainer's output by :class:`QuietProgress` on a terminal, and by nothing elsewhere."""
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
     if sys.stderr.isatty():
@@ -229,7 +232,7 @@ class QuietProgress(ProgressCallback):
         super().on_train_begin(args, state, control, **kwargs)
         if self.training_bar is not None:
             self.training_bar.set_description(self.label)
-            # Not an update: steps of an earlier call would count as fast ones in the time left.
+            # Not by update(), for which steps of an earlier call would count as very fast ones.
             self.training_bar.initial = self.training_bar.n = state.global_step
             self.training_bar.refresh()
             self.current_step = state.global_step

@@ -1,4 +1,4 @@
-"""The regularisers, equations (9) to (13): one function each, and their collection from a model."""
+"""The regularisers, equations (9) to (13): a function for each, and their collection from a model."""
 
 from torchdsc.ops import frame_potential
 

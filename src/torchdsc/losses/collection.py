@@ -1,9 +1,9 @@
-"""The regularisers of a model, collected.
+"""Collection of the regularisers of a model.
 
-How their weight stays exact however the work is cut up: L_z is linear in tokens, so that the shares of micro-batches
-and processes add up. L_aux and L_budget are nonlinear in batch means and equal the token-weighted mean of their values
-per micro-batch; ``synchronize`` takes the means over all processes instead. L_frame needs no data: its shares add up
-to one a step.
+Micro-batches and processes do not change their weight. L_z is linear in tokens, so that its parts add up. L_aux and
+L_budget are nonlinear functions of batch means: they are token-weighted means of their values per micro-batch and
+process, or with ``synchronize`` functions of means over all processes. L_frame depends on no data: its shares add up to
+one per step.
 """
 
 from collections.abc import Iterable, Iterator
@@ -25,10 +25,10 @@ class Regularization:
 
     Attributes:
         total: Weighted sum of equation (13) over layers, differentiable.
-        aux: L_aux summed over layers, unweighted and detached, like the next three.
-        budget: L_budget.
-        frame: L_frame, once per bank.
-        z: L_z.
+        aux: L_aux summed over layers; unweighted and detached, like the next three.
+        budget: L_budget summed over layers.
+        frame: L_frame summed over banks.
+        z: L_z summed over layers.
     """
 
     total: Tensor
@@ -51,17 +51,18 @@ def regularization(
 ) -> Regularization:
     """Collect the regularisers of every routed layer in ``model`` that has run since the last collection.
 
-    Add ``.total`` to the task loss. Counted are the forward passes in training whose output, or what was computed of
-    it, is still there: nothing can be trained through others. With gradient accumulation or several processes pass
-    ``num_tokens``, the tokens of the whole optimizer step, and add up the losses (under DistributedDataParallel, which
-    averages gradients, times the number of processes): then L_z and L_frame do not depend on how the step was cut up.
+    Add ``.total`` to the task loss. Only forward passes in training mode count whose output, or something computed from
+    it, still exists; through others nothing can be trained. With gradient accumulation or several processes, pass
+    ``num_tokens``, the tokens of the whole optimizer step, and sum the losses (under DistributedDataParallel, which
+    averages gradients, multiply them by the number of processes). Then L_z and L_frame are the same however a step is
+    split.
 
     Args:
-        model: Any module that holds DSC layers.
+        model: Any module that contains DSC layers.
         num_tokens: Counted tokens of the whole optimizer step, over all micro-batches and processes. By default those
-            that each layer has just seen.
-        frame_share: Share of L_frame that this call carries; shares must add up to 1 over a step. By default the share
-            of tokens; 0 leaves it out, for :func:`frame_regularization` once a step.
+            of each forward pass, whose terms then are means over its own tokens.
+        frame_share: Share of L_frame in this call; shares must add up to 1 over a step. By default the share of tokens.
+            Pass 0 if you call :func:`frame_regularization` once a step.
         synchronize: Take the batch means of L_aux and L_budget over all processes of the default group.
 
     Returns:
@@ -69,9 +70,9 @@ def regularization(
 
     Raises:
         TypeError: If an argument has another type.
-        ValueError: If a number is out of its range, ``model`` has no regularised layer, or no forward pass in training
-            waits to be collected.
-        RuntimeError: If a layer's statistics carry no gradient although its parameters want one, as under reentrant
+        ValueError: If a number is out of its range, ``model`` has no regularised layer, or there is no forward pass in
+            training mode to collect.
+        RuntimeError: If a layer's statistics carry no gradient although its router requires one, as after reentrant
             checkpointing or ``torch.no_grad``.
     """
     _check_arguments(model, num_tokens, frame_share, synchronize)
@@ -95,7 +96,7 @@ def _check_arguments(
     if torch.compiler.is_compiling():
         return
     check_types(_check_arguments, locals())
-    # Values of tensors are not waited for.
+    # Tensors are not checked, as that would wait for the device.
     check_positive(num_tokens=None if isinstance(num_tokens, Tensor) else num_tokens)
     check_not_negative(frame_share=None if isinstance(frame_share, Tensor) else frame_share)
 
@@ -108,21 +109,21 @@ def regularization_of(
     synchronize: bool = False,
     frame_layers: Iterable[RoutedLayer] | None = None,
 ) -> Regularization:
-    """:func:`regularization` of statistics that :meth:`RoutedLayer.forward_with_statistics` returned.
+    """:func:`regularization` of statistics that :meth:`torchdsc.Routing.take_statistics` returned.
 
     Args:
-        collected: Layers and their statistics, one pair a forward pass.
+        collected: Pairs of a layer and its statistics, one for each forward pass.
         num_tokens: See :func:`regularization`.
         frame_share: See :func:`regularization`.
         synchronize: See :func:`regularization`.
-        frame_layers: Layers whose banks L_frame is taken of; those collected by default.
+        frame_layers: Layers whose banks L_frame is computed for; by default those in ``collected``.
 
     Returns:
         The weighted total and the terms.
     """
     collected = list(collected)
     frame_layers = [layer for layer, _ in collected] if frame_layers is None else list(frame_layers)
-    # An offloaded parameter is on another device than what was computed with it.
+    # Prefer the statistics' device to that of parameters, which may be offloaded.
     counts = [entry.num_tokens for _, entry in collected]
     sums = _Sums(counts or [parameter for layer in frame_layers for parameter in layer.parameters()])
     token_share: Tensor | float = 1.0 if num_tokens is None or not collected else 0.0
@@ -141,20 +142,20 @@ def regularization_of(
 
 
 def frame_regularization(model: nn.Module) -> Tensor:
-    """Weighted L_frame of every bank in ``model``, equation (11), for one call an optimizer step.
+    """Weighted L_frame of every bank in ``model``, equation (11), to be called once per optimizer step.
 
     Args:
-        model: Any module that holds DSC layers.
+        model: Any module that contains DSC layers.
 
     Returns:
-        Scalar; 0 without a bank of positive ``frame_weight``.
+        Scalar; 0 if no layer has a positive ``frame_weight``.
     """
     sums = _Sums(list(model.parameters()))
     layers = list(_regularized_layers(model))
     _add_frame(sums, layers, 1.0)
     for layer in layers:
         if not layer.regularizers.need_tokens:
-            # This was all that they waited for.
+            # These layers have no other term to collect.
             layer.statistics_log.take()
     return sums.result().total
 
@@ -163,7 +164,7 @@ class _Sums:
     """Running sums of the weighted total and of the detached terms."""
 
     def __init__(self, like: list[Tensor]) -> None:
-        """Of the device and, from float32 on, the dtype of the first tensor in ``like``."""
+        """Start at zero, on the device of the first tensor in ``like`` and in its dtype, at least float32."""
         dtype = torch.promote_types(like[0].dtype, torch.float32) if like else torch.float32
         zero = torch.zeros((), dtype=dtype, device=like[0].device if like else None)
         self.total = zero
@@ -194,17 +195,14 @@ def _add_token_terms(
 
 
 def _add_frame(sums: _Sums, layers: Iterable[RoutedLayer], share: Tensor | float) -> None:
-    """L_frame of each bank once, however many layers share it, with the weights of the first.
-
-    A frozen bank is left out: its potential is a constant.
-    """
+    """Add L_frame of each bank, once if layers share it, with the weight of the first. Frozen banks are left out."""
     seen: set[int] = set()
     for layer in layers:
         bank, weights = getattr(layer, "bank", None), layer.regularizers
         if not isinstance(bank, nn.Module) or weights.frame == 0 or id(bank) in seen:
             continue
         seen.add(id(bank))
-        # Where FSDP1 has flattened them there are no parameters: that bank is not frozen.
+        # Flattened by FSDP1, a bank has no parameters: it is not frozen.
         wants_gradient = [parameter.requires_grad for parameter in bank.parameters()]
         if torch.is_grad_enabled() and wants_gradient and not any(wants_gradient):
             continue
@@ -225,10 +223,10 @@ def _check_gradient(layer: RoutedLayer, entry: RoutingStatistics) -> None:
 
 
 def _synchronized(entry: RoutingStatistics) -> RoutingStatistics:
-    """Sums over all processes, each with the gradient of its own part.
+    """Sums over all processes, with a gradient for this process's part.
 
-    Every process carries its share of tokens of the same value. For the gradients of all processes to add up to that
-    of the value, the own part counts once for each share: it is scaled by the inverse of its own.
+    All processes compute the same value, and each weights it by its share of the tokens. For their gradients to add up
+    to that of the value, the gradient of the own part is scaled by the inverse of that share.
     """
     tokens = _all_reduced(entry.num_tokens)
     scale = tokens / entry.num_tokens.clamp_min(1.0)

@@ -1,10 +1,10 @@
-"""The regularisers in the loss of a Hugging Face model, without a line in the training loop.
+"""Regularisers added to the loss of a Hugging Face model, with no change to the training loop.
 
-A model that computes its loss gets the terms added to it. Under transformers' Trainer they do not depend on how a step
-is accumulated: with ``num_items_in_batch`` they are sums over routed tokens divided by it, as the task's loss is. Some
-models average their loss over each micro-batch although they accept that argument. Trainer is told so, and averages the
-losses of micro-batches; their regularisers follow. A backward pass that reaches the model's output without having come
-through its loss raises.
+If the model is called with labels, the regularisers are added to the loss it returns. Under transformers' Trainer they
+do not depend on gradient accumulation: like the task loss, they are sums over tokens divided by ``num_items_in_batch``.
+Some models accept that argument but average their loss over each micro-batch. Trainer is told so and averages the
+micro-batches, and the regularisers are means over a micro-batch too. A backward pass that starts from another output
+than the loss raises, because it would leave the regularisers out.
 """
 
 import inspect
@@ -22,18 +22,18 @@ from .collection import Regularization, regularization_of
 
 _TERMS = "_torchdsc_terms"
 _HANDLES = "_torchdsc_handles"
-# The number of the first forward pass of a layer in the model's current call.
+# Number of the first forward pass of the model's current call, from next_number().
 _SINCE = "_torchdsc_since"
 
 
 def is_pretrained(model: nn.Module) -> bool:
-    """Whether ``model`` is a ``transformers.PreTrainedModel``; transformers is not imported to tell."""
+    """Whether ``model`` is a ``transformers.PreTrainedModel``, without importing transformers."""
     transformers = sys.modules.get("transformers")
     return transformers is not None and isinstance(model, transformers.PreTrainedModel)
 
 
 def add_regularization(model: nn.Module) -> None:
-    """Let a Hugging Face ``model`` add the regularisers of its layers to its loss in training; others do not."""
+    """Make a Hugging Face ``model`` add the regularisers to its loss in training; does nothing for other models."""
     if not is_pretrained(model) or _HANDLES in model.__dict__:
         return
     if not sums_loss(model) and not hasattr(model, "accepts_loss_kwargs"):
@@ -54,10 +54,10 @@ def leave_regularization(model: nn.Module) -> None:
 
 
 def last_regularization(model: nn.Module) -> dict[str, float]:
-    """The terms that the last loss of ``model`` in training held, for a log; empty before the first.
+    """The regularisers in the last training loss of ``model``, for a log; empty before the first loss.
 
     Args:
-        model: A Hugging Face model with adapters or converted layers, or a model around it.
+        model: A Hugging Face model with adapters or converted layers, or a module that contains one.
 
     Returns:
         "total" (weighted), "aux", "budget", "frame" and "z".
@@ -70,10 +70,10 @@ def last_regularization(model: nn.Module) -> dict[str, float]:
 
 
 def sums_loss(model: nn.Module) -> bool:
-    """Whether a Hugging Face model divides the sum of its losses by the ``num_items_in_batch`` it is given.
+    """Whether a Hugging Face model divides the sum of its losses by ``num_items_in_batch``.
 
-    Most models accept the argument and average regardless. Those that do not average call ``self.loss_function``, of
-    a kind that takes the number.
+    Many models accept the argument and average regardless. A model uses it if its ``forward`` calls
+    ``self.loss_function`` and that function takes the argument.
     """
     code = getattr(inspect.unwrap(type(model).forward), "__code__", None)
     if code is None or "loss_function" not in code.co_names:
@@ -82,7 +82,7 @@ def sums_loss(model: nn.Module) -> bool:
 
 
 def labelled(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-    """Labels of a call, counted as Trainer counts those of the step: a causal LM shifts them. None without any."""
+    """Number of labels in a call, counted as Trainer does (a causal LM shifts them); None without labels."""
     labels = kwargs.get("shift_labels")
     if labels is None:
         given = {**dict(zip(inspect.signature(model.forward).parameters, args, strict=False)), **kwargs}
@@ -100,12 +100,12 @@ def _shifts_labels(model: nn.Module) -> bool:
 
 
 def demand_use(output: Any, loss: Tensor, total: Tensor) -> None:
-    """Raise in a backward pass that reaches ``output`` but has not come through ``total``.
+    """Make a backward pass raise if it reaches ``output`` without going through ``total``.
 
     Args:
-        output: What a model returns: a tensor, or a mapping or sequence of them.
-        loss: The task's loss among them, which reaches ``total`` by itself.
-        total: Its loss with the regularisers in it.
+        output: What a model returns: a tensor, or a mapping or sequence of tensors.
+        loss: The task loss, which ``total`` is computed from, and which is not checked.
+        total: The loss with the regularisers.
     """
     if torch.compiler.is_compiling() or not total.requires_grad:
         return
@@ -129,7 +129,7 @@ def _begin(model: nn.Module, args: tuple[Any, ...]) -> None:
 def _add(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
     if not model.training or not torch.is_grad_enabled():
         return None
-    # TRL's trainers, which say so, take their loss from other outputs than the model's.
+    # TRL's trainers pass this when they compute the loss from other outputs of the model.
     loss = None if kwargs.get("fused_lm_head") else _loss_of(output)
     if loss is None:
         return None
@@ -149,18 +149,19 @@ def regularized(
     num_items: Tensor | float | None,
     num_labels: Tensor | None,
 ) -> tuple[Tensor, Regularization] | None:
-    """A Hugging Face model's loss with the regularisers of its call, and their terms; None without any.
+    """Add the regularisers of a call to the loss of a Hugging Face model.
 
     Args:
         model: The model.
-        loss: Its task's loss.
-        output: All else that it returns: a backward pass from there alone raises.
-        since: Number of the first forward pass of the call, 0 when compiled; see :func:`next_number`.
-        num_items: Labelled tokens of the whole step, where the loss is a sum divided by them; else None.
-        num_labels: Those of this call, scalar; None where they are not known.
+        loss: The task loss.
+        output: All other outputs of the model. A backward pass from these without the returned loss raises.
+        since: Number of the first forward pass of the call, from
+            :func:`torchdsc.nn.statistics_log.next_number`; 0 when compiled.
+        num_items: Number of labelled tokens in the whole step, if the loss is a sum divided by it; else None.
+        num_labels: Number of labelled tokens in this call, scalar; None if unknown.
 
     Returns:
-        The loss to train on, and the terms, detached but for ``total``.
+        The loss to train on, and the regularisers, detached but for ``total``; None if there are none.
     """
     layers = [
         module
@@ -172,7 +173,7 @@ def regularized(
     collected = [(layer, entry) for layer in layers for entry in layer.statistics_log.take(since)]
     share = None
     if num_items is not None and num_labels is not None:
-        # A loss may be of less precision than the model.
+        # In the precision of the statistics, as the loss may have less.
         precise = collected[0][1].num_tokens.dtype if collected else torch.promote_types(loss.dtype, torch.float32)
         share = num_labels.to(precise) / num_items
     terms = regularization_of(collected, num_tokens=num_items, frame_share=share, frame_layers=layers)
@@ -197,7 +198,7 @@ def _with_loss(output: Any, loss: Tensor) -> Any:
 
 
 def _tensors(output: Any) -> Iterator[Tensor]:
-    """Every tensor of an output, hidden states and the like included."""
+    """Every tensor in an output, also in nested containers."""
     if isinstance(output, Tensor):
         yield output
     elif isinstance(output, dict | list | tuple):

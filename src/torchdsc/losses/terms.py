@@ -1,4 +1,4 @@
-"""The terms of equation (13), a function each, (9) to (12)."""
+"""The terms of equation (13), a function for each of equations (9) to (12)."""
 
 from torch import Tensor, nn
 
@@ -6,15 +6,15 @@ from torchdsc.nn.bank import FrameEstimate
 
 
 def aux_loss(probability_sum: Tensor, num_tokens: Tensor | float, load: Tensor | None = None) -> Tensor:
-    """Load balance, equation (9): ``L_aux = M sum_j P_j^2``, at least 1, and 1 when uniform.
+    """Load balance, equation (9): ``L_aux = M sum_j P_j^2``, whose minimum 1 is at uniform probabilities P.
 
-    With ``load`` it is that of Mixture-of-Experts, ``N sum_j P_j f_j``, with f_j the share of tokens that select j:
-    K when uniform.
+    With ``load`` it is the load balance of Mixture-of-Experts, ``N sum_j P_j f_j``, where f_j is the share of tokens
+    that select expert j; it is K when uniform.
 
     Args:
         probability_sum: Sum over tokens of the router's softmax, of shape (M,).
         num_tokens: Tokens summed over.
-        load: Selections of each expert, of shape (M,).
+        load: How often each expert was selected, of shape (M,).
 
     Returns:
         Scalar.
@@ -53,20 +53,19 @@ def z_loss(squared_log_normalizer_sum: Tensor, num_tokens: Tensor | float) -> Te
 def frame_loss(bank: nn.Module, eps: float = 1e-6, *, normalized: bool = False, samples: int | None = None) -> Tensor:
     """Frame potential of both sides of a bank, equation (11).
 
-    With ``samples`` it is estimated from that many rows, drawn without replacement, and unbiased: each pair of rows is
-    as likely as any other.
+    With ``samples`` it is an unbiased estimate from that many rows, drawn without replacement.
 
     Args:
-        bank: A :class:`torchdsc.BasisBank`, or a module around one that is called as it is.
+        bank: A :class:`torchdsc.BasisBank`, or a module around one with the same ``forward``.
         eps: Lower bound of a row's norm.
-        normalized: Divide by the M (M - 1) pairs of a side: the mean squared coherence, which does not grow with M.
-        samples: Rows to estimate it from, at least 2; all by default, and where M is no more.
+        normalized: Divide by the M (M - 1) pairs of a side. The result, a mean squared coherence, does not grow with M.
+        samples: Number of rows to estimate it from, at least 2; by default, or if M is no larger, all.
 
     Returns:
         Scalar, differentiable in the bank's rows.
 
     Raises:
-        RuntimeError: If the bank's rows are a part of a flattened parameter of FSDP1.
+        RuntimeError: If the bank's rows are part of a flattened parameter of FSDP1.
     """
     potential: Tensor = bank(None, eps=eps, frame=FrameEstimate(normalized, samples))
     return potential

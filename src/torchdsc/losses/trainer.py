@@ -1,4 +1,4 @@
-"""The regularisers under trainers that compute their loss outside the model."""
+"""Regularisers for trainers that compute the loss outside the model."""
 
 from typing import Any
 
@@ -12,13 +12,13 @@ from .host import is_pretrained, labelled
 
 
 class RegularizedLoss:
-    """Put before a Trainer that computes its loss outside the model, it adds the regularisers to it::
+    """Mixin that adds the regularisers to the loss of a Trainer that computes it outside the model::
 
         class RegularizedSFTTrainer(RegularizedLoss, trl.SFTTrainer): ...
 
-    So do label smoothing, ``compute_loss_func`` and TRL's trainers. Where the trainer divides a sum of losses by the
-    labelled tokens of the whole step, the terms are sums over routed tokens divided by these; elsewhere they are means
-    over a micro-batch, and over the micro-batches of a step. A model without regularisers trains as it does without.
+    That is the case with label smoothing, ``compute_loss_func`` and TRL's trainers. If the trainer divides a sum of
+    losses by the number of labelled tokens in the step, so are the regularisers, which are sums over routed tokens.
+    Otherwise they are means over each micro-batch, averaged over the step. A model without regularisers is unaffected.
     """
 
     args: Any
@@ -35,7 +35,7 @@ class RegularizedLoss:
         given = dict(inputs)
         found = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)  # type: ignore[misc]
         if not model.training or not _waits(model):
-            # Nothing is regularised, or the model has added the terms itself.
+            # There are no regularisers, or the model has added them itself.
             return found
         loss, *outputs = found if return_outputs else (found,)
         loss = loss + self._terms(model, given, num_items_in_batch, loss.dtype).to(loss.dtype)
@@ -47,17 +47,17 @@ class RegularizedLoss:
         count = labelled(base, (), inputs) if base is not None and is_scaled and items is not None else None
         if count is None:
             total = regularization(model).total
-            # A loss that is a mean over all micro-batches of the step is divided by their number already.
+            # The loss is already divided by the number of micro-batches.
             return total / self.current_gradient_accumulation_steps if is_scaled else total  # type: ignore[attr-defined]
         share = count.to(torch.promote_types(dtype, torch.float32)) / items
         total = regularization(model, num_tokens=items, frame_share=share).total
         if self.args.average_tokens_across_devices:
-            # Trainer counts the labels of all processes, whose gradients are averaged.
+            # items counts the labels of all processes, but gradients are averaged over them.
             total = total * self.accelerator.num_processes
         return total
 
     def _loss_is_scaled(self, items: Any) -> bool:
-        """Whether the loss of a micro-batch is its share of the step's, as Trainer tells it."""
+        """Whether Trainer takes the loss of a micro-batch as its share of the step's loss."""
         stated: bool | None = getattr(self, "loss_is_scaled_for_ga", None)
         if stated is not None:
             return stated

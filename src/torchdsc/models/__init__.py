@@ -1,4 +1,4 @@
-"""DSCGPT: the paper's transformer as a Hugging Face model; importing this registers it with the Auto classes."""
+"""DSCGPT: the paper's transformer as a Hugging Face model; importing this module registers it with the Auto classes."""
 
 try:
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM

@@ -14,10 +14,10 @@ from .configuration import DSCGPTConfig
 
 
 class DSCGPTAttention(nn.Module):
-    """Causal self-attention on transformers' attention functions (SDPA by default), with a key-value cache.
+    """Causal self-attention by transformers' attention functions (SDPA by default), with a key-value cache.
 
     Attributes:
-        update: A DSC layer beside the output projection, if there is one.
+        update: A DSC layer whose output is added to that of the output projection, or None.
     """
 
     def __init__(self, config: DSCGPTConfig, layer_idx: int) -> None:
@@ -38,8 +38,11 @@ class DSCGPTAttention(nn.Module):
         past_key_values: Cache | None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None, RoutingStatistics | None]:
-        """Hidden states (B, T, d) to (B, T, d); attention weights (B, heads, T, keys) where the implementation gives
-        them; and the statistics of the update.
+        """Map hidden states (B, T, d) to (B, T, d).
+
+        Returns:
+            Hidden states; attention weights (B, heads, T, keys), if the attention function returns them; and the
+            routing statistics of the update.
         """
         shape = (*hidden_states.shape[:-1], -1, self.head_dim)
         query, key, value = (t.view(shape).transpose(1, 2) for t in self.qkv_proj(hidden_states).chunk(3, dim=-1))
@@ -69,7 +72,7 @@ def eager_attention_forward(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Attention written out: heads second in, heads third out."""
+    """Attention written out: inputs (B, heads, T, head_dim), output (B, T, heads, head_dim)."""
     scores = query @ key.transpose(2, 3) * scaling
     if attention_mask is not None:
         scores = scores + attention_mask

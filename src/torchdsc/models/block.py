@@ -15,7 +15,7 @@ from .initialization import mark_residual_writers
 
 
 class DSCGPTBlock(GradientCheckpointingLayer, Contextual):
-    """Pre-norm block. It returns its routing statistics, so that they come through a checkpoint with their graph."""
+    """Pre-norm block. It returns its routing statistics, so that activation checkpointing keeps their gradients."""
 
     def __init__(self, config: DSCGPTConfig, layer_idx: int) -> None:
         super().__init__()
@@ -35,17 +35,17 @@ class DSCGPTBlock(GradientCheckpointingLayer, Contextual):
 
     @property
     def routed_layer(self) -> RoutedLayer | None:
-        """The feed-forward layer that routes; None without one, or where another module has been put around it."""
+        """The routed feed-forward layer; None if there is none, or another module has been put around it."""
         layer = self.feed_forward.dsc if isinstance(self.feed_forward, Residual) else self.feed_forward
         return layer if isinstance(layer, RoutedLayer) else None
 
     @property
     def routed_layers(self) -> list[RoutedLayer]:
-        """All that route, in the order of :meth:`forward`."""
+        """All routed layers, in the order of :meth:`forward`."""
         return [layer for layer in (self.attention.update, self.routed_layer) if layer is not None]
 
     def route(self, seen: Seen, token_mask: Tensor | None) -> Routing | None:
-        """The feed-forward layer's routing, where embeddings are all that its router sees; None elsewhere."""
+        """The feed-forward layer's routing, if its router sees nothing but token embeddings; else None."""
         if self.routed_layer is None or self.context.router_input == "hidden":
             return None
         weight = next(self.routed_layer.router.parameters(), None)
@@ -69,10 +69,21 @@ class DSCGPTBlock(GradientCheckpointingLayer, Contextual):
         positions: Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, list[RoutingStatistics | None]]:
-        """Hidden states (B, T, d) to (B, T, d), and the statistics of those of ``routed_layers`` that route here.
+        """Map hidden states (B, T, d) to (B, T, d).
 
-        ``embeddings`` are those of :class:`torchdsc.nn.Seen`, where a layer or a router sees them. ``indices`` and
-        ``coefficients`` are those of :meth:`route`: tensors of their own, because a checkpoint takes nothing else.
+        Args:
+            hidden_states: Shape (B, T, d).
+            embeddings: Token embeddings (B, past + T, d), see :class:`torchdsc.nn.Seen`; None if none are used.
+            indices: From :meth:`route`, as a tensor, because activation checkpointing needs tensors; or None.
+            coefficients: Likewise.
+            attention_mask: For the attention function.
+            token_mask: Padding mask of shape (B, T), or None.
+            past_key_values: Key-value cache, or None.
+            positions: Positions of the tokens, if given to the model.
+            **kwargs: For the attention function.
+
+        Returns:
+            Hidden states, and the statistics of each of ``routed_layers`` that was routed here.
         """
         attended, _, of_attention = self.attention(
             self.attention_norm(hidden_states), attention_mask, token_mask, past_key_values, **kwargs
@@ -95,7 +106,7 @@ class DSCGPTBlock(GradientCheckpointingLayer, Contextual):
                 routing = Routing(indices, coefficients, leaves_statistics=False)
             update = self.feed_forward(x, token_mask=token_mask, routing=routing)
         elif getattr(self.feed_forward, "takes_router_input", False):
-            # A converted or adapted one, which leaves its statistics itself.
+            # A converted or adapted layer, which keeps its statistics itself.
             update = self.feed_forward(x, token_mask=token_mask, router_input=self.router_sees(seen))
         else:
             update = self.feed_forward(x)
@@ -103,11 +114,11 @@ class DSCGPTBlock(GradientCheckpointingLayer, Contextual):
 
 
 def with_past(x: Tensor, past_tokens: int, token_mask: Tensor | None, cache: Cache | None, layer_idx: int) -> Tensor:
-    """Sequences (B, T, d) after the ``past_tokens`` before them, as far as the cache holds them; padding is zeros."""
+    """``x`` (B, T, d) with zeros for padding, preceded by the last ``past_tokens`` that the cache holds."""
     if past_tokens == 0:
         return x
     if token_mask is not None:
-        # Not by a product: the state of padding need not be finite.
+        # Not a product: hidden states of padding may be NaN.
         x = x.masked_fill(~token_mask.unsqueeze(-1), 0.0)
     if cache is None:
         return x
@@ -116,6 +127,6 @@ def with_past(x: Tensor, past_tokens: int, token_mask: Tensor | None, cache: Cac
             "past_key_values must be made with the model's config where layers or routers have a context, as "
             f"DynamicCache(config=model.config), got layers of {type(cache.layers[layer_idx]).__name__}"
         )
-    # Features come before places there.
+    # The cache stores (B, d, T).
     seen: Tensor = cache.update_conv_state(x.mT, layer_idx, conv_kernel_size=past_tokens).mT
     return seen

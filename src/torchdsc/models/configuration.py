@@ -18,34 +18,32 @@ ResidualInit = Literal["gpt2", "published", "none"]
 
 
 class DSCGPTConfig(PretrainedConfig):
-    """A GPT of pre-norm blocks with learned positions, bias-free linears and a feed-forward layer of choice.
+    """A GPT of pre-norm blocks with learned positions, linear layers without bias, and a feed-forward layer of choice.
 
     The defaults are the paper's DSC model.
 
     Args:
-        vocab_size: Tokens.
+        vocab_size: Number of tokens.
         hidden_size: d.
-        num_hidden_layers: Blocks.
-        num_attention_heads: Heads; must divide ``hidden_size``.
-        max_position_embeddings: Longest sequence.
+        num_hidden_layers: Number of blocks.
+        num_attention_heads: Number of heads; must divide ``hidden_size``.
+        max_position_embeddings: Length of the longest sequence.
         feed_forward: "dense", "moe", "mixture_of_loras", "peer" or "dsc".
-        intermediate_size: Width of the dense layer, of one MoE expert, or of the static layer beside the update of
-            DSC, PEER and Mixture-of-LoRAs (0 leaves it out).
-        feed_forward_options: Further arguments of :class:`torchdsc.DSC` ("num_atoms" and "top_k" are required;
-            "share_bank": true for one bank in all blocks; "attention_rank" for an update of the attention's output
-            projection from the same bank, by a router of that rank), of
-            :class:`torchdsc.baselines.StandardMoE` and :class:`torchdsc.baselines.PEER` ("num_experts"), or
-            :class:`torchdsc.baselines.MixtureOfLoRAs` ("num_experts" and "rank"). Any of them takes "router_input",
-            "embeddings" for routers that see those of the tokens in place of what the layers do; "router_context", of
-            how many tokens they see the mix (:class:`torchdsc.ShortConvolution`); and "input_context", of how many
-            tokens embeddings are mixed into what a layer sees, which a dense one takes as well. The config keeps a
-            copy, which is read-only: other options are assigned as a whole.
+        intermediate_size: Width of the dense layer, of an MoE expert, or of the static layer beside the update of DSC,
+            PEER and Mixture-of-LoRAs (0 for none).
+        feed_forward_options: Arguments of the layer: :class:`torchdsc.DSC` (which requires "num_atoms" and "top_k"),
+            :class:`torchdsc.baselines.StandardMoE`, :class:`torchdsc.baselines.PEER` (both "num_experts"), or
+            :class:`torchdsc.baselines.MixtureOfLoRAs` ("num_experts" and "rank"). All of them also take
+            "router_input", "router_context" and "input_context" of :class:`torchdsc.nn.ContextOptions`; a dense layer
+            takes "input_context". DSC also takes "share_bank", true for one bank in all blocks, and "attention_rank",
+            the rank of an additional router by which the same bank updates the attention's output projection. The
+            config keeps a read-only copy; to change options, assign a new dictionary.
         dropout: Of embeddings, attention weights and residual branches.
         layer_norm_eps: Of every LayerNorm.
         initializer_range: Standard deviation of initial weights.
-        residual_init: "gpt2" divides it by sqrt(2 layers) for all that writes into the residual stream; "published"
-            for the attention output and MoE experts alone, as the published run does; "none" nowhere.
-        tie_word_embeddings: Whether input and output embeddings are one.
+        residual_init: Which initial weights are divided by sqrt(2 num_hidden_layers): "gpt2" for all that write into
+            the residual stream; "published" for the attention output and MoE experts, as in the published run; "none".
+        tie_word_embeddings: Whether input and output embeddings are tied.
         use_cache: Whether generation keeps keys and values.
         **kwargs: See ``PretrainedConfig``.
 
@@ -102,26 +100,26 @@ class DSCGPTConfig(PretrainedConfig):
         self.residual_init = residual_init
         self.use_cache = use_cache
         if self.model_options.past_tokens > 0:
-            # A cache keeps the last tokens that contexts saw beside keys and values: hidden states are each block's
-            # own, embeddings the same for all.
+            # A "hybrid" cache layer also keeps the last inputs of the short convolutions: embeddings once, in the first
+            # block's, but hidden states in each block's.
             rest = "full_attention" if self.model_options.embeddings_are_seen else "hybrid"
             kwargs["layer_types"] = ["hybrid"] + [rest] * (num_hidden_layers - 1)
         super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
 
     @classmethod
     def register_for_auto_class(cls, auto_class: Any = "AutoConfig") -> None:
-        """Save with every model from now on a file by which Auto classes find it, given ``trust_remote_code=True``.
+        """From now on, save with every model a file by which Auto classes load it with ``trust_remote_code=True``.
 
-        It imports from torchdsc, which must be installed, and holds no code of the model.
+        The file only imports the classes from torchdsc, which must be installed.
 
         Args:
-            auto_class: The file serves all that there are.
+            auto_class: Ignored; the file serves all Auto classes.
         """
         cls._saves_module = True
 
     def save_pretrained(self, save_directory: str | PathLike[str], push_to_hub: bool = False, **kwargs: Any) -> None:
-        """See ``PretrainedConfig``; with a file for Auto classes after :meth:`register_for_auto_class`, or where the
-        folder that this was loaded from had one.
+        """See ``PretrainedConfig``. The file of :meth:`register_for_auto_class` is saved too, if that was called or the
+        folder that the config was loaded from had it.
         """
         if self._saves_module or getattr(self, "auto_map", None):
             self.auto_map = dict(AUTO_MAP)
@@ -132,8 +130,8 @@ class DSCGPTConfig(PretrainedConfig):
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """See ``PretrainedConfig``.
 
-        Where one expert is taken, whether its weight is normalised is saved with the model. Models saved without that
-        were trained with a weight of 1, and are evaluated with it.
+        With ``top_k=1``, configs of MoE and Mixture-of-LoRAs without "normalize_weights" come from an older version,
+        where the weight was always 1: the option is set to True.
         """
         options = config_dict.get("feed_forward_options") or {}
         if _takes_one_expert(config_dict.get("feed_forward"), options):
@@ -142,7 +140,7 @@ class DSCGPTConfig(PretrainedConfig):
 
     @property
     def feed_forward_options(self) -> Mapping[str, Any]:
-        """Options of the layers, read-only: what was built of them would not follow."""
+        """Options of the layers. Read-only, as a built model would not follow a change."""
         return MappingProxyType(self.__dict__["feed_forward_options"])
 
     @feed_forward_options.setter
@@ -155,7 +153,7 @@ class DSCGPTConfig(PretrainedConfig):
 
     @property
     def model_options(self) -> ModelOptions:
-        """Those of ``feed_forward_options`` that concern the model around the layers."""
+        """The part of ``feed_forward_options`` that concerns the model around the layers."""
         return split_options(self.feed_forward, self.feed_forward_options)[0]
 
 

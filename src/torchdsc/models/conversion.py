@@ -1,4 +1,4 @@
-"""Checkpoints of DSCGPT that were saved when a single gamma was a scalar of shape ()."""
+"""Loading of older DSCGPT checkpoints, in which a single gamma has shape ()."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from .configuration import DSCGPTConfig
 
 
 class _AtLeast1d(ConversionOps):
-    """Shape () to (1,); others stay, in saving too."""
+    """Reshape () to (1,), and leave other shapes; saving changes nothing."""
 
     def convert(
         self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **kwargs: Any
@@ -25,6 +25,6 @@ class _AtLeast1d(ConversionOps):
 
 
 def register_conversion() -> None:
-    """Let ``from_pretrained`` load them; ``load_state_dict`` does by itself."""
+    """Make ``from_pretrained`` load older checkpoints; ``load_state_dict`` already does."""
     converter = WeightConverter("gamma", "gamma", [_AtLeast1d()])
     register_checkpoint_conversion_mapping(DSCGPTConfig.model_type, [converter], overwrite=True)

@@ -19,10 +19,10 @@ def build_feed_forward(
     """Build one feed-forward layer.
 
     Args:
-        kind: Which.
+        kind: ``feed_forward`` of :class:`torchdsc.models.DSCGPTConfig`.
         hidden_size: d.
-        intermediate_size: Width, see :class:`DSCGPTConfig`.
-        options: Further arguments, see :class:`DSCGPTConfig`.
+        intermediate_size: See :class:`torchdsc.models.DSCGPTConfig`.
+        options: ``feed_forward_options`` there.
 
     Returns:
         A module from (..., d) to (..., d).
@@ -45,7 +45,7 @@ def build_feed_forward(
 
 
 def build_attention_update(kind: FeedForwardKind, options: Mapping[str, Any], bank: BasisBank) -> DSC | None:
-    """The update of a block's attention output from its own ``bank``; None where none is asked for."""
+    """The update of a block's attention output, which uses the block's ``bank``; None if not asked for."""
     model, layer_options = split_options(kind, options)
     if not model.attention_rank:
         return None
@@ -56,13 +56,13 @@ def build_attention_update(kind: FeedForwardKind, options: Mapping[str, Any], ba
 def check_feed_forward(
     kind: FeedForwardKind, hidden_size: int, intermediate_size: int, options: Mapping[str, Any]
 ) -> None:
-    """Raise what :func:`build_feed_forward` would, at no cost."""
+    """Raise the errors of :func:`build_feed_forward`, without allocating parameters."""
     with torch.device("meta"):
         build_feed_forward(kind, hidden_size, intermediate_size, options)
 
 
 class NoFeedForward(nn.Module):
-    """The static layer of width 0: contributes nothing."""
+    """A static layer of width 0, which outputs zeros."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Zeros of the shape of ``x``."""

@@ -10,10 +10,10 @@ from .configuration import DSCGPTConfig
 
 
 def initialize(module: nn.Module, config: DSCGPTConfig) -> None:
-    """Initialise the parameters that ``module`` itself owns and that no checkpoint has filled.
+    """Initialise the parameters that ``module`` itself owns and that were not loaded from a checkpoint.
 
-    Normal of standard deviation ``initializer_range``, less into the residual stream (``residual_init``); LayerNorms
-    to the identity; atoms, routers, contexts, gamma and LoRA factors as their own modules do.
+    Weights are normal with standard deviation ``initializer_range``, or less as ``residual_init`` says. LayerNorms
+    start as the identity. Atoms, routers, short convolutions, gamma and LoRA factors start as their own modules define.
 
     Args:
         module: Any module of the model.
@@ -46,12 +46,12 @@ def initialize(module: nn.Module, config: DSCGPTConfig) -> None:
     elif isinstance(module, DSC):
         init.constant_(module.gamma, module.options.gamma_init)
     elif isinstance(module, RoutedLayer) and hasattr(module, "reset_parameters"):
-        # Within transformers' initialisation torch's functions, too, leave alone what a checkpoint has filled.
+        # During transformers' initialisation, torch's init functions skip what was loaded from a checkpoint.
         module.reset_parameters()  # type: ignore[operator]
 
 
 def mark_residual_writers(block: nn.Module) -> None:
-    """Note on the linear layers of a block which of them write into the residual stream."""
+    """Mark the linear layers of a block that write into the residual stream."""
     for name, module in block.named_modules():
         if name == "attention.out_proj":
             module._writes_residual = "always"

@@ -1,10 +1,10 @@
-"""A file beside saved weights, by which Auto classes find DSCGPT without torchdsc.models being imported."""
+"""A file beside saved weights by which Auto classes load DSCGPT without an import of torchdsc.models."""
 
 from os import PathLike
 from pathlib import Path
 
 MODULE = "modeling_dsc_gpt"
-# What config.json says of it.
+# The entry of config.json for it.
 AUTO_MAP = {
     "AutoConfig": f"{MODULE}.DSCGPTConfig",
     "AutoModel": f"{MODULE}.DSCGPTModel",
@@ -17,6 +17,6 @@ from torchdsc.models import DSCGPTConfig, DSCGPTForCausalLM, DSCGPTModel  # noqa
 
 
 def write_module(folder: str | PathLike[str]) -> None:
-    """Write the file that ``AUTO_MAP`` names into ``folder``, which is made if it is not there."""
+    """Write the file that ``AUTO_MAP`` names into ``folder``, which is created if missing."""
     Path(folder).mkdir(parents=True, exist_ok=True)
     Path(folder, f"{MODULE}.py").write_text(_SOURCE, encoding="utf-8")

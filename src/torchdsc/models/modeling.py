@@ -27,15 +27,15 @@ from .packing import find_positions, make_masks
 
 logger = logging.get_logger(__name__)
 
-# What outputs call the key-value cache: transformers 5.24 has renamed it, and the argument too, for every model.
+# Name of the key-value cache in outputs; transformers 5.24 renamed it, and the argument of every model.
 _CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
 
 
 @dataclass
 class DSCGPTOutput(CausalLMOutputWithPast):
-    """A causal LM's output; ``loss`` is ``task_loss`` and in training the weighted regularisers.
+    """A causal LM's output. ``loss`` is ``task_loss`` plus, in training, the weighted regularisers.
 
-    ``regularization`` holds their detached values by name.
+    ``regularization`` has their detached, unweighted values by name.
     """
 
     task_loss: Tensor | None = None
@@ -43,7 +43,7 @@ class DSCGPTOutput(CausalLMOutputWithPast):
 
 
 class DSCGPTPreTrainedModel(PreTrainedModel):
-    """What the Hugging Face machinery needs to know of DSCGPT."""
+    """Base class: what transformers needs to know about DSCGPT."""
 
     config_class = DSCGPTConfig
     base_model_prefix = "model"
@@ -64,11 +64,11 @@ class DSCGPTPreTrainedModel(PreTrainedModel):
     def from_pretrained(
         cls, pretrained_model_name_or_path: Any, *args: Any, use_safetensors: bool | None = None, **kwargs: Any
     ) -> Any:
-        """Transformers' loading, from safetensors alone: pickled weights are refused.
+        """Load as transformers does, but only from safetensors: pickled weights are refused.
 
         Args:
             pretrained_model_name_or_path: Folder or hub id.
-            *args: See transformers, as for ``kwargs``.
+            *args: See transformers.
             use_safetensors: None or True.
             **kwargs: See transformers.
 
@@ -81,7 +81,7 @@ class DSCGPTPreTrainedModel(PreTrainedModel):
         return super().from_pretrained(pretrained_model_name_or_path, *args, use_safetensors=True, **kwargs)
 
     def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict[str, str]:
-        """See transformers, which asks for tied embeddings alone: banks are tied whatever becomes of those."""
+        """See transformers; shared banks are added, which stay tied even without ``tie_word_embeddings``."""
         return {**super().get_expanded_tied_weights_keys(all_submodels=all_submodels), **tied_banks(self)}
 
     @torch.no_grad()
@@ -99,14 +99,14 @@ class DSCGPTModel(DSCGPTPreTrainedModel):
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(DSCGPTBlock(config, i) for i in range(config.num_hidden_layers))
         self.final_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        # Made once: what checks options does not compile.
+        # Read once here, because the checks of options do not compile.
         self.model_options = config.model_options
         self._share_banks()
         self.gradient_checkpointing = False
         self.post_init()
 
     def _share_banks(self) -> None:
-        """Tie the banks of all blocks, where they share one, and those of attention updates to their block's."""
+        """Tie the banks of all blocks if they share one, and the bank of each attention update to its block's."""
         shares = self.model_options.share_bank
         for index, block in enumerate(cast(Iterable[DSCGPTBlock], self.blocks)):
             layer = block.routed_layer
@@ -137,27 +137,27 @@ class DSCGPTModel(DSCGPTPreTrainedModel):
         use_cache: bool | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
-        """Tokens (B, T) to hidden states (B, T, d).
+        """Map tokens (B, T) to hidden states (B, T, d).
 
         Args:
             input_ids: Tokens of shape (B, T).
-            attention_mask: Shape (B, past + T); 0 is padding, which does not count in the regularisers either, nor as
-                context of a layer or router. Or masks of transformers by name, as generation makes them.
-            position_ids: Shape (B, T) or (1, T); counted from the cache by default. A row may hold several sequences,
-                packed: positions that do not go on begin another, and tokens see nothing of other sequences.
-            past_key_values: Key-value cache. It goes on with one sequence a row.
-            inputs_embeds: Embeddings of shape (B, T, d) in place of ``input_ids``.
-            use_cache: Whether to make a cache where none is given; by default what the config says, in training none.
-                Under gradient checkpointing there is none.
+            attention_mask: Shape (B, past + T), 0 for padding, which regularisers and short convolutions ignore too.
+                Or the dictionary of masks that transformers makes in generation.
+            position_ids: Shape (B, T) or (1, T); by default counted on from the cache. A row may hold several packed
+                sequences: each begins where positions do not increase, and tokens see nothing of other sequences.
+            past_key_values: Key-value cache. Once it holds tokens, each row must go on with one sequence.
+            inputs_embeds: Embeddings of shape (B, T, d) instead of ``input_ids``.
+            use_cache: Whether to make a cache if none is given; by default as in the config, but not in training. Never
+                under gradient checkpointing.
             **kwargs: ``output_hidden_states`` for the hidden states before each block and after the last,
-                ``output_attentions`` for the attention weights of each block (of eager attention, which alone has
-                them), and ``return_dict``; by default what the config says. ``cache`` is another name of
-                ``past_key_values``. All others go on to the attention function.
+                ``output_attentions`` for the attention weights of each block (only with eager attention), and
+                ``return_dict``, all by default as in the config. ``cache`` is another name for ``past_key_values``.
+                All others are passed to the attention function.
 
         Raises:
-            ValueError: If not exactly one of ``input_ids`` and ``inputs_embeds`` is given, a position is not in
-                [0, ``max_position_embeddings``) (on an accelerator, or compiled, the embedding's own assertion may come
-                first), or sequences are packed where a cache holds tokens already.
+            ValueError: If not exactly one of ``input_ids`` and ``inputs_embeds`` is given, a position is outside
+                [0, ``max_position_embeddings``) (on a GPU, or compiled, the embedding's own assertion may come first),
+                or sequences are packed although the cache already holds tokens.
         """
         past_key_values = kwargs.pop("cache", past_key_values)
         if (input_ids is None) == (inputs_embeds is None):
@@ -167,7 +167,7 @@ class DSCGPTModel(DSCGPTPreTrainedModel):
         use_cache = self._wants_cache(use_cache)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
-        # Those that are given may tell sequences packed in one apart.
+        # Positions given by the caller may mark packed sequences; those counted below never do.
         given_positions = position_ids
         position_ids = find_positions(self.config, inputs_embeds, position_ids, past_key_values)
         causal_mask, token_mask = make_masks(
@@ -176,7 +176,7 @@ class DSCGPTModel(DSCGPTPreTrainedModel):
         hidden_states = self.dropout(inputs_embeds + self.embed_positions(position_ids))
         seen = self._look(inputs_embeds, token_mask, past_key_values, given_positions)
         blocks = cast(list[DSCGPTBlock], list(self.blocks))
-        # Before the first block: what depends on tokens alone is not computed again for a checkpoint.
+        # Before the first block, so that activation checkpointing does not recompute what depends on tokens alone.
         routings = [None if seen is None else block.route(seen, token_mask) for block in blocks]
         for block, routing in zip(blocks, routings, strict=True):
             hidden_states, statistics = block(
@@ -200,7 +200,7 @@ class DSCGPTModel(DSCGPTPreTrainedModel):
     def _look(
         self, inputs_embeds: Tensor, token_mask: Tensor | None, cache: Cache | None, positions: Tensor | None
     ) -> Seen | None:
-        """The embeddings that layers and routers see, normalised once for all blocks; None where they see none."""
+        """Token embeddings for layers and routers, normalised once for all blocks; None if the options use none."""
         options = self.model_options
         if not options.embeddings_are_seen:
             return None
@@ -218,18 +218,18 @@ class DSCGPTModel(DSCGPTPreTrainedModel):
 
 
 def tied_banks(model: nn.Module) -> dict[str, str]:
-    """Parameters of banks that several layers of a DSCGPT have, see :func:`torchdsc.nn.host.tied_keys`."""
+    """Names of the parameters of shared banks, see :func:`torchdsc.nn.host.tied_keys`."""
     layers = ((name, module) for name, module in model.named_modules() if isinstance(module, DSC))
-    # A bank is named after the feed-forward layer that has it.
+    # Feed-forward layers first: their names are the ones that are saved.
     return tied_keys(sorted(layers, key=lambda layer: layer[0].endswith("attention.update")))
 
 
 class DSCGPTForCausalLM(DSCGPTPreTrainedModel, GenerationMixin):
     """DSCGPT with a language-modelling head; in training its loss includes the regularisers.
 
-    Exact under transformers' Trainer: with ``num_items_in_batch`` their terms are sums over routed tokens divided by
-    it, and L_frame's share is that of the labelled tokens. Routed and labelled tokens differ where labels are masked:
-    the terms then weigh by routed over labelled tokens.
+    With ``num_items_in_batch``, as Trainer passes it, the regularisers are sums over routed tokens divided by it, so
+    that gradient accumulation does not change them. If some labels are masked, there are more routed than labelled
+    tokens, and the regularisers weigh more by that ratio.
     """
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012 (a contract of transformers)
@@ -262,7 +262,7 @@ class DSCGPTForCausalLM(DSCGPTPreTrainedModel, GenerationMixin):
         num_items_in_batch: Tensor | int | None = None,
         **kwargs: Any,
     ) -> DSCGPTOutput:
-        """Logits (B, T, V), and with labels the loss.
+        """Compute logits (B, T, V), and with labels the loss.
 
         Args:
             input_ids: See :meth:`DSCGPTModel.forward`, as for the next four.
@@ -270,17 +270,17 @@ class DSCGPTForCausalLM(DSCGPTPreTrainedModel, GenerationMixin):
             position_ids: See there.
             past_key_values: See there.
             inputs_embeds: See there.
-            labels: Shape (B, T), shifted inside; -100 does not count.
+            labels: Shape (B, T), shifted inside the model; -100 is ignored.
             use_cache: See :meth:`DSCGPTModel.forward`.
-            logits_to_keep: Positions, from the end, whose logits are computed; 0 for all.
-            num_items_in_batch: Labelled tokens of the whole optimizer step, as Trainer passes them.
-            **kwargs: ``shift_labels`` of shape (B, T), shifted already, the token that follows each position: used
-                before ``labels``. Others go to :meth:`DSCGPTModel.forward`.
+            logits_to_keep: Number of positions, from the end, or indices of those whose logits are computed; 0 for all.
+            num_items_in_batch: Number of labelled tokens in the whole optimizer step, as Trainer passes it.
+            **kwargs: ``shift_labels`` of shape (B, T), the token that follows each position, takes precedence over
+                ``labels``. Others go to :meth:`DSCGPTModel.forward`.
 
         Raises:
-            RuntimeError: In a backward pass in training whose loss does not hold the regularisers.
+            RuntimeError: In the backward pass, in training, if it does not start from a loss with the regularisers.
         """
-        # Trainer takes every parameter with "label" in its name for one that evaluation needs.
+        # Not a parameter: Trainer would require every one with "label" in its name for evaluation.
         shift_labels: Tensor | None = kwargs.pop("shift_labels", None)
         since = 0 if torch.compiler.is_compiling() else next_number()
         outputs = self.model(
@@ -315,7 +315,7 @@ class DSCGPTForCausalLM(DSCGPTPreTrainedModel, GenerationMixin):
         hidden_states: Any,
         since: int,
     ) -> dict[str, Any]:
-        """The output's loss, its task's part, and in training the regularisers."""
+        """The output's fields ``loss`` and ``task_loss``, and in training ``regularization``."""
         task_loss = self.loss_function(
             logits=logits,
             labels=labels,

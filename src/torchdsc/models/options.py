@@ -1,4 +1,4 @@
-"""What of a DSCGPT's feed-forward options concerns the model around the layers."""
+"""The part of DSCGPT's feed-forward options that concerns the model around the layers."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,14 +13,14 @@ __all__ = ["FeedForwardKind", "ModelOptions", "split_options"]
 
 @dataclass(kw_only=True, unsafe_hash=True)
 class ModelOptions(ContextOptions):
-    """Feed-forward options that concern the model around the layers: what these see, and what they share.
+    """Feed-forward options that concern the model around the layers: short convolutions, and shared banks.
 
-    A dense layer, which has no router, takes ``input_context`` alone.
+    A dense layer, which has no router, takes only ``input_context``.
 
     Attributes:
         share_bank: One bank for the DSC layers of all blocks.
-        attention_rank: Rank of a router of its own, by which the bank of a block's DSC layer updates the output
-            projection of its attention too; 0 leaves that as it is.
+        attention_rank: Rank of an additional low-rank router in each block, by which the bank of its DSC layer also
+            updates the attention's output projection; 0 for none.
 
     Raises:
         TypeError: If an option has another type.
@@ -36,7 +36,7 @@ class ModelOptions(ContextOptions):
 
 
 def split_options(kind: FeedForwardKind, options: Mapping[str, Any]) -> tuple[ModelOptions, dict[str, Any]]:
-    """Options of the model, and those that are left for its layers."""
+    """Split options into those of the model and those of its layers."""
     names = METHODS[kind].model_options
     own = {name: value for name, value in options.items() if name in names}
     return ModelOptions(**own), {name: value for name, value in options.items() if name not in names}

@@ -1,4 +1,4 @@
-"""Positions and masks of tokens, and which sequence of those packed in one a token belongs to."""
+"""Positions and attention masks, also for several sequences packed in a row."""
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from .configuration import DSCGPTConfig
 def find_positions(
     config: DSCGPTConfig, inputs_embeds: Tensor, position_ids: Tensor | None, cache: Cache | None
 ) -> Tensor:
-    """Those given, or counted from the cache; refused where there are no such positions.
+    """Positions as given, or counted on from the cache.
 
     Args:
         config: The model's.
@@ -25,7 +25,7 @@ def find_positions(
         Positions of shape (B, T) or (1, T).
 
     Raises:
-        ValueError: If one is outside [0, ``max_position_embeddings``).
+        ValueError: If a position is outside [0, ``max_position_embeddings``).
     """
     length, most = inputs_embeds.shape[1], config.max_position_embeddings
     seen = cache.get_seq_length() if cache is not None else 0
@@ -45,29 +45,30 @@ def make_masks(
     cache: Cache | None,
     position_ids: Tensor | None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """What attention is masked with, and which of the T tokens are no padding, None where nothing says it.
+    """Make the mask for attention and the padding mask of the T tokens.
 
     Args:
         config: The model's.
         inputs_embeds: Shape (B, T, d).
-        attention_mask: As the model is given it.
+        attention_mask: As given to the model.
         cache: Key-value cache, or None.
-        position_ids: Those that are given, shape (B, T) or (1, T), or None.
+        position_ids: As given to the model, of shape (B, T) or (1, T), or None.
 
     Returns:
-        A mask for the attention function, and one of shape (B, T).
+        A mask for the attention function, or None for a plain causal one; and a bool padding mask of shape (B, T),
+        False for padding, or None if unknown.
 
     Raises:
-        ValueError: If sequences are packed where a cache holds tokens already.
+        ValueError: If sequences are packed although the cache already holds tokens.
     """
     if isinstance(attention_mask, dict):
-        # Generation with a static cache makes them beforehand, by name where there are several.
+        # Made beforehand by generation with a static cache, a mask for each kind of layer.
         tokens = attention_mask.get("linear_attention")
         return attention_mask["full_attention"], None if tokens is None else tokens.bool()
     if isinstance(cache, DynamicCache) and cache.get_seq_length() == 0:
-        # It changes no mask, and transformers tells packed sequences apart only without one.
+        # An empty cache changes no mask, and transformers separates packed sequences only without a cache.
         cache = None
-    # By position: transformers 5.24 has renamed the cache.
+    # Positional, because transformers 5.24 renamed the cache argument.
     causal_mask: Tensor | None = create_causal_mask(
         config, inputs_embeds, attention_mask, cache, position_ids=position_ids
     )
@@ -86,9 +87,9 @@ def _separated(
     cache: Cache | None,
     position_ids: Tensor,
 ) -> Tensor | None:
-    """The mask, also between packed sequences where transformers does not tell those apart."""
+    """The mask, with packed sequences separated if transformers has not done it."""
     if cache is None:
-        # Without padding transformers has done it; masks of four dimensions are the caller's own.
+        # Without padding transformers has separated them; a mask of four dimensions is the caller's to separate.
         if token_mask is None or attention_mask is None or attention_mask.shape != token_mask.shape:
             return causal_mask
         sequences = number_sequences(position_ids, token_mask)
@@ -105,11 +106,11 @@ def _separated(
 def check_positions(position_ids: Tensor, length: int | None, most: int) -> None:
     """Refuse positions outside [0, ``most``).
 
-    Values on an accelerator are waited for only where a row of ``length`` tokens (None if unknown) is longer than
-    ``most``; the embedding's own assertion on the device refuses the others. Compiled, it does so everywhere.
+    On a GPU, positions are only read back, which waits for the device, if a row of ``length`` tokens (None if unknown)
+    is longer than ``most``. Otherwise, and when compiled, the embedding's own assertion refuses them.
 
     Raises:
-        ValueError: If one is outside.
+        ValueError: If a position is outside.
     """
     is_long = length is not None and length > most
     if torch.compiler.is_compiling() or position_ids.is_meta or position_ids.numel() == 0:
@@ -123,14 +124,14 @@ def check_positions(position_ids: Tensor, length: int | None, most: int) -> None
 
 
 def separate(mask: Tensor | None, sequences: Tensor) -> Tensor:
-    """A causal attention mask, without what tokens would see of other sequences.
+    """Make a causal attention mask that also separates packed sequences.
 
     Args:
-        mask: Shape (B, 1, T, T), bool or to be added to scores; None for a plain causal one.
+        mask: Shape (B, 1, T, T), bool or additive; None for a plain causal one.
         sequences: From :func:`number_sequences`.
 
     Returns:
-        The mask.
+        A mask of shape (B, 1, T, T), bool or additive as ``mask``.
     """
     same = (sequences.unsqueeze(2) == sequences.unsqueeze(1)).unsqueeze(1)
     if mask is None:

@@ -1,4 +1,4 @@
-"""Modules: the bank of atoms, routers, what they see of a sequence, the DSC layer, and feed-forward layers with it."""
+"""Modules: the bank of atoms, routers, short convolutions, the DSC layer, and feed-forward layers with it."""
 
 from .bank import BasisBank
 from .context import Contextual, Seen

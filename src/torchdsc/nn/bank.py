@@ -15,7 +15,7 @@ from .sharding import check_not_flattened, whole
 
 
 class FrameEstimate(NamedTuple):
-    """How a bank takes L_frame; see :func:`torchdsc.losses.frame_loss`."""
+    """How a bank computes L_frame; the arguments of :func:`torchdsc.losses.frame_loss`."""
 
     normalized: bool = False
     samples: int | None = None
@@ -31,9 +31,9 @@ class BasisBank(nn.Module):
         num_atoms: M >= 1.
         in_features: d_in >= 1.
         out_features: d_out; ``in_features`` by default.
-        init_norm: Root mean square norm of the raw rows at the start, > 0. Rows of zeros are no way to start:
-            equation (3) has slope 1 / eps there.
-        sparse_gradients: Give ``u`` and ``v`` row-sparse gradients, of the rows in use alone.
+        init_norm: Root mean square norm of the raw rows at the start, > 0. Rows cannot start at zero, where equation
+            (3) has slope 1 / eps.
+        sparse_gradients: Give ``u`` and ``v`` row-sparse gradients, which hold only the rows in use.
         device: Where the parameters live.
         dtype: Their dtype.
 
@@ -85,21 +85,21 @@ class BasisBank(nn.Module):
         impl: Implementation = "auto",
         frame: FrameEstimate | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """All that is done with the rows: composition, equation (14), and what inspects or regularises them.
+        """Compose, inspect or regularise the atoms; the arguments given choose which, see Returns.
 
-        Whoever needs the rows calls the bank instead of reading ``u`` and ``v``, which are whole only inside this call
-        where parameters are offloaded, sharded or parametrized.
+        Call the bank instead of reading ``u`` and ``v``: parameters that are offloaded, sharded or parametrized are
+        whole only inside this call.
 
         Args:
-            x: Tokens of shape (T, d_in); None for what needs no tokens.
+            x: Tokens of shape (T, d_in); None for the atoms or L_frame.
             indices: Selected atoms of shape (T, K), int64; without ``x`` of any shape (...), all M by default.
             coefficients: Their coefficients z of shape (T, K).
             eps: Lower bound of an atom's norm.
             impl: Implementation of the composition.
-            frame: What L_frame is taken of.
+            frame: Ask for L_frame, computed like this.
 
         Returns:
-            By the arguments that are given:
+            Depending on the arguments given:
 
             * ``x``, ``indices`` and ``coefficients``: the composed outputs, of shape (T, d_out);
             * ``x`` and ``indices``: the latent values ``x . u_k`` of raw atoms, of shape (T, K), without gradients;
@@ -124,7 +124,7 @@ class BasisBank(nn.Module):
             return functional.normalize(u, dim=-1, eps=eps), functional.normalize(v, dim=-1, eps=eps)
         assert indices is not None
         if u is not own_u:
-            # A unit's policy of mixed precision does not reach the parameters of another's.
+            # Gathered from another FSDP unit, which this unit's mixed precision does not cast.
             u, v = u.to(x.dtype), v.to(x.dtype)
         if coefficients is None:
             return latents(x, u, indices)
@@ -143,10 +143,10 @@ class BasisBank(nn.Module):
         return total / max(1, pairs) if frame.normalized else total
 
     def _in_use(self, u: Tensor, v: Tensor, indices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Atoms of both sides to compose, and where in them ``indices``, int64 of any shape, point.
+        """Atoms u and v, and ``indices`` (int64, any shape) into them.
 
-        They are the bank itself, or with sparse gradients, in training, copies of the rows in use (at most as many as
-        there are indices), through which gradients are sparse.
+        Without sparse gradients these are the arguments. With them, in training, u and v are copies of the rows in use,
+        through which gradients are sparse, and indices count in the copies.
         """
         if not self.sparse_gradients or not torch.is_grad_enabled() or not u.requires_grad:
             return u, v, indices
@@ -169,8 +169,8 @@ def _orthogonal(out: Tensor) -> None:
     if rows <= 16 * columns:
         nn.init.orthogonal_(out)
         return
-    # Dividing by the Cholesky factor gives the same distribution as QR, in products: a tall normal matrix is far from
-    # singular, and its QR takes minutes at a million rows.
+    # Dividing by the Cholesky factor gives the same distribution as QR, which takes minutes at a million rows. A tall
+    # normal matrix is far from singular.
     nn.init.normal_(out)
     factor = torch.linalg.cholesky(out.t() @ out, upper=True)
     identity = torch.eye(columns, dtype=out.dtype, device=out.device)

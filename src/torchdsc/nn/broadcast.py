@@ -1,8 +1,8 @@
-"""The embeddings of the tokens that a model is called with, for layers inside it, past the model's own code.
+"""Token embeddings for layers inside a model whose code does not pass them on.
 
-A hook of the model notes what a call is about: padding, positions, the cache. A hook of its input embedding then has
-the embeddings, before positions are added, and layers that see them ask for them. In cached generation those of the
-last tokens lie in a layer of their own in transformers' cache, and are reordered, repeated and reset with keys and
+A forward pre-hook of the model records the attention mask, positions and cache of a call. A hook of its input embedding
+records the embeddings, before positions are added, and layers ask for them. In cached generation, the embeddings of the
+last tokens are kept in an additional layer of transformers' cache, which is reordered, repeated and reset with keys and
 values.
 """
 
@@ -43,7 +43,7 @@ class Broadcast:
         self._is_open = False
         self._given: dict[str, Any] = {}
         self._seen: Seen | None = None
-        # Calls whose backward pass may still recompute a layer: the graphs of the layers' outputs hold them.
+        # Calls whose backward pass may still recompute a layer: kept alive by the graphs of the layers' outputs.
         self._calls: weakref.WeakSet[_Call] = weakref.WeakSet()
         self._call: _Call | None = None
         self._embedding: nn.Module = model.get_input_embeddings()  # type: ignore[operator]
@@ -54,7 +54,7 @@ class Broadcast:
         ]
 
     def __getstate__(self) -> dict[str, Any]:
-        # What belongs to a call stays with it: a copied or saved model starts without any.
+        # A copied or saved model starts without the state of a call.
         blank: dict[str, Any] = {"_seen": None, "_given": {}, "_call": None, "_is_open": False, "_calls": None}
         return {**vars(self), **blank}
 
@@ -74,15 +74,16 @@ class Broadcast:
                 handle.remove()
 
     def seen(self, x: Tensor, rows: Tensor | None = None) -> Seen:
-        """The embeddings of the tokens of the current call, on the device and in the dtype of a layer's input.
+        """The token embeddings of the current call, on the device and in the dtype of ``x``.
 
         Args:
-            x: Shape (..., d), of as many tokens as the call has.
-            rows: Which sequences of the call ``x`` holds, int64 of shape (b,); all by default.
+            x: The layer's input of shape (..., d), with every token of the call (or of ``rows``).
+            rows: Which sequences of the call ``x`` holds, int64 of shape (b,); by default all.
 
         Raises:
-            RuntimeError: If the layer is called outside of its model's call, or recomputed for one of several.
-            ValueError: If it has another number of tokens.
+            RuntimeError: If the layer is called outside its model's call, or recomputed in a backward pass while
+                several calls wait for theirs.
+            ValueError: If ``x`` has another number of tokens.
         """
         found = self._seen if self._is_open or torch.compiler.is_compiling() else self._recomputed()
         if found is None:
@@ -101,7 +102,7 @@ class Broadcast:
         return found.to(x.device, x.dtype)
 
     def keep(self, output: Tensor) -> None:
-        """Keep the embeddings for a layer's recomputation, as long as a backward pass may come through its output."""
+        """Keep the embeddings for recomputation in the backward pass, for as long as the graph of ``output`` lives."""
         if self._is_open and output.requires_grad and not torch.compiler.is_compiling() and self._call is not None:
             output.register_hook(self._call.use)  # type: ignore[no-untyped-call]
 
@@ -115,11 +116,11 @@ class Broadcast:
         self._given = {**dict(zip(self._accepted, args, strict=False)), **kwargs}
         self._is_open, self._seen = True, None
         if not torch.compiler.is_compiling():
-            # Their backward pass is over, whoever still holds its graph.
+            # Drop calls whose backward pass is over, even if their graph is still referenced.
             self._calls = weakref.WeakSet(call for call in self._calls if not call.is_used)
         embedding = model.get_input_embeddings()  # type: ignore[operator]
         if embedding is not self._embedding:
-            # One that was resized, or wrapped by an adapter.
+            # The embedding was resized, or wrapped by an adapter.
             self._embedding = embedding
             self._handles[-1].remove()
             self._handles[-1] = embedding.register_forward_hook(self._embedded)
@@ -143,7 +144,7 @@ class Broadcast:
         if past:
             mask = _token_mask(self._given.get("attention_mask"), length, cache)
             if mask is not None:
-                # Not by a product: the state of padding need not be finite.
+                # Not a product: hidden states of padding may be NaN.
                 x = x.masked_fill(~mask.unsqueeze(-1), 0.0)
             if isinstance(positions, Tensor) and length > 1:
                 positions = _places(positions, mask)
@@ -170,65 +171,65 @@ class _Call:
         self.seen, self.is_used = seen, False
 
     def use(self, gradient: Tensor) -> None:
-        """The hook that holds the call: a backward pass comes through a layer's output."""
+        """The hook of a layer's output, which keeps the call alive and notes its backward pass."""
         self.is_used = True
 
 
 class Listener(Contextual):
-    """A contextual layer inside a model, which sees what a :class:`Broadcast` hands it.
+    """A layer inside a model that gets token embeddings from a :class:`Broadcast`.
 
     Attributes:
-        broadcast: What has the embeddings; None for a layer that sees none.
+        broadcast: Where the embeddings come from; None for a layer that uses none.
     """
 
     broadcast: Broadcast | None = None
 
     def listen(self, broadcast: Broadcast) -> None:
-        """Ask ``broadcast`` from now on."""
+        """Take embeddings from ``broadcast`` from now on."""
         self.broadcast = broadcast
         broadcast.join()
 
     def leave(self) -> None:
-        """Ask it no more."""
+        """Take no more embeddings."""
         if self.broadcast is not None:
             self.broadcast.leave()
             self.broadcast = None
 
     def look(self, x: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """What the layer and its router see of its input.
+        """The inputs of the layer and of its router.
 
         Args:
-            x: Shape (..., d).
+            x: Hidden states of shape (..., d).
             rows: See :meth:`Broadcast.seen`.
 
         Returns:
-            Two tensors of the shape of ``x``, the second None where the router sees what the layer does.
+            Two tensors of the shape of ``x``; the second is None if the router sees the layer's input.
         """
         if self.broadcast is None:
             return x, None
         seen = self.broadcast.seen(x, rows)
-        # Some models flatten sequences on the way.
+        # Some models flatten batch and sequence.
         sequences = x.reshape(*seen.sequences.shape[:-2], seen.length, x.shape[-1])
         routed = self.router_sees(seen)
         z = self.layer_sees(sequences, seen).reshape(x.shape)
         return z, None if routed is None else routed.reshape(x.shape)
 
     def kept(self, y: Tensor) -> Tensor:
-        """The output ``y``, which may be recomputed in its backward pass."""
+        """The output ``y``, after making sure that a checkpoint can recompute it."""
         if self.broadcast is not None:
             self.broadcast.keep(y)
         return y
 
 
 def decoder_of(model: nn.Module) -> nn.Module:
-    """The part that is called with the tokens of every forward pass, whoever calls it: ``model.model``, say."""
+    """The inner model that every forward pass calls with the tokens, for example ``model.model``."""
     prefix = getattr(model, "base_model_prefix", "")
     part = getattr(model, prefix, None) if prefix else None
     return part if isinstance(part, nn.Module) else model
 
 
 def embedding_size(model: nn.Module) -> int | None:
-    """d of the embeddings that layers of ``model`` can see; None where its embedding does not tell.
+    """d of the token embeddings of ``model``; None if its embedding has no ``embedding_dim``.
 
     Raises:
         ValueError: If the model has no input embedding, or an encoder beside its decoder.
@@ -247,15 +248,15 @@ def broadcast_embeddings(model: nn.Module, features: int, past_tokens: int) -> B
     """Let layers of ``model`` see the embeddings of the tokens it is called with.
 
     Args:
-        model: A causal language model with ``get_input_embeddings()``: transformers', or one like them.
+        model: A causal language model with ``get_input_embeddings()``, from transformers or with the same interface.
         features: d of the layers.
-        past_tokens: How many tokens before its own a layer looks back to.
+        past_tokens: How many earlier tokens a layer looks back to.
 
     Returns:
-        What the layers ask, by :meth:`Listener.listen`; the same for all layers of a model.
+        The source of embeddings to give to :meth:`Listener.listen`; one for all layers of a model.
 
     Raises:
-        ValueError: If the model has no such embedding, one of another size, or an encoder beside its decoder.
+        ValueError: If the model has no input embedding, one of another size, or an encoder beside its decoder.
     """
     size = embedding_size(model)
     if size is not None and size != features:
@@ -270,7 +271,7 @@ def broadcast_embeddings(model: nn.Module, features: int, past_tokens: int) -> B
 
 
 def _token_mask(mask: Any, length: int, cache: Any) -> Tensor | None:
-    """Which of the last ``length`` tokens are no padding, of shape (B, T); None where nothing says it."""
+    """Padding mask (B, T) of the last ``length`` tokens, False for padding; None if ``mask`` does not tell."""
     if isinstance(mask, dict):
         mask = mask.get("full_attention", next(iter(mask.values()), None))
     if not isinstance(mask, Tensor):
@@ -278,22 +279,22 @@ def _token_mask(mask: Any, length: int, cache: Any) -> Tensor | None:
     if mask.dim() == 2:
         return mask[:, -length:].bool() if mask.shape[1] >= length else None
     if mask.dim() != 4 or length == 1:
-        # A token that is generated is none.
+        # A generated token is no padding.
         return None
-    # Prepared for attention: padding does not see itself.
+    # An attention mask of four dimensions: padding does not attend to itself.
     start = 0 if cache is None else int(cache.get_seq_length())
     own = mask[:, 0, :, start : start + length].diagonal(dim1=-2, dim2=-1)
     return own if own.dtype == torch.bool else own == 0
 
 
 def _places(positions: Tensor, mask: Tensor | None) -> Tensor | None:
-    """Places of tokens in their sequences, where several are packed in a row; None where each row holds one."""
+    """``positions`` if a row holds several packed sequences, else None."""
     numbers = number_sequences(positions, mask)
     return None if numbers is None else positions
 
 
 def _after_past(x: Tensor, past_tokens: int, cache: Any) -> Tensor:
-    """Embeddings after those of the tokens before them, as far as the cache holds some."""
+    """The embeddings ``x``, preceded by those of earlier tokens that the cache holds."""
     if cache is None:
         return x
     index = _index(cache)
@@ -304,13 +305,13 @@ def _after_past(x: Tensor, past_tokens: int, cache: Any) -> Tensor:
             "past_key_values must be a transformers Cache that this model has filled from its first token on, got one "
             "that holds tokens whose embeddings are not in it"
         )
-    # Features come before places there.
+    # The cache stores (B, d, T).
     seen: Tensor = cache.update_conv_state(x.mT, index, conv_kernel_size=past_tokens).mT
     return seen
 
 
 def _keep_past(sequences: Tensor, past_tokens: int, cache: Any) -> None:
-    """Put the layer of the last embeddings into a cache that has none."""
+    """Append the layer for embeddings to a cache that has none yet."""
     if not hasattr(cache, "layers"):
         raise ValueError(f"past_key_values must be a transformers Cache with layers, got a {type(cache).__name__}")
     if _index(cache) is None:
@@ -331,7 +332,7 @@ _classes: list[type] = []
 
 
 def _past_layer_class() -> Any:
-    """A layer of transformers' cache for the last embeddings."""
+    """The class of cache layer that keeps the last embeddings, made here so that transformers is imported late."""
     if _classes:
         return _classes[0]
     from transformers.cache_utils import LinearAttentionLayer

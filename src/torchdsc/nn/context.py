@@ -1,4 +1,4 @@
-"""What layers and their routers see of a sequence: short convolutions of hidden states or of the tokens' embeddings."""
+"""Short convolutions in front of a layer and its router, over hidden states or token embeddings."""
 
 from typing import NamedTuple, Self
 
@@ -10,12 +10,13 @@ from .short_convolution import ShortConvolution
 
 
 class Seen(NamedTuple):
-    """Sequences that contexts look at: hidden states, or the embeddings of tokens.
+    """What the short convolutions are applied to: hidden states, or token embeddings.
 
     Attributes:
         sequences: Shape (..., past + T, d); padding is zeros.
-        length: T, the tokens of this call, which are the last.
-        positions: Their places in their sequences, see :meth:`ShortConvolution.forward`; None for one sequence a row.
+        length: T, the number of tokens in this call, which come last.
+        positions: Positions of these T tokens in their sequences, see :meth:`ShortConvolution.forward`; None if each
+            row is one sequence.
     """
 
     sequences: Tensor
@@ -34,12 +35,12 @@ class Seen(NamedTuple):
 
 
 class Contextual:
-    """A module around a routed layer that owns its short convolutions.
+    """A module that owns the short convolutions of a routed layer.
 
     Attributes:
-        context: What they are.
-        router_context: Of what the router sees; None for the token alone.
-        input_context: Of what is added to the layer's input; None for nothing.
+        context: Their options.
+        router_context: Convolution that makes the router's input; None if the router sees each token alone.
+        input_context: Convolution that is added to the layer's input; None if nothing is added.
     """
 
     context: ContextOptions
@@ -53,7 +54,7 @@ class Contextual:
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        """Build what ``context`` asks for, of d = ``features``."""
+        """Build the short convolutions that ``context`` asks for, over d = ``features``."""
         assert isinstance(self, nn.Module)
         self.context = context
         self.router_context = self.input_context = None
@@ -65,14 +66,14 @@ class Contextual:
             )
 
     def router_sees(self, seen: Seen) -> Tensor | None:
-        """What the router sees, of shape (..., T, d); None for what the layer does."""
+        """The router's input of shape (..., T, d); None if it is the layer's input."""
         if self.router_context is not None:
             mixed: Tensor = self.router_context(seen.sequences, length=seen.length, positions=seen.positions)
             return mixed
         return seen.own() if self.context.router_input == "embeddings" else None
 
     def layer_sees(self, x: Tensor, seen: Seen) -> Tensor:
-        """What the layer sees, of the shape of its input ``x``, (..., T, d)."""
+        """The layer's input: ``x`` of shape (..., T, d), plus the convolved embeddings if the options ask for them."""
         if self.input_context is None:
             return x
         mixed: Tensor = self.input_context(seen.sequences, length=seen.length, positions=seen.positions, onto=x)

@@ -18,7 +18,7 @@ class DenseFFN(nn.Module):
 
     Raises:
         TypeError: If a size is no int.
-        ValueError: If it is below 1.
+        ValueError: If a size is below 1.
     """
 
     def __init__(

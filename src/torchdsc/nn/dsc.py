@@ -20,25 +20,27 @@ from .statistics import RoutedLayer, sum_statistics
 class DSC(RoutedLayer):
     """Dynamic Subspace Composition: ``y = scale gamma * ((x U_I^T) * z) V_I``, equations (4), (5) and (14).
 
-    It maps x to the update x dW(z(x)) alone; :class:`Residual` adds it to a base. The default is the paper's
-    Algorithm 2, ``DSC.basic(...)`` its Algorithm 1. With ``activation="relu"`` the latent values x . u_k are rectified:
-    ``y = scale gamma * (relu(x U_I^T) * z) V_I``. ``|dW|_2 < scale max |gamma|`` for every token, equations (7), (8).
+    It returns only the update x dW(z(x)); :class:`torchdsc.Residual` adds it to a base layer. The default is the
+    paper's Algorithm 2, ``DSC.basic(...)`` its Algorithm 1. With ``activation="relu"`` the latent values x . u_k are
+    rectified: ``y = scale gamma * (relu(x U_I^T) * z) V_I``. ``|dW|_2 < scale max |gamma|`` holds for every token,
+    equations (7) and (8).
 
     Args:
         in_features: d_in.
         out_features: d_out; ``in_features`` by default.
-        options: What the layer is made of; see there.
-        bank: Bank to share: a submodule of both layers, as tied weights are. A new one by default.
+        options: The layer's options, see :class:`DSCOptions`.
+        bank: A bank to share with another layer, which then is a submodule of both, like tied weights; by default a
+            new one.
         device: Where new parameters live.
         dtype: Their dtype.
-        **changes: Fields of :class:`DSCOptions` in place of those of ``options``; without these ``num_atoms`` and
-            ``top_k`` are required.
+        **changes: Fields of :class:`DSCOptions`, which override those of ``options``. Without ``options``,
+            ``num_atoms`` and ``top_k`` are required.
 
     Attributes:
         bank: The atoms, a :class:`BasisBank`; raw rows ``bank.u`` (M, d_in) and ``bank.v`` (M, d_out).
-        router: Tokens to scores; the linear router's ``router.weight`` is (M, d_in).
-        gamma: Learned output scale of shape (d_out,), or (1,) for Algorithm 1. A state of shape (), as it was saved
-            before, loads as well.
+        router: Selects atoms for each token; ``router.weight`` of the linear router has shape (M, d_in).
+        gamma: Learned output scale of shape (d_out,), or (1,) for Algorithm 1. Older checkpoints, where its shape is
+            (), load too.
 
     Raises:
         TypeError: If an argument has another type, or an option is unknown or missing.
@@ -90,7 +92,7 @@ class DSC(RoutedLayer):
             )
         self.bank = bank
         self.router = build_router(in_features, self.options, device, dtype)
-        # Not a scalar, which FSDP takes for no parameter.
+        # FSDP does not shard scalars, so the shape is (1,) rather than ().
         shape = (self.out_features if self.options.channelwise_gamma else 1,)
         self.gamma = nn.Parameter(torch.full(shape, self.options.gamma_init, device=device, dtype=dtype))
 
@@ -116,10 +118,10 @@ class DSC(RoutedLayer):
         return gamma if self.options.scale == 1.0 else gamma * self.options.scale
 
     def regularizer_factor(self) -> Tensor | None:
-        """See :class:`RoutedLayer`: 0 as long as a gamma that starts at zero has not moved.
+        """See :class:`RoutedLayer`: 0 while gamma is still at its initial zero.
 
-        The task gives bank and router no gradient then. Adam, which divides by a gradient's size, would follow the
-        regularisers alone, at its full rate.
+        Bank and router get no gradient from the task then, and Adam, which divides by the gradient's size, would
+        follow the regularisers at its full learning rate.
         """
         if self.options.gamma_init != 0:
             return None
@@ -164,13 +166,13 @@ class DSC(RoutedLayer):
         coefficients = self._rectified(flat, routing)
         composed: Tensor = self.bank(flat, routing.indices, coefficients, eps=self.options.eps, impl=self.options.impl)
         scale = self.output_scale
-        # In inference in place: what compose returns is new.
+        # In place in inference: compose returned a new tensor.
         inference = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
         scaled: Tensor = composed.mul_(scale) if inference and composed.dtype == scale.dtype else composed * scale
         return scaled
 
     def _rectified(self, flat: Tensor, routing: Routing) -> Tensor:
-        """Coefficients, of zero where the activation rectifies a latent value."""
+        """The coefficients, zero where the activation rectifies the latent value."""
         if self.options.activation == "none":
             return routing.coefficients
         # relu(a) is a where a > 0.
@@ -178,7 +180,7 @@ class DSC(RoutedLayer):
         return routing.coefficients * (latents > 0)
 
     def delta_weight(self, x: Tensor, router_input: Tensor | None = None) -> Tensor:
-        """The composed weights dW of equation (4), gamma included, one matrix a token: for inspection.
+        """The composed weight dW of each token, equation (4) with gamma, for inspection.
 
         Args:
             x: Tokens of shape (..., d_in).
@@ -191,7 +193,7 @@ class DSC(RoutedLayer):
         return torch.einsum("...ki,...ko->...io", left, right).to(x.dtype)
 
     def factors(self, x: Tensor, router_input: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """The rank-K factors of dW: rows u_k, (..., K, d_in), and ``z_k v_k scale gamma``, (..., K, d_out)."""
+        """The rank-K factors of dW: u_k of shape (..., K, d_in), and ``z_k v_k scale gamma`` of (..., K, d_out)."""
         routing = self.route(x if router_input is None else router_input)
         u, v = self.bank(None, routing.indices, eps=self.options.eps)
         flat = self._cast(self._flatten(x), self.parameter_dtype)

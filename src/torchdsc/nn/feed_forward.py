@@ -1,4 +1,4 @@
-"""The recommended feed-forward layer, with all that it sees."""
+"""The recommended feed-forward layer: a static layer, DSC, and their short convolutions over token embeddings."""
 
 from typing import Unpack, overload
 
@@ -19,9 +19,9 @@ from .statistics import check_token_mask
 class DSCFeedForward(nn.Module, Contextual):
     """``y = base(x') + dsc(x')`` with ``x' = x + sum_i b_i * e_{t-i}``, routed by ``sum_i a_i * e_{t-i}``.
 
-    e are the embeddings of the tokens, normalised: those of the last four are mixed into what the layer sees, those of
-    the last three are what its router sees. With other settings than the recommended ones, which are the defaults, it
-    is any feed-forward layer of DSC.
+    e are the normalised token embeddings. A short convolution over those of the last four tokens is added to the
+    layer's input; one over the last three is the router's input. These are the recommended settings, which are the
+    defaults; others make any feed-forward layer with DSC.
 
     Example::
 
@@ -33,15 +33,15 @@ class DSCFeedForward(nn.Module, Contextual):
 
     Args:
         features: d.
-        hidden_features: Width of the static layer, a :class:`DenseFFN`; 0 leaves it out.
-        base: A static layer of your own, from (..., d) to (..., d), in its place.
-        bank: Bank to share with another layer; a new one by default.
-        normalize_embeddings: Whether embeddings go through a LayerNorm without parameters. Pass False where that has
-            been done, once for all layers.
+        hidden_features: Width of the static layer, a :class:`DenseFFN`; 0 for none.
+        base: A static layer of your own, from (..., d) to (..., d), instead of a :class:`DenseFFN`.
+        bank: A bank to share with another layer; by default a new one.
+        normalize_embeddings: Whether to put embeddings through a LayerNorm without parameters. Pass False if they are
+            normalised already, for example once for all layers.
         device: Where new parameters live.
         dtype: Their dtype.
-        **options: Fields of :class:`DSCOptions` and :class:`ContextOptions` in place of the recommended ones, see
-            :func:`recommended`; ``num_atoms`` is required.
+        **options: Fields of :class:`torchdsc.DSCOptions` and :class:`torchdsc.nn.ContextOptions` that override the
+            recommended ones, see :func:`recommended`; ``num_atoms`` is required.
 
     Attributes:
         base: The static layer, or None.
@@ -49,7 +49,7 @@ class DSCFeedForward(nn.Module, Contextual):
 
     Raises:
         TypeError: If an argument has another type, or an option is unknown or missing.
-        ValueError: On an option out of its range, or both ``hidden_features`` and ``base``.
+        ValueError: On an option out of its range, or if both ``hidden_features`` and ``base`` are given.
     """
 
     def __init__(
@@ -79,9 +79,9 @@ class DSCFeedForward(nn.Module, Contextual):
         self.add_contexts(features, context, device, dtype)
 
     def initial_state(self, *shape: int) -> Tensor:
-        """The state before the first token, of shape (..., past, d) for a batch of shape (...): zeros.
+        """The state for cached decoding before the first token: zeros of shape (..., past, d) for a batch (...).
 
-        It is what the convolutions look back to: the embeddings, normalised, of the last ``past`` tokens.
+        A state holds what the short convolutions look back to: the normalised embeddings of the last ``past`` tokens.
         """
         like = self.dsc.gamma
         return torch.zeros(*shape, self.context.past_tokens, self.features, device=like.device, dtype=like.dtype)
@@ -120,20 +120,20 @@ class DSCFeedForward(nn.Module, Contextual):
 
         Args:
             x: Shape (..., T, d), in the dtype of the parameters (any under autocast).
-            embeddings: Those of the same tokens, without positions, of the shape of ``x``. Not needed where neither
-                router nor layer sees them.
-            token_mask: Optional, of shape (..., T): padding, which is False, counts as zeros in what other tokens see
-                of it, and does not count in the regularisers.
-            positions: Places of the tokens in their sequences, counted from 0, integers of a shape that broadcasts to
-                (..., T): where several sequences are packed in one, a token sees none of another.
-            state: Of the tokens before these, from :meth:`initial_state` or the call before.
+            embeddings: Token embeddings without positions, of the shape of ``x``. Not needed if the options use none.
+            token_mask: Optional padding mask of shape (..., T), False for padding: the short convolutions take padding
+                as zeros, and it does not count in the regularisers.
+            positions: Positions of the tokens in their sequences, counted from 0, integers that broadcast to (..., T).
+                With several sequences packed in a row, the short convolutions stay within each.
+            state: The state after the tokens before these, from :meth:`initial_state` or the last call.
 
         Returns:
-            Tensor of shape (..., T, d) and the dtype of ``x``; with ``state`` also the next one.
+            Tensor of shape (..., T, d) and the dtype of ``x``; with ``state``, a pair of it and the next state.
 
         Raises:
-            ValueError: If a shape is another, or ``embeddings`` are missing.
-            TypeError: If the dtype of ``x`` is not that of the parameters, or ``embeddings`` have another.
+            ValueError: If a shape differs from the above, or ``embeddings`` are missing.
+            TypeError: If the dtype of ``x`` is not that of the parameters, or that of ``embeddings`` is not that of
+                ``x``.
             RuntimeError: In the backward pass, if the regularisers have not been collected by then.
         """
         seen = self._look(x, embeddings, token_mask, positions, state)
@@ -142,12 +142,12 @@ class DSCFeedForward(nn.Module, Contextual):
         y: Tensor = self.dsc(mixed, token_mask, routed)
         if self.base is not None:
             y = self.base(mixed) + y
-        # Under autocast what is mixed may be of another.
+        # Under autocast the parts may have another dtype.
         y = y.to(x.dtype)
         if state is None:
             return y
         past = self.context.past_tokens
-        # A copy, which does not keep all that was seen.
+        # A copy, so that the state does not keep all sequences in memory.
         return y, seen.sequences.narrow(-2, seen.sequences.shape[-2] - past, past).clone()
 
     def _look(
@@ -172,7 +172,7 @@ class DSCFeedForward(nn.Module, Contextual):
             if self.normalize_embeddings:
                 source = functional.layer_norm(source, (self.features,))
         if token_mask is not None and self.context.past_tokens > 0:
-            # Not by a product: the state of padding need not be finite.
+            # Not a product: embeddings of padding may be NaN.
             source = source.masked_fill(~token_mask.bool().unsqueeze(-1), 0.0)
         if state is not None:
             expected = (*x.shape[:-2], self.context.past_tokens, self.features)

@@ -1,4 +1,4 @@
-"""What a layer inside a model needs of it: sizes of the module beside it, the padding, parts of other layers."""
+"""Layers inside models of other libraries: sizes of the modules they join, the attention mask, tied parameters."""
 
 import copy
 import inspect
@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 
 def tied_keys(layers: Iterable[tuple[str, nn.Module]]) -> dict[str, str]:
-    """Names of parameters that ``layers`` share, each with its name in the first of them that has it.
+    """Names of parameters that ``layers`` share, each mapped to its name in the first layer that has it.
 
-    It is what transformers asks a model for, as it refuses to save tensors that share memory otherwise.
+    Transformers asks a model for this mapping; without it, it refuses to save tensors that share memory.
 
     Args:
         layers: Modules with their names.
@@ -32,19 +32,20 @@ def tied_keys(layers: Iterable[tuple[str, nn.Module]]) -> dict[str, str]:
 def feature_sizes(module: nn.Module, name: str, width: int | None = None) -> tuple[int | None, int | None]:
     """d_in and d_out of a module that maps tokens (..., d_in) to (..., d_out).
 
-    A linear layer tells them. Another module is run without data. Where it does not run so (it wants more arguments, or
-    looks at its values), it is taken for a block of a residual stream, which maps a width to itself, or the end of one.
+    A linear layer has them as attributes. Any other module is run on the meta device. Where that fails (it takes more
+    arguments, or reads values), it is assumed to be a block of the residual stream, which maps a width to itself, or
+    the block's last part.
 
     Args:
-        module: Linear layer, quantised or not, Conv1D, or a module that holds some.
+        module: Linear layer, quantised or not, Conv1D, or a module that contains some.
         name: Its name, for errors.
-        width: Features of the residual stream, where the model tells them.
+        width: Width of the residual stream, if known.
 
     Returns:
         d_in and d_out, or None and None for a module without linear layers.
 
     Raises:
-        ValueError: If the module's output is no tensor of the same tokens, or its sizes cannot be told.
+        ValueError: If the module's output has other leading dimensions than its input, or its sizes cannot be told.
     """
     own = _linear_sizes(module)
     if own is not None:
@@ -62,7 +63,7 @@ def feature_sizes(module: nn.Module, name: str, width: int | None = None) -> tup
         found = [size for size in blocks if size in widths]
         if len(found) == 1:
             return found[0], found[0]
-    # The second half of a block: what it returns goes into the stream.
+    # The second half of a block: its output is added to the residual stream.
     if len(inputs) == len(outputs) == 1 and outputs[0] in {width, *norms}:
         return inputs[0], outputs[0]
     raise ValueError(
@@ -72,7 +73,7 @@ def feature_sizes(module: nn.Module, name: str, width: int | None = None) -> tup
 
 
 def stream_width(model: nn.Module, name: str) -> int | None:
-    """``hidden_size`` of the configuration nearest to a module of that name: its own, or one of a module around it."""
+    """``hidden_size`` in the config of the module of that name, or of the innermost module around it that has one."""
     module, width = model, None
     for part in ("", *name.split(".")):
         module = module.get_submodule(part)
@@ -82,18 +83,18 @@ def stream_width(model: nn.Module, name: str) -> int | None:
 
 
 def _run(module: nn.Module, name: str, sizes: list[int]) -> dict[int, int]:
-    """Those of the input sizes that a copy of ``module`` without data runs on, with the output size of each."""
+    """The input sizes that a copy of ``module`` on the meta device accepts, each mapped to its output size."""
     if any(hasattr(part, "_hf_hook") for part in module.modules()):
-        # Accelerate's hooks fetch weights.
+        # Accelerate's hooks would load the weights.
         return {}
     mapped: dict[int, int] = {}
     try:
         tensors = {id(tensor): _without_data(tensor) for tensor in (*module.parameters(), *module.buffers())}
-        # Nor the embedding of the model around it, which a layer of ours may refer to.
+        # A layer of this package may refer to the model's embedding: not copied either.
         left = {id(found): None for part in module.modules() if (found := vars(part).get("broadcast")) is not None}
         copied = copy.deepcopy(module, {**tensors, **left}).eval()
         dtype = next((t.dtype for t in tensors.values() if t.is_floating_point()), torch.get_default_dtype())
-    except Exception:  # Whatever a module of others raises, it cannot be copied.
+    except Exception:  # Foreign modules may raise anything when copied.
         return {}
     for size in sizes:
         x = torch.empty(2, 3, size, device="meta", dtype=dtype)
@@ -101,7 +102,7 @@ def _run(module: nn.Module, name: str, sizes: list[int]) -> dict[int, int]:
             with torch.no_grad(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 output = copied(x, *[None] * _num_required(copied))
-        except Exception:  # A size that does not fit, or a module that does not run like this.
+        except Exception:  # The size does not fit, or the module cannot run on meta tensors.
             continue
         output = output[0] if isinstance(output, tuple) and output else output
         if not isinstance(output, Tensor) or output.shape[:-1] != x.shape[:-1]:
@@ -115,12 +116,12 @@ def _run(module: nn.Module, name: str, sizes: list[int]) -> dict[int, int]:
 
 
 def _without_data(tensor: Tensor) -> Tensor:
-    # Not empty_like: quantised parameters are of classes of their own.
+    # Not empty_like, which keeps the subclass of a quantised parameter.
     return torch.empty(tensor.shape, device="meta", dtype=tensor.dtype)
 
 
 def _num_required(module: nn.Module) -> int:
-    """Arguments besides the first that a module cannot be called without."""
+    """Number of required positional arguments of ``forward`` after the first."""
     parameters = [*inspect.signature(module.forward).parameters.values()][1:]
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     return sum(parameter.kind in kinds and parameter.default is parameter.empty for parameter in parameters)
@@ -137,7 +138,7 @@ def is_linear(module: nn.Module) -> bool:
 
 
 def _linear_sizes(module: nn.Module) -> tuple[int, int] | None:
-    # Quantised linear layers of several libraries are no nn.Linear.
+    # By attributes: quantised linear layers of several libraries do not subclass nn.Linear.
     first, last = getattr(module, "in_features", None), getattr(module, "out_features", None)
     if isinstance(first, int) and isinstance(last, int):
         return first, last
@@ -148,30 +149,30 @@ def _linear_sizes(module: nn.Module) -> tuple[int, int] | None:
 
 
 class TokenMasked:
-    """A module that is told the attention mask of its model: padding does not count in regularisers.
+    """A module that is given its model's attention mask, so that padding does not count in the regularisers.
 
-    The mask stays until the next call: a checkpointed block that is recomputed in the backward pass needs it again.
+    The mask stays until the model's next call, since activation checkpointing needs it again in the backward pass.
 
     Attributes:
-        token_mask: The mask of the tokens that the module's model is called with.
-        memory: In a decoder beside an encoder, whose cross-attention reads other tokens: what tells the encoder's
-            states, by ``id``, and their mask.
+        token_mask: The mask of the tokens that the model is called with.
+        memory: In the decoder of an encoder-decoder, whose cross-attention reads the encoder's hidden states: their
+            ``id``, by which they are recognised, and their mask.
     """
 
     token_mask: Tensor | None = None
     memory: tuple[int, Tensor | None] | None = None
 
     def mask_of(self, x: Tensor) -> Tensor | None:
-        """The mask of tokens x of shape (..., d), None where it is that of other tokens.
+        """The padding mask of hidden states ``x`` of shape (..., d); None if the known masks have another shape.
 
-        Models that flatten leading axes on the way keep the order of their tokens.
+        A model may have flattened the leading dimensions, which keeps the order of the tokens.
         """
         mask = self.token_mask
         if self.memory is not None and not torch.compiler.is_compiling() and id(x) == self.memory[0]:
             mask = self.memory[1]
         if mask is None or mask.shape == x.shape[:-1]:
             return mask
-        # Into tokens, or as models of several texts an example do, into sequences of the same length.
+        # Flattened to (tokens,), or to (sequences, length) as models with several texts an example do.
         shape = x.shape[:-1]
         keeps_length = len(shape) == 1 or shape[-1] == mask.shape[-1]
         is_flat = len(shape) < mask.dim() and keeps_length and mask.numel() == shape.numel()
@@ -181,7 +182,7 @@ class TokenMasked:
 def pass_attention_mask(model: nn.Module) -> None:
     """Hand the ``attention_mask`` that ``model`` is called with to every :class:`TokenMasked` module in it.
 
-    The decoder of an encoder-decoder is called with its own.
+    In an encoder-decoder, modules of the decoder get the mask of the decoder's call.
     """
     for caller in _callers(model):
         if _HANDLE not in caller.__dict__:
@@ -191,7 +192,7 @@ def pass_attention_mask(model: nn.Module) -> None:
 
 
 def leave_attention_mask(model: nn.Module) -> None:
-    """Undo :func:`pass_attention_mask`, unless there are still modules that want the mask."""
+    """Undo :func:`pass_attention_mask`, unless the model still has :class:`TokenMasked` modules."""
     if not any(isinstance(module, TokenMasked) for module in model.modules()):
         for caller in _callers(model):
             if _HANDLE in caller.__dict__:
@@ -204,7 +205,7 @@ _LABELLED = "_torchdsc_labelled"
 
 
 def _callers(model: nn.Module) -> list[nn.Module]:
-    """The model, and its decoder where that has tokens of its own."""
+    """The model, and for an encoder-decoder its decoder."""
     is_encoder_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
     decoder = model.get_decoder() if is_encoder_decoder and hasattr(model, "get_decoder") else None  # type: ignore[operator]
     return [model] if decoder is None or decoder is model else [model, decoder]
@@ -215,7 +216,7 @@ def _pass(accepted: tuple[str, ...], model: nn.Module, args: tuple[Any, ...], kw
     mask, states = given.get("attention_mask"), given.get("encoder_hidden_states")
     labels = _tensor(given.get("labels"))
     for caller in _callers(model)[1:]:
-        # A decoder that makes its tokens of labels is given no mask: what has no label is padding.
+        # A decoder whose inputs are made from the labels gets no mask: tokens without a label are padding.
         caller.__dict__[_LABELLED] = None if labels is None or labels.dim() != 2 else labels != -100
     if mask is None:
         mask = model.__dict__.get(_LABELLED)
@@ -230,7 +231,10 @@ def _tensor(value: Any) -> Tensor | None:
 
 
 def leave_fused_encoder(model: nn.Module) -> None:
-    """Torch's encoder reads the weights of its linear layers past their modules in evaluation: not past these."""
+    """Switch off the fused path of ``nn.TransformerEncoder`` around :class:`TokenMasked` modules.
+
+    In evaluation that path reads the weights of linear layers without calling the modules, and so skips ours.
+    """
     for module in model.modules():
         if any(isinstance(inner, TokenMasked) for inner in module.modules()):
             if isinstance(module, nn.TransformerEncoderLayer):

@@ -1,4 +1,4 @@
-"""The options of a DSC layer and of what it sees, in parts that layers, models and adapters are configured by."""
+"""Options of a DSC layer and of its short convolutions, from which layers, models and adapters are configured."""
 
 from collections.abc import Mapping
 from dataclasses import FrozenInstanceError, dataclass, fields
@@ -17,7 +17,7 @@ Activation = Literal["none", "relu"]
 
 
 class _AssignedOnce:
-    """Options that were checked together are not changed one by one; ``dataclasses.replace`` makes others."""
+    """Options are checked together, so none can be assigned afterwards; ``dataclasses.replace`` makes a new set."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in vars(self):
@@ -32,15 +32,15 @@ class RouterFields:
     Attributes:
         router: "linear" (d_in M parameters), "low_rank" (d_in r + r M) or "product_key" (two halves of sqrt(M) keys, so
             that millions of atoms can be searched; M must be a square).
-        router_rank: r of "low_rank", d_in / 4 by default; features of a head's query of "product_key", even, d_in / 2
-            by default.
-        router_heads: Queries of "product_key", each of which selects K / router_heads atoms.
-        router_bias: Whether the router's logits have a bias (the published run's have, the paper's have not).
-        router_norm: What the router sees of x: "layer" its parameter-free LayerNorm (Algorithm 2), "layer_affine" one
-            with parameters (the published run), "none" x itself (Algorithm 1).
-        router_init_std: Standard deviation of a linear router's initial weight, > 0; others start with logits of its
-            spread. That of the model around it, or 0.02, by default.
-        logit_clamp: tau, > 0.
+        router_rank: For "low_rank" the rank r, by default d_in / 4; for "product_key" the features of a head's query,
+            even, by default d_in / 2.
+        router_heads: Number of queries of "product_key", each of which selects K / router_heads atoms.
+        router_bias: Whether the router's logits have a bias (yes in the published run, no in the paper).
+        router_norm: Normalisation of the router's input: "layer" for LayerNorm without parameters (Algorithm 2),
+            "layer_affine" for LayerNorm with parameters (the published run), "none" (Algorithm 1).
+        router_init_std: Standard deviation of a linear router's initial weight, > 0; other routers are initialised to
+            logits of the same standard deviation. By default that of the model, or 0.02.
+        logit_clamp: tau, the bound that logits are clamped to, > 0.
     """
 
     router: RouterKind = "linear"
@@ -62,9 +62,9 @@ class RegularizerFields:
         frame_weight: Weight of L_frame, equation (11).
         z_weight: Weight of L_z, equation (12).
         budget: mu, the activation budget of equation (10).
-        frame_normalized: Take equation (11) per pair of atoms, so that its weight does not depend on M.
-        frame_samples: Rows of the bank that L_frame is estimated from, drawn anew at each collection; all by default.
-        z_loss_on_raw_logits: Take equation (12) on unclamped logits, whose gradient can bring a clamped one back.
+        frame_normalized: Divide L_frame by the number of pairs of atoms, so that its weight does not depend on M.
+        frame_samples: Number of atoms that L_frame is estimated from, drawn anew at each collection; by default all.
+        z_loss_on_raw_logits: Take L_z of unclamped logits, whose gradient can bring a clamped logit back into range.
     """
 
     aux_weight: float = 0.01
@@ -79,24 +79,24 @@ class RegularizerFields:
 
 @dataclass(kw_only=True)
 class DSCFields(RouterFields, RegularizerFields):
-    """All that a DSC layer is made of; see :class:`DSCOptions`.
+    """All options of a DSC layer; see :class:`DSCOptions`.
 
     Attributes:
         num_atoms: M, atoms in the bank.
         top_k: K, atoms composed per token, 1 <= K <= M.
         channelwise_gamma: One output scale per channel (Algorithm 2) or a single one (Algorithm 1).
-        gamma_init: Initial value of gamma. At 0 the layer changes nothing until gamma has moved, and the regularisers
-            of its bank and router have no weight until then.
-        scale: Constant factor of the output, > 0, as LoRA's alpha / r: an optimizer moves scale x gamma by scale times
-            its learning rate.
-        atom_init_norm: Root mean square norm of the raw rows of an orthogonal init. Outputs do not depend on it, the
-            step that a learning rate makes does: direction changes go with step over norm.
+        gamma_init: Initial value of gamma. At 0 the layer outputs zero, and its regularisers have no weight, until
+            gamma has moved.
+        scale: Constant factor of the output, > 0, as LoRA's alpha / r. It also multiplies the effective learning rate
+            of gamma.
+        atom_init_norm: Root mean square norm of the raw rows at the start, which are orthogonal. Outputs do not depend
+            on it, but training does: the larger the norm, the less a step turns an atom.
         eps: Stability constant of norms and of the gate, > 0.
-        activation: Of the latent values x . u_k: "none", equation (14), or "relu", which leaves out the atoms that a
-            token is on the negative side of. It is 1-Lipschitz, and the bound on dW holds as it is.
-        gate: "sum" for tanh(S), equation (5); "mean" for tanh(S / K); "none", which cannot be trained with one atom.
-        sparse_gradients: Give the bank row-sparse gradients, of the selected and sampled rows alone: for banks too
-            large for dense ones. The optimizer must take them (``torch.optim.SparseAdam``, ``SGD``).
+        activation: Of the latent values x . u_k: "none", equation (14), or "relu", which drops atoms whose latent value
+            is negative. The bound on dW holds for both.
+        gate: "sum" for tanh(S), equation (5); "mean" for tanh(S / K); "none", which cannot be trained with top_k = 1.
+        sparse_gradients: Give the bank row-sparse gradients, which hold only the selected and sampled rows, for banks
+            too large for dense gradients. The optimizer must support them (``torch.optim.SparseAdam``, ``SGD``).
         impl: Implementation of the composition; "auto" chooses by measured crossovers.
     """
 
@@ -115,10 +115,10 @@ class DSCFields(RouterFields, RegularizerFields):
 
 @dataclass(kw_only=True, unsafe_hash=True)
 class DSCOptions(_AssignedOnce, DSCFields):
-    """What a DSC layer is made of; the defaults are Algorithm 2 with the paper's weights.
+    """Options of a DSC layer; the defaults are Algorithm 2 with the paper's weights.
 
-    The fields, by keyword, are those of its parts: :class:`RouterFields`, :class:`RegularizerFields` and
-    :class:`DSCFields`. They cannot be changed afterwards; ``dataclasses.replace`` makes others.
+    The fields, which are keyword-only, are those of :class:`RouterFields`, :class:`RegularizerFields` and
+    :class:`DSCFields`. They cannot be assigned afterwards; use ``dataclasses.replace``.
 
     Raises:
         TypeError: If an option has another type.
@@ -172,14 +172,15 @@ class DSCOptions(_AssignedOnce, DSCFields):
 
 @dataclass(kw_only=True)
 class ContextFields:
-    """What layers and their routers see of a sequence besides each token's own hidden state.
+    """Short convolutions of a layer and its router.
 
     Attributes:
-        router_input: What routers see: "hidden", what their layers do, or "embeddings", those of the tokens, normalised
-            and without positions.
-        router_context: Tokens whose mix a router sees, a token's own and those before it; 1 for its own alone.
-        input_context: Tokens whose embeddings are mixed, a token's own and those before it, and added to what a layer
-            sees; 1 for none.
+        router_input: "hidden" if the router sees the layer's input, "embeddings" if it sees the token embeddings,
+            normalised and without positions.
+        router_context: Width of the short convolution over the router's input: the token and those before it. 1 for
+            none.
+        input_context: Width of the short convolution over the token embeddings that is added to the layer's input. 1
+            for none.
     """
 
     router_input: RouterInput = "hidden"
@@ -204,17 +205,17 @@ class ContextOptions(_AssignedOnce, ContextFields):
 
     @property
     def embeddings_are_seen(self) -> bool:
-        """Whether a layer or a router sees those of the tokens."""
+        """Whether the layer or the router sees token embeddings."""
         return self.router_input == "embeddings" or self.input_context > 1
 
     @property
     def past_tokens(self) -> int:
-        """Tokens before its own that a layer or a router sees."""
+        """How many earlier tokens the wider of the two short convolutions sees."""
         return max(self.router_context, self.input_context) - 1
 
     @property
     def context_rows(self) -> int:
-        """Rows of d parameters that the short convolutions add to a layer."""
+        """Number of parameters of the short convolutions, in multiples of d."""
         return sum(tokens for tokens in (self.router_context, self.input_context) if tokens > 1)
 
 
@@ -250,7 +251,7 @@ class DSCArguments(TypedDict, total=False):
 
 
 class FeedForwardArguments(DSCArguments, total=False):
-    """Those of a feed-forward layer: with the fields of :class:`ContextOptions`."""
+    """The fields of :class:`DSCOptions` and :class:`ContextOptions` as keywords."""
 
     router_input: RouterInput
     router_context: int
@@ -258,17 +259,18 @@ class FeedForwardArguments(DSCArguments, total=False):
 
 
 def recommended(**changes: Unpack[FeedForwardArguments]) -> FeedForwardArguments:
-    """The settings that lie lowest at equal budgets in this project's studies; the defaults elsewhere are the paper's.
+    """The settings with the lowest loss at equal budgets in this project's studies; defaults elsewhere are the paper's.
 
-    Routers see the embeddings of a token and the two before it, mixed; layers see those of a token and the three before
-    it, mixed, beside the hidden state. 32 atoms a token, gamma from 1, and no frame term.
+    The router sees a short convolution over the embeddings of a token and the two before it. A short convolution over
+    those of the token and the three before it is added to the layer's input. Each token selects 32 atoms, gamma starts
+    at 1, and L_frame has no weight.
 
     Args:
-        **changes: Options of :class:`DSCOptions` and :class:`ContextOptions` beside these or in their place.
-            ``num_atoms`` is required by whatever does not solve it for a budget.
+        **changes: Options of :class:`DSCOptions` and :class:`ContextOptions` to add or override. ``num_atoms`` is
+            required unless it is solved for a budget.
 
     Returns:
-        Keywords for :class:`torchdsc.DSCFeedForward` (whose defaults they are), :func:`torchdsc.convert`,
+        Keyword arguments for :class:`torchdsc.DSCFeedForward` (whose defaults they are), :func:`torchdsc.convert`,
         ``feed_forward_options`` of DSCGPT, and ``DSCAdapterConfig``.
 
     Raises:
@@ -289,7 +291,7 @@ def recommended(**changes: Unpack[FeedForwardArguments]) -> FeedForwardArguments
 
 
 def split_context(options: Mapping[str, Any]) -> tuple[ContextOptions, dict[str, Any]]:
-    """Options of the context, and those that are left for the layer."""
+    """Split options into those of the short convolutions and those of the layer."""
     names = {field.name for field in fields(ContextFields)}
     own = {name: value for name, value in options.items() if name in names}
     return ContextOptions(**own), {name: value for name, value in options.items() if name not in names}

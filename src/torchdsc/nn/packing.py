@@ -1,19 +1,19 @@
-"""Sequences packed in a row."""
+"""Several sequences packed in one row."""
 
 import torch
 from torch import Tensor
 
 
 def number_sequences(position_ids: Tensor, token_mask: Tensor | None) -> Tensor | None:
-    """Number the sequences packed in each row: a new one begins where the position of a token is no further on.
+    """Number the sequences packed in each row: a new one begins where the position does not increase.
 
     Args:
         position_ids: Shape (B, T) or (1, T).
-        token_mask: Shape (B, T); padding, which is False, belongs to the sequence before it.
+        token_mask: Padding mask of shape (B, T), False for padding, which belongs to the sequence before it.
 
     Returns:
-        The number of each token's sequence, of shape (B, T) or (1, T); None where each row holds one, unless compiled,
-        as that depends on the values.
+        The number of each token's sequence, of shape (B, T) or (1, T). None if every row is one sequence; under
+        ``torch.compile``, where that cannot be asked, always the numbers.
     """
     if token_mask is not None:
         places = torch.arange(token_mask.shape[1], device=token_mask.device)

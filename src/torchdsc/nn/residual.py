@@ -1,4 +1,4 @@
-"""A base module with an update beside it: ``base(x) + dsc(x)``, equation (1)."""
+"""A base module plus the update of a routed layer, equation (1)."""
 
 from typing import Any
 
@@ -12,8 +12,8 @@ class Residual(nn.Module):
     """``y = base(x) + dsc(x)``, equation (1): the paper's feed-forward layer is ``Residual(MLP, DSC)``.
 
     Args:
-        base: Any module from (..., d_in) to (..., d_out); its first positional argument is what ``dsc`` sees too.
-        dsc: The update: a :class:`DSC`, or another routed layer of the same shape.
+        base: Any module from (..., d_in) to (..., d_out), with x as its first positional argument.
+        dsc: The update: a :class:`torchdsc.DSC`, or another routed layer of the same sizes.
     """
 
     takes_router_input = True
@@ -32,7 +32,7 @@ class Residual(nn.Module):
         routing: Routing | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        """Tokens of shape (..., d_in) to (..., d_out), see :class:`RoutedLayer`; other arguments go to the base."""
+        """Map tokens (..., d_in) to (..., d_out), see :meth:`RoutedLayer.forward`; other arguments go to the base."""
         y: Tensor = self.base(x, *args, **kwargs)
         update: Tensor = self.dsc(x, token_mask, router_input, routing=routing)
         return y + update

@@ -1,4 +1,4 @@
-"""What a router decides for tokens, as a value."""
+"""The decision of a router for some tokens, as a value."""
 
 from typing import NamedTuple, Self
 
@@ -8,15 +8,16 @@ from .statistics_log import RoutingStatistics
 
 
 class Routing(NamedTuple):
-    """What a layer selects for each token: made by ``layer.route(...)``, used by ``layer(x, routing=...)``.
+    """The selected atoms or experts of each token, from ``layer.route(...)`` and for ``layer(x, routing=...)``.
 
     Attributes:
-        indices: Selected atoms I(x) or experts, int64 of shape (..., K), by falling logit (of each head).
-        coefficients: Their coefficients z, equation (5), or weights, of shape (..., K).
-        strength: Signal strength S, or the sum of the softmax weights, of shape (...). Not needed to compose.
-        logits: Raw logits of the selected, of shape (..., K); None where the router keeps weights alone. Likewise.
-        statistics: Of all tokens together, for the regularisers; None outside training or without weights.
-        leaves_statistics: Whether a layer that is given this leaves the statistics for collection.
+        indices: Selected atoms I(x) or experts, int64 of shape (..., K), in descending order of logits (per head).
+        coefficients: Their coefficients z, equation (5), or expert weights, of shape (..., K).
+        strength: Signal strength S, or the sum of the softmax weights, of shape (...). Composition does not need it.
+        logits: Raw logits of the selected, of shape (..., K); None for routers that only keep weights. Composition does
+            not need them.
+        statistics: Sums over all tokens for the regularisers; None outside training or if no regulariser needs them.
+        leaves_statistics: Whether a layer called with this routing keeps the statistics for collection.
     """
 
     indices: Tensor
@@ -27,15 +28,16 @@ class Routing(NamedTuple):
     leaves_statistics: bool = True
 
     def take_statistics(self) -> tuple[Self, RoutingStatistics | None]:
-        """The same without statistics, and these: a model that checkpoints its blocks hands them out by itself.
+        """Split off the statistics, for a model that returns them from its checkpointed blocks.
 
-        What they belong to is then regularised by :meth:`RoutedLayer.leave_statistics`, or
-        :func:`torchdsc.losses.regularization_of`.
+        Returns:
+            This routing without statistics, and the statistics. Hand these to
+            :meth:`torchdsc.nn.RoutedLayer.leave_statistics` or :func:`torchdsc.losses.regularization_of`.
         """
         return self._replace(statistics=None, leaves_statistics=False), self.statistics
 
     def reshape(self, *shape: int) -> Self:
-        """The same of tokens of another leading shape."""
+        """The same routing with another leading shape."""
         logits = None if self.logits is None else self.logits.reshape(*shape, self.logits.shape[-1])
         strength = None if self.strength is None else self.strength.reshape(shape)
         indices, coefficients = (each.reshape(*shape, each.shape[-1]) for each in (self.indices, self.coefficients))

@@ -5,19 +5,19 @@ from torch import Tensor, nn
 
 
 def whole(parameter: Tensor) -> Tensor:
-    """All of a parameter: itself, or what the processes' shards of it add up to.
+    """The whole parameter: itself, or gathered from the shards of all processes.
 
-    ``fully_shard`` gathers the parameters of a unit for the unit's forward pass alone. A bank that several blocks share
-    is read in the units of other blocks too, and L_frame after the forward pass: there it is a sharded DTensor. The
-    gradient is averaged over processes, as FSDP averages those of its own.
+    ``fully_shard`` gathers the parameters of a unit only for the unit's forward pass. A bank that several blocks share
+    is also read in other units, and by L_frame after the forward pass; there it is a sharded DTensor. Its gradient is
+    averaged over processes, as FSDP does for the parameters it gathers.
 
     Args:
         parameter: A parameter, of any shape.
 
     Returns:
-        The tensor, differentiable; every process of the mesh must call this where it is a DTensor.
+        The tensor, differentiable. If the parameter is a DTensor, every process of its mesh must make this call.
     """
-    # The common case first: it is asked for on every forward pass.
+    # The common case first, as every forward pass comes here.
     if type(parameter) in (nn.Parameter, Tensor) or not _is_sharded(parameter):
         return parameter
     from torch.distributed.tensor import Partial
@@ -44,7 +44,7 @@ def check_not_flattened(name: str, parameter: Tensor, shape: tuple[int, ...]) ->
         shape: The shape it was made with.
 
     Raises:
-        RuntimeError: If the shape is another or the memory has been freed.
+        RuntimeError: If the shape differs or the memory has been freed.
     """
     is_freed = type(parameter) is Tensor and not parameter.is_meta and parameter.untyped_storage().size() == 0
     is_freed = is_freed and parameter.numel() > 0

@@ -1,4 +1,4 @@
-"""What a router or a layer sees of a sequence: each token mixed with those before it."""
+"""Short convolutions: causal depthwise convolutions over the last few tokens."""
 
 import torch
 from torch import Tensor, nn
@@ -10,23 +10,21 @@ from .sharding import whole
 
 
 class ShortConvolution(nn.Module):
-    """``c_t = sum_{i < w} a_i * x_{t-i}``, a weight for every feature and distance: a causal depthwise convolution.
+    """``c_t = sum_{i < w} a_i * x_{t-i}``: a causal depthwise convolution, with w d parameters.
 
-    Given to a routed layer as its ``router_input``, it makes weights composed for a token depend on the tokens before
-    it, at w d parameters. The bound on ``|dW|_2`` does not depend on what the router sees.
+    With its output as ``router_input`` of a routed layer, the weight composed for a token depends on the tokens before
+    it. The bound on ``|dW|_2`` does not depend on the router's input.
 
     Args:
         features: d.
-        num_tokens: w >= 2: a token's own and the w - 1 before it.
-        own: Weight of a token itself at the start.
-        earlier: That of each before it.
+        num_tokens: w >= 2, the width: the token itself and the w - 1 before it.
+        own: Initial weight of the token itself.
+        earlier: Initial weight of each token before it.
         device: Where the parameters live.
         dtype: Their dtype.
 
     Attributes:
-        weight: a, of shape (w, d); row i is of the token i places before.
-        own: See above.
-        earlier: See above.
+        weight: a, of shape (w, d); row i belongs to the token i places before.
 
     Raises:
         TypeError: If an argument has another type.
@@ -61,14 +59,14 @@ class ShortConvolution(nn.Module):
     def forward(
         self, x: Tensor, *, length: int | None = None, positions: Tensor | None = None, onto: Tensor | None = None
     ) -> Tensor:
-        """Mix each token with those before it; there are zeros before the first.
+        """Convolve sequences, with zeros before the first token.
 
         Args:
             x: Sequences of shape (..., T, d). Padding must be zeros.
-            length: How many tokens at the end to return, where ``x`` begins with the past of those; all by default.
-            positions: Their places in their sequences, counted from 0, integers of a shape that broadcasts to
-                (..., length): where several sequences are packed in one, a token sees none of another.
-            onto: What the mix is added to, of shape (..., length, d); nothing by default.
+            length: Return only the last so many tokens, for which those before are the past; by default all.
+            positions: Positions of the returned tokens in their sequences, counted from 0, integers that broadcast to
+                (..., length). With several sequences packed in a row, the convolution stays within each.
+            onto: A tensor of shape (..., length, d) that the result is added to; by default none.
 
         Returns:
             Tensor of shape (..., length, d).
@@ -95,7 +93,7 @@ class ShortConvolution(nn.Module):
 
 
 def _broadcasts(shape: torch.Size, places: tuple[int, ...]) -> bool:
-    """Whether ``shape`` is that of every place of some sequence, for all of them or each."""
+    """Whether ``shape`` broadcasts to ``places`` and has all of its last dimension."""
     sizes = zip(reversed(shape[:-1]), reversed(places[:-1]), strict=False)
     fits = 0 < len(shape) <= len(places) and shape[-1] == places[-1]
     return fits and all(size in (1, place) for size, place in sizes)

@@ -1,4 +1,4 @@
-"""What routed layers share: the way of tokens through one, and what a forward pass leaves for the regularisers."""
+"""The base class of routed layers: routing, composition, and the statistics that the regularisers are made of."""
 
 from collections.abc import Callable
 
@@ -11,7 +11,7 @@ from .statistics_log import RoutingStatistics, StatisticsLog
 
 
 def check_token_mask(token_mask: Tensor | None, x: Tensor) -> Tensor | None:
-    """Flatten a mask to the tokens of ``x``; a ValueError if its shape is not ``x.shape[:-1]``."""
+    """Flatten a padding mask to shape (T,); ValueError if its shape is not ``x.shape[:-1]``."""
     if token_mask is None:
         return None
     if token_mask.shape != x.shape[:-1]:
@@ -20,13 +20,13 @@ def check_token_mask(token_mask: Tensor | None, x: Tensor) -> Tensor | None:
 
 
 class RoutedLayer(nn.Module):
-    """A layer that routes tokens and has regularisers: what :func:`torchdsc.regularization` looks for in a model.
+    """A layer that routes tokens and has regularisers, which :func:`torchdsc.regularization` collects.
 
     Subclasses set ``in_features``, ``out_features``, ``regularizers`` and ``router`` and implement :meth:`_route` and
     :meth:`_compose`.
     """
 
-    # Whether ``token_mask`` and ``router_input`` are among the arguments of a call, for models around it.
+    # Tells a model around the layer that forward takes ``token_mask`` and ``router_input``.
     takes_router_input = True
     in_features: int
     out_features: int
@@ -45,24 +45,23 @@ class RoutedLayer(nn.Module):
         *,
         routing: Routing | None = None,
     ) -> Tensor:
-        """Map tokens, and in training leave what :func:`torchdsc.regularization` collects.
+        """Map tokens; in training, keep the statistics that :func:`torchdsc.regularization` collects.
 
         Args:
             x: Tokens of shape (..., d_in), in the dtype of the parameters (any under autocast). Zero tokens are valid.
-            token_mask: Optional, of shape (...): tokens that are False (padding) do not count in the regularisers,
-                whatever they hold. Where they are not finite and the loss does not look at them, they leave no trace in
-                the layer's gradients either.
-            router_input: What the router sees in place of ``x``, of its shape: tokens mixed with those before them
-                (:class:`ShortConvolution`), say. The update is still composed of ``x``.
-            routing: What :meth:`route` has selected for these tokens. Its statistics are left by each call that is
-                given it.
+            token_mask: Optional padding mask of shape (...). Tokens that are False do not count in the regularisers.
+                If they are NaN or infinite and the loss ignores their outputs, the layer's gradients stay finite.
+            router_input: What the router sees instead of ``x``, of the same shape; for example the output of a
+                :class:`torchdsc.ShortConvolution`. The composed weight is still applied to ``x``.
+            routing: The result of :meth:`route` for these tokens, instead of routing here. Every call that is given a
+                routing counts its statistics.
 
         Returns:
             Tensor of shape (..., d_out) and the dtype of ``x``. A token whose top logits are not finite comes out NaN.
 
         Raises:
             ValueError: If ``x``, ``token_mask``, ``router_input`` or ``routing`` has another shape, the last two are
-                both given, or in training a routing was made in evaluation mode.
+                both given, or a routing made in evaluation mode is used in training.
             TypeError: If the dtype of ``x`` or ``router_input`` is not that of the parameters.
             RuntimeError: In the backward pass, if the regularisers have not been collected by then.
         """
@@ -85,16 +84,16 @@ class RoutedLayer(nn.Module):
         return y
 
     def route(self, router_input: Tensor, token_mask: Tensor | None = None) -> Routing:
-        """What is selected for tokens, and with which coefficients: all that a forward pass asks of the router.
+        """Select atoms or experts for each token, with their coefficients.
 
-        It depends on what the router sees alone, and may be made before the layer's own input is there.
+        The routing depends only on the router's input, so it can be computed before the layer's own input exists.
 
         Args:
-            router_input: What the router sees, of shape (..., d_in): x, where it sees nothing else.
+            router_input: What the router sees, of shape (..., d_in): ``x``, or the ``router_input`` of :meth:`forward`.
             token_mask: See :meth:`forward`.
 
         Returns:
-            The routing, of leading shape (...), differentiable through all but ``indices``.
+            The routing, of leading shape (...); all of it but ``indices`` is differentiable.
 
         Raises:
             ValueError: If ``router_input`` or ``token_mask`` has another shape.
@@ -108,15 +107,15 @@ class RoutedLayer(nn.Module):
         return routing.reshape(*router_input.shape[:-1])
 
     def _route(self, routed: Tensor, token_mask: Tensor | None) -> Routing:
-        """What subclasses implement: the routing of what the router sees, of shape (T, d_in)."""
+        """Route router inputs of shape (T, d_in); subclasses implement it."""
         raise NotImplementedError
 
     def _compose(self, flat: Tensor, routing: Routing) -> Tensor:
-        """What subclasses implement: tokens of shape (T, d_in) to (T, d_out)."""
+        """Map tokens (T, d_in) to (T, d_out) as routed; subclasses implement it."""
         raise NotImplementedError
 
     def _given(self, routing: Routing, x: Tensor, router_input: Tensor | None) -> Routing:
-        """A routing that a call was given, of shape (T, K)."""
+        """Check a routing that a call was given, and flatten it to shape (T, K)."""
         if router_input is not None:
             raise ValueError("router_input must be None where routing is given")
         if routing.indices.shape[:-1] != x.shape[:-1]:
@@ -129,11 +128,12 @@ class RoutedLayer(nn.Module):
         return routing if x.dim() == 2 else routing.reshape(x.shape[:-1].numel())
 
     def leave_statistics(self, statistics: RoutingStatistics | None, output: Tensor) -> None:
-        """Leave the statistics of a forward pass for :func:`torchdsc.regularization`; nothing outside training.
+        """Keep the statistics of a forward pass for :func:`torchdsc.regularization`; does nothing outside training.
 
         Args:
-            statistics: What :meth:`Routing.take_statistics` returned.
-            output: The tensor that a backward pass reaches before this layer: its output, or that of a block around it.
+            statistics: From :meth:`Routing.take_statistics`.
+            output: A tensor that the backward pass goes through before this layer: its output, or that of a block
+                around it.
         """
         if self.training and self.regularizers.any:
             self.statistics_log.leave(statistics, output, is_wanted=self._trains_regularizers())
@@ -143,22 +143,22 @@ class RoutedLayer(nn.Module):
         bank = getattr(self, "bank", None)
         if self.regularizers.frame > 0 and isinstance(bank, nn.Module):
             parts.append(bank)
-        # FSDP1 hides the parameters that it has flattened: those are not frozen.
+        # Flattened by FSDP1, a module has no parameters: it is not frozen.
         wanted = [parameter.requires_grad for part in parts for parameter in part.parameters()]
         return any(wanted) or (bool(parts) and not wanted)
 
     def regularizer_factor(self) -> Tensor | None:
-        """Scalar that the weights of this layer's regularisers are multiplied by; None for 1."""
+        """Scalar factor of the weights of this layer's regularisers; None for 1."""
         return None
 
     def _flatten(self, x: Tensor, name: str = "x") -> Tensor:
-        """Tokens of shape (T, d_in), or the error that says what is wrong."""
+        """Check the shape, and flatten to (T, d_in)."""
         if x.dim() == 0 or x.shape[-1] != self.in_features:
             raise ValueError(f"{name} must have shape (..., in_features = {self.in_features}), got {tuple(x.shape)}")
         return x if x.dim() == 2 else x.reshape(-1, self.in_features)
 
     def _flatten_router_input(self, router_input: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """What the router sees of tokens ``x``, or the error that says what is wrong."""
+        """Check the router's input against ``x``, and flatten it to (T, d_in)."""
         if router_input.shape != x.shape:
             raise ValueError(
                 f"router_input must have the shape of x, {tuple(x.shape)}, got {tuple(router_input.shape)}"
@@ -167,11 +167,11 @@ class RoutedLayer(nn.Module):
 
     @property
     def parameter_dtype(self) -> torch.dtype | None:
-        """What tokens must have; None where parts of the layer refuse them themselves."""
+        """Dtype that tokens must have; None if the parts of the layer check it themselves."""
         return None
 
     def _cast(self, x: Tensor, dtype: torch.dtype | None, name: str = "x") -> Tensor:
-        """Tokens in the dtype of the parameters, or the error that says what is wrong."""
+        """Check the dtype; under autocast, cast to that of the parameters."""
         if dtype is None or x.dtype == dtype:
             return x
         if not torch.is_autocast_enabled(x.device.type) or not x.is_floating_point():
@@ -181,10 +181,18 @@ class RoutedLayer(nn.Module):
     def _shut_out(
         self, flat: Tensor, routed: Tensor, mask: Tensor | None
     ) -> tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]:
-        """Tokens, and what the router sees or says of them, so that masked ones cannot spoil gradients.
+        """Keep masked tokens that are NaN or infinite out of the gradients of the parameters.
 
-        In training, masked tokens that are not finite become zeros, because a gradient of zero times NaN is NaN in the
-        sums over tokens that parameters get. The function returned puts NaN into their rows of the output.
+        In training such tokens are replaced by zeros: their gradient is zero, and zero times NaN would be NaN in the
+        sums over tokens.
+
+        Args:
+            flat: Tokens of shape (T, d_in).
+            routed: Router inputs (T, d_in) or coefficients (T, K).
+            mask: Padding mask of shape (T,), or None.
+
+        Returns:
+            Both tensors, cleaned, and a function that puts NaN back into the rows of such tokens in the output.
         """
         if mask is None or not self.training:
             return flat, routed, lambda y: y
@@ -203,10 +211,11 @@ def sum_statistics(
     """Sum over counted tokens what equations (10) and (12) need.
 
     Args:
-        strength: Signal strength of shape (T,).
-        log_normalizer: Shape (T,), or (T, heads), of which the mean counts; empty where equation (12) has no weight.
-        probability_sum: Summed already, of shape (M,).
-        mask: Bool of shape (T,), or None where every token counts.
+        strength: Signal strength S of shape (T,).
+        log_normalizer: ``logsumexp`` of the logits, of shape (T,) or (T, heads) to be averaged over heads; empty if
+            L_z has no weight.
+        probability_sum: Sum over tokens of the softmax, of shape (M,).
+        mask: Bool of shape (T,), False for tokens that do not count; None if all count.
         load: See :class:`RoutingStatistics`.
 
     Returns:
@@ -215,14 +224,14 @@ def sum_statistics(
     squared = log_normalizer.square() if log_normalizer.dim() == 1 else log_normalizer.square().mean(1)
     num_tokens = strength.new_full((), strength.shape[0])
     if mask is not None:
-        # Not by products: what does not count need not be finite.
+        # Not products: tokens that do not count may be NaN.
         num_tokens, strength = mask.sum(dtype=strength.dtype), strength.masked_fill(~mask, 0.0)
         squared = squared.masked_fill(~mask, 0.0) if squared.shape[0] else squared
     return RoutingStatistics(num_tokens, probability_sum, strength.sum(), squared.sum(), load)
 
 
 def forget_statistics(model: nn.Module) -> None:
-    """Drop what the layers of ``model`` have kept, for example after forward passes that nothing trains on."""
+    """Drop all uncollected statistics in ``model``, for example after forward passes that are not trained on."""
     for module in model.modules():
         if isinstance(module, RoutedLayer):
             module.statistics_log.take()

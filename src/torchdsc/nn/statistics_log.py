@@ -1,4 +1,4 @@
-"""What forward passes leave for the regularisers until it is collected."""
+"""Statistics of forward passes, kept until the regularisers are collected."""
 
 import itertools
 import weakref
@@ -25,13 +25,13 @@ WITHOUT_GRADIENT = (
     "reentrant checkpointing (pass use_reentrant=False) or under torch.no_grad"
 )
 
-# Torch 2.6 has none.
+# Torch 2.6 has no is_exporting; bool() is False.
 _is_exporting = getattr(torch.compiler, "is_exporting", bool)
 _numbers = itertools.count(1)
 
 
 def next_number() -> int:
-    """A number greater than those of all forward passes so far."""
+    """A number greater than that of every forward pass so far."""
     return next(_numbers)
 
 
@@ -40,11 +40,11 @@ class RoutingStatistics(NamedTuple):
 
     Attributes:
         num_tokens: Counted tokens, scalar.
-        probability_sum: Sum of the softmax over atoms, of shape (M,); equation (9). Empty where not needed.
+        probability_sum: Sum of the softmax over atoms, of shape (M,); equation (9). Empty if not needed.
         strength_sum: Sum of the signal strengths S, scalar; equation (10).
         squared_log_normalizer_sum: Sum of ``logsumexp(r)^2``, scalar; equation (12).
-        load: Selections of each expert, of shape (N,), where the load balance is the product of probability and load
-            as in Mixture-of-Experts; None where it is the square of the probability, equation (9).
+        load: How often each expert was selected, of shape (N,), for the load balance of Mixture-of-Experts, probability
+            times load; None for the squared probability of equation (9).
     """
 
     num_tokens: Tensor
@@ -55,9 +55,9 @@ class RoutingStatistics(NamedTuple):
 
 
 class _Left:
-    """The statistics of one forward pass, or None where L_frame alone waits.
+    """The statistics of one forward pass; None if only L_frame is to be collected.
 
-    A hook of the pass's output holds it, so that it lives as long as the graph that a backward pass goes through.
+    A hook of the pass's output holds this object, so that it lives as long as the output's autograd graph.
     """
 
     def __init__(self, statistics: RoutingStatistics | None, is_wanted: bool) -> None:
@@ -69,7 +69,7 @@ class _Left:
         return statistics
 
     def check(self, gradient: Tensor) -> None:
-        """The hook: a backward pass comes through the output."""
+        """The hook, which runs when a backward pass goes through the output."""
         if self.is_wanted and not self.is_taken:
             raise RuntimeError(UNCOLLECTED)
 
@@ -77,12 +77,12 @@ class _Left:
 class StatisticsLog:
     """The uncollected statistics of one layer, oldest first.
 
-    The log does not own them: the autograd graph of each forward pass's output does. Once nothing can be trained
-    through a pass, because its output is gone, its statistics are gone too. They take no memory and do not count in the
-    next loss. A backward pass through an output whose statistics have not been collected raises.
+    The log does not own them: the autograd graph of each forward pass's output does. When the output is gone, nothing
+    can be trained through that pass, and its statistics are gone too: they take no memory and do not count in the next
+    loss. A backward pass through an output whose statistics have not been collected raises.
 
-    Of passes without a graph (``torch.no_grad``) the last one's values are kept. Inside ``torch.compile`` an output
-    cannot own anything: there statistics wait until they are collected.
+    Of passes without a graph (``torch.no_grad``) only the last one's statistics are kept. Inside ``torch.compile``,
+    where an output cannot own anything, statistics are kept until they are collected.
     """
 
     def __init__(self) -> None:
@@ -93,16 +93,16 @@ class StatisticsLog:
     def leave(self, statistics: RoutingStatistics | None, output: Tensor, *, is_wanted: bool) -> None:
         """Leave the statistics of a forward pass.
 
-        A pass that a backward pass recomputes for a checkpoint needs no exception, which torch has no public means
-        to tell: its output is dropped at once, and with it what it left.
+        The forward pass that activation checkpointing recomputes is not counted: its output, and so its statistics, are
+        dropped at once.
 
         Args:
-            statistics: Of the pass; None where L_frame alone waits.
+            statistics: Of the pass; None if only L_frame is to be collected.
             output: What the pass returns, of any shape.
-            is_wanted: Whether the regularisers would train something.
+            is_wanted: Whether the regularisers have a parameter to train.
         """
         if torch.compiler.is_compiling():
-            # What an exported program would leave is no tensor.
+            # An exported program cannot keep statistics, which are no output of it.
             if not _is_exporting():
                 self._compiled.append(statistics)
             return
@@ -117,10 +117,10 @@ class StatisticsLog:
         """Return and forget the statistics that wait.
 
         Args:
-            since: Take those alone that were left after :func:`next_number` gave this one.
+            since: Take only those of passes after :func:`next_number` returned this number.
 
         Returns:
-            Those with a graph; where there are none, those of the last pass without.
+            Statistics with a graph; if there are none, those of the last pass without one.
         """
         taken, self._compiled = self._compiled, []
         if not torch.compiler.is_compiling():
@@ -132,11 +132,11 @@ class StatisticsLog:
         return [statistics for statistics in taken if statistics is not None]
 
     def waits(self, since: int = 0, *, wanted: bool = True) -> bool:
-        """Whether a pass waits to be collected; see :meth:`take`.
+        """Whether the statistics of a pass wait to be collected.
 
         Args:
-            since: See there.
-            wanted: Whether its regularisers must train something.
+            since: See :meth:`take`.
+            wanted: Ignore passes whose regularisers have no parameter to train.
         """
         if self._compiled or torch.compiler.is_compiling():
             return bool(self._compiled)
@@ -151,7 +151,7 @@ class StatisticsLog:
         return len(self._compiled) + len(self._waiting())
 
     def __deepcopy__(self, memo: dict[int, object]) -> "StatisticsLog":
-        # What waits belongs to a graph: a copied module starts without any.
+        # Statistics belong to an autograd graph: a copied module starts without any.
         return StatisticsLog()
 
     def __reduce__(self) -> tuple[type["StatisticsLog"], tuple[()]]:

@@ -1,4 +1,4 @@
-"""The mathematics as functions: scoring and selecting atoms, gating, composing, convolving. Imports torch only."""
+"""Functions without parameters: selection of atoms, gate, composition, frame potential, short convolution."""
 
 from .compose import compose
 from .frame import frame_potential

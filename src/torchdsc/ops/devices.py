@@ -1,12 +1,12 @@
-"""What the operations refuse alike: tensors on several devices."""
+"""The error for tensors on several devices."""
 
 from torch import Tensor
 
 
 def several_devices(**tensors: Tensor | None) -> ValueError:
-    """The error for tensors of one call that are on several devices; names each with its own.
+    """The error for a call whose tensors are on several devices; it names each with its device.
 
-    An operator that is given a tensor on meta beside real ones would return memory that nothing has written to.
+    This includes meta: an operator with one meta tensor among real ones would return uninitialised memory.
     """
     found = ", ".join(f"{name} on {tensor.device}" for name, tensor in tensors.items() if tensor is not None)
     return ValueError(f"all tensors must be on one device, got {found}")

@@ -1,4 +1,4 @@
-"""Whether a model is being exported: then operations are plain tensor operations, which every format knows."""
+"""Whether a model is being exported. Then plain tensor operations replace operators, so that any runtime can run it."""
 
 import torch
 
@@ -9,5 +9,5 @@ def _never() -> bool:
     return False
 
 
-# torch 2.6 cannot tell exporting from compiling: there the operators stay in an exported program.
+# torch 2.6 cannot tell export from compilation, so there the operators stay in exported programs.
 is_exporting = getattr(torch.compiler, "is_exporting", _never)

@@ -7,10 +7,10 @@ from torch import Tensor
 
 
 def frame_potential(rows: Tensor, eps: float = 1e-6) -> Tensor:
-    """Coherence of one set of atoms, half of equation (11): ``sum_{i != j} (u_i . u_j)^2`` over unit rows.
+    """Frame potential of one set of atoms, half of equation (11): ``sum_{i != j} (u_i . u_j)^2`` over unit rows.
 
-    It equals ``|U^T U|_F^2 - sum_i |u_i|^4``, or the same with ``U U^T``: the smaller Gram matrix is taken, so that
-    no M x M matrix is formed where M > d.
+    It equals ``|U^T U|_F^2 - sum_i |u_i|^4``, also with ``U U^T``. The smaller of these Gram matrices is used, so that
+    no M x M matrix is formed if M > d.
 
     Args:
         rows: Raw rows of shape (M, d).
@@ -26,9 +26,9 @@ def frame_potential(rows: Tensor, eps: float = 1e-6) -> Tensor:
 
 
 class _FramePotential(torch.autograd.Function):
-    """``|U^T U|_F^2 - sum_i |u_i|^4`` of ``u_i = row_i / max(eps, |row_i|)``, in as few passes over the rows as can be.
+    """``|U^T U|_F^2 - sum_i |u_i|^4`` for ``u_i = row_i / max(eps, |row_i|)``, in few passes over the rows.
 
-    Its gradient in u_i is ``4 (U^T U - |u_i|^2) u_i``: one product, where autograd makes two.
+    Its gradient in u_i is ``4 (U^T U - |u_i|^2) u_i``: one matrix product, where autograd would take two.
     """
 
     @staticmethod
@@ -46,7 +46,7 @@ class _FramePotential(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         unit, gram, scale, squares, divided = ctx.saved_tensors
         product = unit @ gram if unit.shape[0] > unit.shape[1] else gram @ unit
-        # Where the row was divided by its norm, what points along it is lost.
+        # A row divided by its norm has no gradient along itself.
         along = torch.linalg.vecdot(product, unit).unsqueeze(1) - squares.square()
         product = torch.addcmul(product, unit, squares + along * divided, value=-1.0)
         return product * (scale * (4.0 * grads[0])), None

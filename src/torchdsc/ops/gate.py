@@ -23,15 +23,15 @@ class Gate(NamedTuple):
 def gate(logits: Tensor, *, logit_clamp: float = 20.0, eps: float = 1e-6, kind: GateKind = "sum") -> Gate:
     """Turn the selected raw logits into coefficients: ``z = alpha / (S + eps) tanh(S)``, equation (5).
 
-    ``alpha = softplus(clamp(logits, -tau, tau))`` and ``S = sum alpha``, so that the coefficients sum to less than
-    ``tanh(S) < 1``, equation (6). A row with a logit that is not finite comes out NaN, and only that row.
+    Here ``alpha = softplus(clamp(logits, -tau, tau))`` and ``S = sum alpha``, so that the coefficients sum to less than
+    ``tanh(S) < 1``, equation (6). A row with a logit that is not finite becomes NaN, and no other row.
 
     Args:
         logits: Selected raw logits of shape (..., K), float32 or float64.
         logit_clamp: tau > 0.
         eps: Stability constant > 0.
-        kind: "sum" is the paper's ``tanh(S)``; "mean" takes ``tanh(S / K)``, which does not start saturated;
-            "none" leaves the magnitude gate out.
+        kind: "sum" is the paper's ``tanh(S)``; "mean" is ``tanh(S / K)``, which is not saturated at the start; "none"
+            leaves the factor out.
 
     Returns:
         The coefficients and the strength S.
@@ -45,7 +45,7 @@ def gate(logits: Tensor, *, logit_clamp: float = 20.0, eps: float = 1e-6, kind: 
         raise ValueError(f"eps must be > 0, got {eps}")
     if kind not in _KINDS:
         raise ValueError(f"kind must be one of {_KINDS}, got {kind!r}")
-    # The size is asked for last: under tracing it is a symbol that must not be tied to a range.
+    # The size is compared last, not under tracing, where that would specialise a symbolic size.
     if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
         native = module_for(logits)
         if native is not None and 0 < logits.numel() <= FEW_PAIRS and logits.dim() > 0:
@@ -54,9 +54,9 @@ def gate(logits: Tensor, *, logit_clamp: float = 20.0, eps: float = 1e-6, kind: 
 
 
 def _gate_by_tensors(logits: Tensor, logit_clamp: float, eps: float, kind: GateKind) -> Gate:
-    # The threshold keeps softplus exact to rounding in float64; torch's default is off by 2e-9 at 20.
+    # A threshold of 40 keeps softplus exact to rounding in float64; torch's default of 20 is off by 2e-9.
     scores = functional.softplus(logits.clamp(-logit_clamp, logit_clamp), 1.0, 40.0)
-    # Adding nothing of the raw logits makes the scores of infinite ones NaN.
+    # Adding 0 times the raw logits makes the scores of infinite ones NaN.
     scores = torch.add(scores, logits, alpha=0.0)
     strength = scores.sum(-1, keepdim=True)
     if kind == "sum":

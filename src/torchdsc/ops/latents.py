@@ -1,4 +1,4 @@
-"""The latent values of selected atoms alone, as a mask needs them before the composition."""
+"""Latent values of the selected atoms, which ``activation="relu"`` needs before the composition."""
 
 import torch
 from torch import Tensor, library
@@ -9,7 +9,7 @@ from .export import is_exporting
 
 
 def latents(x: Tensor, u: Tensor, indices: Tensor) -> Tensor:
-    """``x_t . u_k`` for the atoms that each token selects, without gradients and without normalising atoms.
+    """``x_t . u_k`` for the atoms that each token selects, without gradients and with raw atoms.
 
     Args:
         x: Tokens of shape (T, d_in).

@@ -1,4 +1,4 @@
-"""The optional compiled functions for a CPU; where they were not built, tensor operations stand in for them."""
+"""Access to the optional compiled functions for CPUs; without them, tensor operations do the same."""
 
 from functools import cache
 from importlib import import_module
@@ -9,18 +9,18 @@ from torch import Tensor
 
 __all__ = ["FEW_PAIRS", "MOST_SELECTED", "MOST_TAPS", "has_bfloat16", "module_for", "rows_of"]
 
-# Selections up to which calls cost more than their work: decoding, not prefill.
+# Up to so many selections, as in decoding, the overhead of calls costs more than the work.
 FEW_PAIRS = 64
-# The most atoms that the compiled functions select; a general top-k does more, and as quickly.
+# The largest top-k of the compiled functions; beyond it torch.topk is as fast.
 MOST_SELECTED = 64
-# The widest short convolution that they take.
+# The widest short convolution of the compiled functions.
 MOST_TAPS = 16
-# Builds of the same module, for fewer and fewer processors from the last to the first.
+# Builds of the module, from the most specific processors to any.
 _BUILDS = ("_native_avx512", "_native_avx2", "_native")
 
 
 def _load() -> ModuleType | None:
-    """The build for the instructions that torch itself uses (``ATEN_CPU_CAPABILITY`` sets which), or for fewer."""
+    """Import the build for the instruction set that torch uses (see ``ATEN_CPU_CAPABILITY``), or one for less."""
     capability = torch.backends.cpu.get_cpu_capability()
     first = 0 if capability.startswith("AVX512") else 1 if capability == "AVX2" else 2
     for name in _BUILDS[first:]:
@@ -35,7 +35,10 @@ _native = _load()
 
 
 def module_for(*tensors: Tensor | None) -> ModuleType | None:
-    """The compiled module if it can take these tensors: plain, contiguous, on the CPU, float32 or int64, untraced."""
+    """The compiled module if it can take these tensors, else None.
+
+    It takes contiguous plain tensors on the CPU, of dtype float32 or int64.
+    """
     if _native is None:
         return None
     for tensor in tensors:
@@ -50,7 +53,7 @@ def module_for(*tensors: Tensor | None) -> ModuleType | None:
 
 
 def rows_of(matrix: Tensor) -> tuple[Tensor, int]:
-    """What :func:`module_for` is to check of a matrix with contiguous rows, and the elements from one to the next."""
+    """For a matrix with contiguous rows: a tensor for :func:`module_for` to check, and the stride between rows."""
     if matrix.is_contiguous():
         return matrix, matrix.shape[-1]
     stride = matrix.stride(0) if matrix.dim() == 2 and matrix.shape[0] > 1 else matrix.shape[-1]
@@ -60,5 +63,5 @@ def rows_of(matrix: Tensor) -> tuple[Tensor, int]:
 
 @cache
 def has_bfloat16() -> bool:
-    """Whether the compiled module is there and the processor multiplies bfloat16 natively, which torch may use."""
+    """Whether the compiled module exists and the processor multiplies bfloat16 natively."""
     return _native is not None and bool(_native.has_bfloat16())

@@ -1,7 +1,7 @@
-"""Selection among the sums of two halves: M atoms scored by 2 sqrt(M) numbers.
+"""Selection by product keys: M = side^2 atoms are scored by 2 side numbers.
 
-Atom ``i side + j`` has the logit ``r_ij = clamp(a_i, +-tau/2) + clamp(b_j, +-tau/2)``, and M = side^2. Top-K of the
-sums is exact from the top-K of each half, logsumexp is the sum of the halves', and softmax their product.
+Atom ``i side + j`` has the logit ``r_ij = clamp(a_i, +-tau/2) + clamp(b_j, +-tau/2)``. The top-K of these sums follows
+exactly from the top-K of each half, their logsumexp is the sum of the halves', and their softmax the product.
 """
 
 import torch
@@ -11,7 +11,7 @@ from .devices import several_devices
 from .native import MOST_SELECTED, module_for
 from .select import Selection
 
-# Tokens up to which waking other threads costs more than the work.
+# Up to so many tokens, waking other threads costs more than the work.
 _FEW_TOKENS = 16
 
 
@@ -35,9 +35,9 @@ def select_product_key(
         statistics: Whether to fill ``log_normalizer`` and ``probability_sum``; they are empty otherwise.
 
     Returns:
-        The selection, differentiable in both halves, head after head: ``logits`` and ``indices`` of shape (T, K),
-        those of a head sorted; ``log_normalizer`` of shape (T, heads); ``probability_sum`` of shape (M,), the mean
-        over heads. An atom that two heads select occurs twice.
+        The selection, differentiable in both halves: ``logits`` and ``indices`` of shape (T, K), one head after the
+        other, each sorted; ``log_normalizer`` of shape (T, heads); ``probability_sum`` of shape (M,), averaged over
+        heads. An atom that two heads select occurs twice.
 
     Raises:
         ValueError: If shapes or devices differ, or ``top_k`` does not fit heads and atoms.
@@ -62,21 +62,21 @@ def select_product_key(
     log_left, log_right = left.logsumexp(-1, keepdim=True), right.logsumexp(-1, keepdim=True)
     share_left, share_right = (left - log_left).exp(), (right - log_right).exp()
     if token_mask is not None:
-        # What does not count need not be finite.
+        # Tokens that do not count may be NaN.
         share_left, share_right = (s.masked_fill(~token_mask.view(-1, 1, 1), 0.0) for s in (share_left, share_right))
-    # (9) factorises over tokens and heads: the sum of outer products of the halves' softmaxes.
+    # The softmax over atoms is the outer product of the halves' softmaxes; sum it over tokens and heads.
     with torch.autocast(left.device.type, enabled=False):
         joint = share_left.reshape(-1, side).t() @ share_right.reshape(-1, side)
     return Selection(*flat, (log_left + log_right).squeeze(-1), joint.reshape(-1) / heads)
 
 
 def _top_sums(left: Tensor, right: Tensor, top_k: int, half: float) -> tuple[Tensor, Tensor]:
-    """The K largest clamped sums of each token and head, sorted, and their atoms: two (T, heads, K)."""
+    """The K largest clamped sums of each token and head, sorted, and their atoms; both of shape (T, heads, K)."""
     side = left.shape[-1]
     kept = min(top_k, side)
     (a, at_left), (b, at_right) = left.topk(kept), right.topk(kept)
     rows, columns = _candidates(top_k, kept, left.device)
-    # Adding nothing of the raw score makes a score that is not finite NaN, which clamping would hide.
+    # Adding 0 times the raw score makes a score that is not finite NaN, which clamping would hide.
     a, b = (torch.add(score.clamp(-half, half), score, alpha=0.0) for score in (a, b))
     values, order = (a[..., rows] + b[..., columns]).topk(top_k)
     atoms = at_left[..., rows] * side + at_right[..., columns]
@@ -84,7 +84,7 @@ def _top_sums(left: Tensor, right: Tensor, top_k: int, half: float) -> tuple[Ten
 
 
 def _top_sums_untraced(left: Tensor, right: Tensor, top_k: int, half: float) -> tuple[Tensor, Tensor]:
-    """The same without gradients, head by head in one pass where the compiled function is there."""
+    """The same without gradients, by the compiled function if it exists."""
     tokens, heads, side = left.shape
     native = module_for(*(scores[:1, 0] for scores in (left, right))) if tokens else None
     if native is None or left.dtype != torch.float32 or top_k > MOST_SELECTED:
@@ -111,9 +111,9 @@ def _top_sums_untraced(left: Tensor, right: Tensor, top_k: int, half: float) -> 
 
 
 def _candidates(top_k: int, kept: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Places (i, j) of the sorted halves that can be among the K largest sums: those with (i + 1)(j + 1) <= K.
+    """Pairs of ranks (i, j) in the sorted halves whose sum can be among the K largest: those with (i + 1)(j + 1) <= K.
 
-    Any other is no larger than K sums before it.
+    Any other pair has at least K pairs whose sums are no smaller.
     """
     pairs = [(i, j) for i in range(kept) for j in range(min(kept, top_k // (i + 1)))]
     rows, columns = torch.tensor(pairs, device=device).unbind(1)

@@ -1,4 +1,4 @@
-"""Selection: top-K of the raw logits, and the statistics of the regularisers from the same pass."""
+"""Selection: the top-K of router logits, and the regularisers' statistics in the same pass."""
 
 from typing import Any, NamedTuple
 
@@ -8,14 +8,14 @@ from torch import Tensor, library
 from .devices import several_devices
 from .native import MOST_SELECTED, module_for, rows_of
 
-# Logits per chunk: what a pass reads twice should still be in cache the second time.
+# Logits per chunk, few enough to stay in cache between two readings.
 _CHUNK = {"cpu": 1 << 19, "other": 1 << 28}
-# Logits up to which waking other threads costs more than the work.
+# Up to so many logits, waking other threads costs more than the work.
 _FEW_LOGITS = 1 << 15
 
 
 class Selection(NamedTuple):
-    """What a router's logits (T, M) give.
+    """The atoms selected from a router's logits (T, M).
 
     Attributes:
         logits: The K largest raw logits of each token, sorted, of shape (T, K).
@@ -33,9 +33,9 @@ class Selection(NamedTuple):
 def select(
     logits: Tensor, top_k: int, *, logit_clamp: float, token_mask: Tensor | None = None, statistics: bool = True
 ) -> Selection:
-    """Select each token's top-K atoms, and sum up what equations (9) and (12) need, in one pass over the logits.
+    """Select each token's top-K atoms and compute the statistics for equations (9) and (12), in one pass.
 
-    Clamp and softplus are monotone, so that top-K is taken on raw logits. Statistics are those of the clamped ones.
+    The top-K is that of raw logits, as clamp and softplus are monotone. Statistics are those of clamped logits.
 
     Args:
         logits: Router logits of shape (T, M), float32 or float64.
@@ -76,7 +76,7 @@ def _select_op(
 def select_forward(
     logits: Tensor, weights: Tensor | None, top_k: int, logit_clamp: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The fields of :class:`Selection`, without gradients; ``weights`` (T,) count tokens in ``probability_sum``."""
+    """The fields of :class:`Selection`, without gradients; ``weights`` (T,) weight tokens in ``probability_sum``."""
     tokens, num_atoms = logits.shape
     row, stride = rows_of(logits)
     native = module_for(row, weights)
@@ -116,7 +116,7 @@ def _forward_by_tensors(
         torch.add(total.log(), largest.squeeze(1), out=log_normalizer[rows])
         share = total.reciprocal()
         if weights is not None:
-            # What does not count need not be finite.
+            # Tokens that do not count may be NaN.
             left_out = weights[rows] == 0
             share = (share * weights[rows]).masked_fill_(left_out, 0.0)
             exponentials.masked_fill_(left_out.unsqueeze(1), 0.0)
@@ -151,7 +151,7 @@ def _select_backward_op(
 
 
 def largest(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-    """``logits.topk(top_k)`` of rows (T, M), without gradients; ties may fall otherwise."""
+    """``logits.topk(top_k)`` of logits (T, M), without gradients; ties may be broken differently."""
     row, stride = rows_of(logits)
     native = module_for(row)
     if native is None or logits.dtype != torch.float32 or top_k > MOST_SELECTED:
@@ -184,7 +184,7 @@ def select_backward(
     logit_clamp: float,
     out: Tensor | None = None,
 ) -> Tensor:
-    """Gradient of the logits (T, M) from those of what :func:`select_forward` returns, written to ``out``."""
+    """Gradient of the logits (T, M), given those of the results of :func:`select_forward`; written to ``out``."""
     grad = torch.empty_like(logits) if out is None else out
     grad_values, grad_log_normalizer = grad_values.contiguous(), grad_log_normalizer.contiguous()
     grad_probability_sum = grad_probability_sum.contiguous()
@@ -228,7 +228,7 @@ def _backward_by_tensors(
     for rows in _chunks(logits):
         chunk = logits[rows].clamp(-logit_clamp, logit_clamp) if clamped else logits[rows]
         out = torch.sub(chunk, log_normalizer[rows].unsqueeze(1), out=grad[rows]).exp_()
-        # d/dr of g . p and of h lse, with p the softmax: p (h + w (g - g . p)).
+        # The gradient of w g . p + h logsumexp(r) with p = softmax(r) is p (h + w (g - g . p)).
         mean = torch.mv(out, grad_probability_sum)
         if weights is None:
             out *= grad_probability_sum + (grad_log_normalizer[rows] - mean).unsqueeze(1)
@@ -236,7 +236,7 @@ def _backward_by_tensors(
             weight = weights[rows]
             constant = grad_log_normalizer[rows] - weight * mean
             out *= torch.addr(constant.unsqueeze(1), weight, grad_probability_sum)
-            # Rows that get no gradient need not be finite.
+            # Rows without a gradient may be NaN.
             out.masked_fill_(((weight == 0) & (grad_log_normalizer[rows] == 0)).unsqueeze(1), 0.0)
         if clamped:
             out.masked_fill_(logits[rows].abs() > logit_clamp, 0.0)
@@ -249,7 +249,7 @@ def _(logits: Tensor, *_: Any) -> Tensor:
 
 
 def _beyond(logits: Tensor, logit_clamp: float) -> bool:
-    """Whether clamping changes anything; on other devices than the CPU it is not worth waiting for the answer."""
+    """Whether clamping may change logits; assumed on a GPU, where the check would wait for the device."""
     if logits.device.type != "cpu" or logits.numel() == 0:
         return logits.numel() > 0
     low, high = torch.aminmax(logits)

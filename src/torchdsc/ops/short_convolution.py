@@ -1,4 +1,4 @@
-"""A causal depthwise convolution: each token summed with those before it, weighted feature by feature."""
+"""The short convolution: a causal depthwise convolution over the last few tokens."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from .native import MOST_TAPS, module_for
 
 __all__ = ["short_convolution"]
 
-# Results up to which waking other threads costs more than the work.
+# Up to so many output elements, waking other threads costs more than the work.
 _FEW_NUMBERS = 1 << 15
 
 
@@ -21,11 +21,11 @@ def short_convolution(
 
     Args:
         x: Sequences of shape (..., T, d).
-        weight: Shape (w, d); row i is of the token i places before.
+        weight: Shape (w, d); row i belongs to the token i places before.
         length: How many tokens at the end to return, at most T.
-        positions: Places of the returned tokens in their sequences, broadcasting to (..., length): a token sees none
-            further before it than its place.
-        onto: What the sum is added to, of the shape of the result; nothing by default.
+        positions: Positions of the returned tokens in their sequences, broadcasting to (..., length). Tokens before
+            position 0 are taken as zeros.
+        onto: A tensor of the shape of the result that is added to it; by default none.
 
     Returns:
         Tensor of shape (..., length, d).
@@ -55,7 +55,7 @@ def _by_tensors(
     start = x.shape[-2] - length
     y = x.narrow(-2, start, length) * weight[0]
     for distance in range(1, min(weight.shape[0], x.shape[-2])):
-        # The first tokens have none at this distance.
+        # The first tokens have no token at this distance.
         first = max(0, start - distance)
         count = x.shape[-2] - distance - first
         earlier = x.narrow(-2, first, count)
@@ -68,7 +68,7 @@ def _by_tensors(
 def _can_be_compiled(x: Tensor, weight: Tensor, onto: Tensor | None) -> bool:
     tensors = (x, weight) if onto is None else (x, weight, onto)
     fits = x.numel() > 0 and weight.shape[0] <= MOST_TAPS and all(t.dtype == torch.float32 for t in tensors)
-    # A compiler makes one pass of the tensor operations by itself.
+    # torch.compile fuses the tensor operations into one pass itself.
     return fits and not torch.compiler.is_compiling() and module_for(*tensors) is not None
 
 
@@ -98,7 +98,7 @@ def _short_convolution_op(x: Tensor, weight: Tensor, onto: Tensor | None) -> Ten
 
 @library.custom_op("torchdsc::short_convolution_backward", mutates_args=())
 def _short_convolution_backward_op(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    # Autograd may hand on a gradient that is expanded.
+    # Autograd may pass an expanded gradient.
     grad, (length, width) = grad.contiguous(), x.shape[-2:]
     native, dx, dweight = module_for(grad, x, weight), torch.empty_like(x), torch.empty_like(weight)
     assert native is not None

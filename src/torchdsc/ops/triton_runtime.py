@@ -1,4 +1,4 @@
-"""Whether Triton kernels can run here. Asked when they are called for, so that nothing else needs triton."""
+"""Checks whether Triton kernels can run. Made when a kernel is asked for, so that nothing else needs triton."""
 
 import functools
 from contextlib import AbstractContextManager
@@ -8,10 +8,10 @@ from torch import Tensor
 
 
 def require_triton(device: torch.device) -> None:
-    """Refuse, with what to do about it, where Triton kernels cannot run.
+    """Raise an error, which says what to do, if Triton kernels cannot run.
 
     Args:
-        device: Where the tensors are that a kernel would be given.
+        device: Device of the kernel's tensors.
 
     Raises:
         ImportError: If triton is not installed, or does not import.
@@ -36,7 +36,7 @@ def interprets() -> bool:
         import triton.language
     except Exception as error:  # A broken installation fails in ways of its own.
         raise ImportError(f"impl='triton' needs triton: pip install 'torchdsc[triton]' ({error})") from error
-    # Its own functions were compiled or interpreted when it was imported, and ours have to go the same way.
+    # Whether triton's own functions are interpreted was settled at its import, and ours must match them.
     return not isinstance(triton.language.sum, triton.JITFunction)
 
 
@@ -51,11 +51,11 @@ def has_triton() -> bool:
 
 
 def device_of(tensor: Tensor) -> AbstractContextManager[None]:
-    """Where kernels are launched: on the tensor's GPU, whichever is the current one."""
+    """Context that makes the tensor's GPU the current one, for launching kernels."""
     context: AbstractContextManager[None] = torch.cuda.device_of(tensor)  # type: ignore[no-untyped-call]
     return context
 
 
 def power_of_two(n: int) -> int:
-    """The smallest power of two that is at least ``n`` and 1: what the sides of a kernel's blocks must be."""
+    """The smallest power of two that is at least ``n`` and 1; sides of a kernel's blocks must be powers of two."""
     return 1 << max(0, n - 1).bit_length()

@@ -121,8 +121,9 @@ class AdaptConfig:
         base: Folder or hub id of the base model, "package:NAME/folder" inside an installed package, or
             "llama2c:MODEL.bin:TOKENIZER.bin", files of llama2.c, which are converted into the cache.
         base_options: Fields of the base's configuration to change, such as its dropout or ``attn_implementation``.
-        head: For classification and regression; None for the head of the base's own kind, which reads two texts as
-            one, "embedding" for one on the embeddings of texts that are encoded apart (:class:`SentenceClassifier`).
+        head: For classification and regression: None for the head that transformers has for the base model, which reads
+            two texts as one sequence; "embedding" for a head on the embeddings of separately encoded texts
+            (:class:`torchdsc.lab.adapt.sentences.SentenceClassifier`).
         tasks: What to adapt to.
         methods: How.
         seeds: Every method adapts to every task once with each (or its own), at the learning rate that tuning chose.

@@ -117,7 +117,7 @@ def solve_size(method: Method, study: AdaptConfig) -> Method:
 
 
 def _count(model: PreTrainedModel, method: Method, kind: TaskKind, *, must_fit: bool = False) -> int:
-    """Parameters of the method's adapter in a model without storage, which stays as it is."""
+    """Number of parameters of the method's adapter, counted in a model on the meta device, which is not changed."""
     config = adapter_config(method, kind)
     with _naming_options(method):
         with torch.device("meta"):
@@ -137,7 +137,7 @@ def _count(model: PreTrainedModel, method: Method, kind: TaskKind, *, must_fit: 
 
 @contextmanager
 def _naming_options(method: Method) -> Iterator[None]:
-    """What PEFT and the layers stumble on is an error of the method's options."""
+    """Turn errors of PEFT and the layers into errors that name the method's options."""
     try:
         yield
     except re.error as error:
@@ -217,7 +217,7 @@ def _pretrained(study: AdaptConfig, task: Task, num_labels: int, *, weights: boo
 
 @contextmanager
 def naming_base(study: AdaptConfig) -> Iterator[None]:
-    """What goes wrong with the base model is an error that names it."""
+    """Turn errors of the base model into errors that name it."""
     try:
         yield
     except (

@@ -154,7 +154,7 @@ def _hashes(data: dict[str, TaskData]) -> dict[str, str]:
 
 
 def _possible(config: AdaptConfig) -> list[Job]:
-    """All trials, and the runs at any of the rates that they may choose."""
+    """All trials, and all runs that the choice of a learning rate may ask for."""
     return [
         *(job for method in config.methods for job in _trials(config, method)),
         *(

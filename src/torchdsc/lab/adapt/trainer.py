@@ -1,4 +1,4 @@
-"""Trainer with a rate for the head, whose log says what a record needs of all calls."""
+"""Trainer with a learning rate for the head, and a log that carries a run's record over interruptions."""
 
 import time
 from pathlib import Path
@@ -20,7 +20,7 @@ __all__ = ["HeadTrainer", "Notes", "noted"]
 
 
 class Notes(TrainerCallback):
-    """Writes into the log, which checkpoints hold, what a record says of all calls so far."""
+    """Keeps what a record needs in the log, which is part of checkpoints, so that it covers all calls so far."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model, self.before = model, noted([])
@@ -51,7 +51,7 @@ class Notes(TrainerCallback):
 
 
 class HeadTrainer(GuardedTrainer):
-    """Trainer with a learning rate of its own for the head, the schedule being the same; it trains no step too many."""
+    """Trainer with its own learning rate for the head, on the same schedule; it trains no step too many."""
 
     def __init__(self, head_learning_rate: float | None, **kwargs: Any) -> None:
         self._head_learning_rate = head_learning_rate

@@ -1,4 +1,4 @@
-"""What is asked for, what comes out, and how parameters are counted."""
+"""Budgets, plans that meet them, and counts of parameters."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from torchdsc.arguments import own_copies
 from torchdsc.baselines.methods import METHODS, FeedForwardKind
 
-# The share of a target that plans may miss it by without a word.
+# Plans that miss a target by more than this share of it are reported.
 MISS_TO_SAY = 0.01
 
 
@@ -49,7 +49,7 @@ class Budget:
 
 @dataclass(frozen=True)
 class Plan:
-    """A method's widths and what they come to.
+    """A method's widths, and the numbers of parameters that they result in.
 
     Attributes:
         method: Which.
@@ -81,7 +81,7 @@ class Plan:
 
 
 def describe_misses(plans: Mapping[str, Plan], budget: Budget, match: str | None = None) -> list[str]:
-    """What is to be said of plans that miss a target by more than :data:`MISS_TO_SAY` of it.
+    """Report plans that miss a target by more than the share :data:`MISS_TO_SAY` of it.
 
     Args:
         plans: By name.

@@ -65,7 +65,7 @@ def _solve_atoms(targets: Targets) -> Plan:
     least = -(-targets.stored // each) + 2 * rank * top_k * unit
     targets.check_active(least, f"a static layer beside {name} = {count:,} with top_k = {top_k}")
 
-    # The paper floors both. Where that misses by more than the tolerance, look for the best widths around.
+    # The paper rounds both down. If that misses by more than the tolerance, search the widths around.
     floored = targets.plan(max(0, (targets.stored - each * count * unit) // (2 * unit)), count)
     if _miss(floored) <= TOLERANCE:
         return floored
@@ -73,10 +73,11 @@ def _solve_atoms(targets: Targets) -> Plan:
 
 
 def _solve_router(targets: Targets, router: str) -> Plan:
-    """PEER, or DSC with another router than the linear one or a shared bank: a router is active as a whole.
+    """Solve PEER, or DSC with a non-linear router or a shared bank.
 
-    So stored less active is 2 D (M - K) a layer whatever the router, 2 D (M - L K) for one bank in L layers, which
-    gives M. Where attention composes from the bank too it is 2 K. Routers' parameters are counted on the built layer.
+    All of a router is active, so stored minus active parameters are 2 D (M - K) for each layer, or 2 D (M - L K) for
+    one bank in L layers, which gives M. If attention uses the bank too, K is replaced by 2 K. Parameters of routers are
+    counted on the built layer.
     """
     unit, top_k, name = targets.unit, targets.top_k, targets.count_name
     stored_atom = 2 * (targets.budget.d_model if targets.model.share_bank else unit)
@@ -109,7 +110,7 @@ def _solve_router(targets: Targets, router: str) -> Plan:
 
 
 def _around(targets: Targets, count: int) -> Iterator[tuple[int, int]]:
-    """Widths between those that meet the one target and the other, each with its count, for counts nearby."""
+    """Candidates of width and count: for counts nearby, the widths between those that meet either target."""
     for nearby in range(max(targets.top_k, count - 2), count + 3):
         empty = targets.plan(0, nearby)
         missing = sorted((targets.total - empty.params_total, targets.active - empty.params_active))

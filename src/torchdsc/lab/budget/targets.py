@@ -1,4 +1,4 @@
-"""Targets in whole parameters, the plans that are made for them, and the refusal of what is infeasible."""
+"""Targets in whole numbers of parameters, plans for them, and errors for infeasible ones."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Targets:
-    """What a method is solved for, of the whole model and in whole parameters: the arithmetic below is exact."""
+    """Parameter targets of a whole model for one method. All numbers are ints, so that the arithmetic is exact."""
 
     budget: Budget
     method: FeedForwardKind
@@ -29,7 +29,7 @@ class Targets:
 
     @cached_property
     def model(self) -> ModelOptions:
-        """Those of the method's options that concern the model around its layers."""
+        """The method's options that concern the model around its layers."""
         # Imported late: the command line shows its help before this loads.
         from torchdsc.models.options import split_options
 
@@ -37,7 +37,7 @@ class Targets:
 
     @property
     def fixed(self) -> int:
-        """Parameters outside the feed-forward layers: those of the budget, and contexts."""
+        """Parameters outside the feed-forward layers, and those of short convolutions."""
         return self.budget.fixed + self.model.context_rows * self.unit
 
     @property
@@ -52,7 +52,7 @@ class Targets:
 
     @property
     def unit(self) -> int:
-        """D parameters in every layer: what widths and counts come in."""
+        """D parameters in every layer, the unit in which widths and numbers of atoms or experts are counted."""
         return self.budget.d_model * self.budget.n_layer
 
     @property
@@ -78,7 +78,7 @@ class Targets:
         )
 
     def check_total(self, least: int, why: str) -> None:
-        """Raise unless the total is at least ``least`` units, what a method's smallest layer takes, and the active."""
+        """Raise if the total is less than ``least`` units, the size of the method's smallest layer, or than active."""
         nearest = self.fixed + least * self.unit
         if self.total < nearest:
             names, nearest = ("total and active", nearest) if self.active < nearest else ("total", self.active)

@@ -28,7 +28,7 @@ def write_report(runs: Iterable[Run], folder: str | os.PathLike[str]) -> Path:
         folder: Where to write; made if it is not there.
 
     Raises:
-        ValueError: If there are no runs, or they do not fit together; see `torchdsc.lab.tables.check_runs`.
+        ValueError: If there are no runs, or they do not fit together; see `torchdsc.lab.summaries.check_runs`.
     """
     page = render_report(runs)
     target = Path(folder) / "report.html"

@@ -167,7 +167,7 @@ def _first(config: StudyConfig) -> ExperimentConfig:
 
 
 def _possible(config: StudyConfig) -> list[_Job]:
-    """All trials, and the runs as any of them may turn out best."""
+    """All trials, and all runs that the choice of a best trial may ask for."""
     return [
         *(_Job(v, index, config.tuning_seed, True) for v in config.variants for index in _tried(v)),
         *(

@@ -1,4 +1,4 @@
-"""A study's results reduced to a row a variant, with differences to a reference and their intervals."""
+"""A study's results as a table: a row for each variant, with differences to a reference and their intervals."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -26,13 +26,13 @@ Run = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Comparison:
-    """One variant beside another.
+    """The comparison of a variant with another.
 
     Attributes:
-        other: The variant it is compared to.
-        difference: Of final validation losses, paired by seed.
-        share_of_steps: Share of training after which its mean validation loss is down at the other's final one, on
-            straight lines between evaluations; None where it never is.
+        other: Name of the other variant.
+        difference: Difference of final validation losses, paired by seed.
+        share_of_steps: Share of the training steps after which the variant's mean validation loss reaches the other's
+            final one, interpolated linearly between evaluations; None if it never does.
     """
 
     other: str
@@ -52,7 +52,7 @@ class VariantRow:
         chosen: Settings of its best trial.
         valid: Final validation losses, nats per token, one a seed.
         test: Test losses, none where the study leaves the test part alone.
-        comparisons: With the variants that it is compared to and that have runs; none with itself.
+        comparisons: With each variant that it is compared to and that has runs; none with itself.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""Routers: from tokens to scored and selected atoms."""
+"""Routers, which select atoms for tokens."""
 
 from typing import Any
 
@@ -19,11 +19,11 @@ def build_router(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
 ) -> Router:
-    """The router that ``options`` ask for.
+    """Build the router that ``options`` ask for.
 
     Args:
         in_features: d_in.
-        options: Those of the layer.
+        options: The layer's options.
         device: Where the parameters live.
         dtype: Their dtype.
 

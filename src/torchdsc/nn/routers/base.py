@@ -1,4 +1,4 @@
-"""What routers share. A router is a module of its own, so that hooks see what it selects."""
+"""The base class of routers. A router is a module of its own, so that forward hooks see what it selects."""
 
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -14,17 +14,17 @@ from torchdsc.ops import Selection
 
 
 class Router(nn.Module):
-    """What routers share: their norm, and arithmetic in float32 (float64 for float64 input), also under autocast.
+    """Base class of routers: the norm, and arithmetic in float32 (float64 for float64 input), also under autocast.
 
-    Subclasses implement :meth:`scores`, :meth:`select_from` and :meth:`deviations`, and may select without forming
-    scores in :meth:`_select`. Parameters are read inside the call alone.
+    Subclasses implement :meth:`scores`, :meth:`select_from` and :meth:`deviations`, and may override :meth:`_select` to
+    select without forming all scores.
 
     Args:
         in_features: d_in.
         num_atoms: M.
         norm: "layer" (parameter-free LayerNorm), "layer_affine" or "none".
-        init_std: Standard deviation of a linear router's initial weight; others start with logits of its spread. By
-            default that of the model around it, or 0.02.
+        init_std: Standard deviation of a linear router's initial weight; other routers are initialised to logits of the
+            same standard deviation. By default that of the model, or 0.02.
         device: Where the parameters live.
         dtype: Their dtype.
 
@@ -59,12 +59,12 @@ class Router(nn.Module):
         )
 
     def deviations(self, init_std: float) -> list[tuple[nn.Parameter, float]]:
-        """Parameters that start normal, with their standard deviations for a linear router's of ``init_std``."""
+        """Normally initialised parameters, each with the standard deviation that ``init_std`` asks for."""
         raise NotImplementedError
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Normal weights of :meth:`deviations`; zero bias; LayerNorm to the identity."""
+        """Initialise again: weights by :meth:`deviations`, bias to zero, LayerNorm to the identity."""
         for parameter, deviation in self.deviations(0.02 if self.init_std is None else self.init_std):
             nn.init.normal_(parameter, std=deviation)
         if self.bias is not None:
@@ -86,11 +86,11 @@ class Router(nn.Module):
 
         Args:
             x: Tokens of shape (T, d_in).
-            top_k: K; None for the scores of tokens of shape (..., d_in) alone, see :meth:`scores`.
+            top_k: K; None to return the :meth:`scores` of tokens of shape (..., d_in) instead of a selection.
             logit_clamp: tau > 0.
             token_mask: Optional bool of shape (T,); tokens that are False do not count in ``probability_sum``.
             statistics: Whether to fill ``log_normalizer`` and ``probability_sum``; they are empty otherwise.
-            raw_normalizer: Take ``log_normalizer`` of unclamped logits.
+            raw_normalizer: Compute ``log_normalizer`` from unclamped logits.
 
         Returns:
             The selection, or the scores, in float32 (float64 for float64 input).
@@ -111,7 +111,7 @@ class Router(nn.Module):
             )
 
     def scores(self, x: Tensor) -> Tensor:
-        """What atoms are selected by, for tokens that have been normalised."""
+        """Scores of normalised tokens, from which atoms are selected."""
         raise NotImplementedError
 
     def select_from(
@@ -124,13 +124,13 @@ class Router(nn.Module):
         statistics: bool = False,
         raw_normalizer: bool = False,
     ) -> Selection:
-        """Selection by the scores of T tokens; arguments as in :meth:`forward`."""
+        """Select by the scores of T tokens; arguments as in :meth:`forward`."""
         raise NotImplementedError
 
     def _select(
         self, x: Tensor, top_k: int, logit_clamp: float, token_mask: Tensor | None, statistics: bool
     ) -> Selection:
-        """Selection for normalised tokens; a subclass may form no scores."""
+        """Select for normalised tokens; a subclass may avoid forming all scores."""
         return self.select_from(
             self.scores(x), top_k, logit_clamp=logit_clamp, token_mask=token_mask, statistics=statistics
         )
@@ -140,7 +140,7 @@ class Router(nn.Module):
         x = x if x.dtype == precise else x.to(precise)
         norm = self.norm
         if type(norm) is nn.LayerNorm:
-            # Without parameters there is nothing that its call would bring here.
+            # It has no parameters to gather, so its module need not be called.
             return functional.layer_norm(x, norm.normalized_shape, eps=norm.eps)
         return x if type(norm) is nn.Identity else norm(x)
 
@@ -150,14 +150,14 @@ class Router(nn.Module):
 
 
 def _full_precision(x: Tensor) -> AbstractContextManager[Any]:
-    """Autocast switched off; nothing where it is off, as entering costs more than a token's selection."""
+    """Switch autocast off, if it is on: entering the context costs more than a token's selection."""
     if torch.is_autocast_enabled(x.device.type):
         return torch.autocast(x.device.type, enabled=False)
     return nullcontext()
 
 
 class _AffineLayerNorm(nn.LayerNorm):
-    """Arithmetic in the dtype of the input, whatever the parameters have."""
+    """LayerNorm in the dtype of the input, whatever the dtype of its parameters."""
 
     def forward(self, x: Tensor) -> Tensor:
         weight, bias = parameter_like(self.weight, x), parameter_like(self.bias, x)
@@ -165,6 +165,6 @@ class _AffineLayerNorm(nn.LayerNorm):
 
 
 def parameter_like(parameter: Tensor, like: Tensor) -> Tensor:
-    """All of a parameter, where FSDP shards it, in the dtype of ``like``."""
+    """The whole parameter, even if FSDP shards it, in the dtype of ``like``."""
     parameter = whole(parameter)
     return parameter if parameter.dtype == like.dtype else parameter.to(like.dtype)

@@ -1,4 +1,4 @@
-"""The linear router, and the one of low rank."""
+"""The linear router and the low-rank router."""
 
 import math
 
@@ -21,7 +21,7 @@ class LinearRouter(Router):
         num_atoms: M.
         bias: Whether the logits have a bias, zero at the start.
         norm: "layer" (parameter-free LayerNorm), "layer_affine" or "none".
-        init_std: Standard deviation of the initial weight; by default the model's, or 0.02.
+        init_std: Standard deviation of the initial weight; by default that of the model, or 0.02.
         device: Where the parameters live.
         dtype: Their dtype.
 
@@ -81,13 +81,13 @@ class LinearRouter(Router):
         )
 
     def _operands(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """What the logits are the linear function of: input, weight (M, .) and bias, in the dtype of ``x``."""
+        """Input, weight and bias of the linear map to logits, in the dtype of ``x``."""
         bias = None if self.bias is None else parameter_like(self.bias, x)
         return x, parameter_like(self.weight, x), bias
 
 
 class LowRankRouter(LinearRouter):
-    """``r = (norm(x) A^T) B^T`` of rank r: d r + r M parameters and multiplications, against d M of the linear router.
+    """``r = (norm(x) A^T) B^T``: d r + r M parameters and multiplications, instead of d M of the linear router.
 
     Args:
         in_features: d_in.
@@ -95,7 +95,8 @@ class LowRankRouter(LinearRouter):
         rank: r >= 1.
         bias: Whether the logits have a bias, zero at the start.
         norm: "layer" (parameter-free LayerNorm), "layer_affine" or "none".
-        init_std: The linear router's standard deviation whose logits this one's start with, in their spread.
+        init_std: Logits are initialised to the standard deviation they would have in a linear router whose weight has
+            this one.
         device: Where the parameters live.
         dtype: Their dtype.
 
@@ -130,7 +131,7 @@ class LowRankRouter(LinearRouter):
         self.reset_parameters()
 
     def deviations(self, init_std: float) -> list[tuple[nn.Parameter, float]]:
-        """A keeps the size of a normalised token; B makes the spread."""
+        """A maps normalised tokens to features of variance 1; B sets the standard deviation of the logits."""
         width = self.in_features
         return [(self.down, 1 / math.sqrt(width)), (self.weight, init_std * math.sqrt(width / self.rank))]
 

@@ -1,4 +1,4 @@
-"""The router of product keys."""
+"""The product-key router."""
 
 import math
 
@@ -16,16 +16,18 @@ from .base import Router, parameter_like
 class ProductKeyRouter(Router):
     """``r_(i sqrt(M) + j) = clamp(a_i, +-tau/2) + clamp(b_j, +-tau/2)``, with a and b from the halves of a query.
 
-    Each head makes a query ``norm(x) Q`` and compares its halves with sqrt(M) keys each: d q + sqrt(M) q parameters
-    and multiplications a head for q features, against d M of the linear router. Heads select K / heads atoms each.
+    Each head computes a query ``norm(x) Q`` of q features, and scores each half of it against sqrt(M) keys. That is
+    d q + sqrt(M) q parameters and multiplications per head, instead of d M of the linear router. Each head selects
+    K / heads atoms.
 
     Args:
         in_features: d_in.
         num_atoms: M, a square.
         rank: q, features of a head's query, even.
-        heads: Queries, each with keys of its own.
+        heads: Number of heads, each with its own query and keys.
         norm: "layer" (parameter-free LayerNorm), "layer_affine" or "none".
-        init_std: The linear router's standard deviation whose logits this one's start with, in their spread.
+        init_std: Logits are initialised to the standard deviation they would have in a linear router whose weight has
+            this one.
         device: Where the parameters live.
         dtype: Their dtype.
 
@@ -65,7 +67,7 @@ class ProductKeyRouter(Router):
         self.reset_parameters()
 
     def deviations(self, init_std: float) -> list[tuple[nn.Parameter, float]]:
-        """Q keeps the size of a normalised token; a logit is a sum over the q features of both halves."""
+        """Q maps normalised tokens to features of variance 1; a logit is a sum over the q features of both halves."""
         width = self.in_features
         return [(self.query, 1 / math.sqrt(width)), (self.keys, init_std * math.sqrt(width / self.rank))]
 
@@ -86,7 +88,7 @@ class ProductKeyRouter(Router):
         statistics: bool = False,
         raw_normalizer: bool = False,
     ) -> Selection:
-        """See :class:`Router`; scores are those of both halves, of shape (T, heads, 2, sqrt(M))."""
+        """See :class:`Router`; scores of both halves have shape (T, heads, 2, sqrt(M))."""
         left, right = scores.unbind(-2)
         found = select_product_key(
             left, right, top_k, logit_clamp=logit_clamp, token_mask=token_mask, statistics=statistics

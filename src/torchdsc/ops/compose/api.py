@@ -1,4 +1,4 @@
-"""The public function: checks its arguments and calls the operator of contract.py."""
+"""The public function :func:`compose`: checks its arguments and calls the operator of contract.py."""
 
 from typing import Literal
 
@@ -25,8 +25,8 @@ def compose(
 ) -> Tensor:
     """Apply the composed weight to each token: ``y = sum_k z_k (x . u_k) v_k``, equation (14).
 
-    ``u_k`` and ``v_k`` are the selected rows divided by ``max(eps, |row|)``, equation (3); no normalised copy of the
-    bank is kept, and no d_in x d_out matrix is formed.
+    Here ``u_k`` and ``v_k`` are the selected rows divided by ``max(eps, |row|)``, equation (3). No normalised copy of
+    the bank is kept, and no d_in x d_out matrix is formed.
 
     Args:
         x: Tokens of shape (..., d_in), any floating dtype.
@@ -34,9 +34,9 @@ def compose(
         v: Output atoms of shape (M, d_out), dtype of ``x``.
         indices: Selected atoms of shape (..., K), int64, each in [0, M). An atom may occur twice.
         coefficients: Their coefficients z of shape (..., K), float32 (float64 where ``x`` is).
-        eps: Lower bound of an atom's norm, > 0; None leaves the atoms as they are, unnormalised.
-        impl: "auto" chooses by the measured crossovers; any other name is used as given, or refused. What is exported
-            (``torch.export``, ``torch.onnx.export``) are the tensor operations of "reference", from torch 2.7 on.
+        eps: Lower bound of an atom's norm, > 0; None to use the atoms without normalisation.
+        impl: "auto" chooses by measured crossovers; any other name is used as given, or refused. Exported programs
+            (``torch.export``, ``torch.onnx.export``, from torch 2.7 on) contain the tensor operations of "reference".
 
     Returns:
         Tensor of shape (..., d_out) and the dtype of ``x``. Differentiable in ``x``, ``u``, ``v`` and
@@ -44,7 +44,7 @@ def compose(
 
     Raises:
         ValueError: On a shape, index dtype, ``eps`` or ``impl`` other than the above, or tensors on several devices.
-        TypeError: If ``x``, ``u`` and ``v`` are not of one floating dtype.
+        TypeError: If ``x``, ``u`` and ``v`` do not share one floating dtype.
         ImportError: If ``impl`` is "triton" and triton is missing or does not import.
         RuntimeError: If ``impl`` is "triton" and ``x`` is on the CPU, unless TRITON_INTERPRET=1 was set before triton
             was first imported.

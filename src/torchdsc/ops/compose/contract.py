@@ -1,4 +1,4 @@
-"""The operator ``torchdsc::compose``: dispatch to an implementation, its fake, and its gradients."""
+"""The operator ``torchdsc::compose``: its dispatch to an implementation, its fake and its gradients."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,9 +11,9 @@ from torchdsc.ops.export import is_exporting
 from . import dense, gather, reference, triton
 from .crossover import choose_implementation
 
-# An implementation is two functions over flat tensors: x (T, d_in), u (M, d_in), v (M, d_out), indices (T, K) and
-# coefficients (T, K). forward returns y (T, d_out) and the latent values x . u_k (T, K), u_k of unit norm; backward
-# takes the gradient of y as well, and returns the gradients of x, u, v and coefficients.
+# An implementation is two functions of x (T, d_in), u (M, d_in), v (M, d_out), indices (T, K) and coefficients (T, K).
+# forward returns y (T, d_out) and the latent values x . u_k (T, K), with unit u_k. backward also takes the gradient of
+# y and the latent values, and returns the gradients of x, u, v and coefficients.
 _FORWARD: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
     "reference": reference.forward,
     "gather": gather.forward,
@@ -29,7 +29,7 @@ _BACKWARD: dict[str, Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]] = {
 
 
 def run(x: Tensor, u: Tensor, v: Tensor, indices: Tensor, coefficients: Tensor, eps: float | None, impl: str) -> Tensor:
-    """Call the operator, or in plain inference its implementation: dispatch would cost more than a token's work."""
+    """Call the operator, or in plain inference the implementation, as dispatch costs more than a token's work."""
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or type(x) is not Tensor:
         if is_exporting():
             return reference.forward(x, u, v, indices, coefficients, eps)[0]
@@ -46,7 +46,7 @@ def _forward(
     forward = _FORWARD[_resolve(impl, x, u, indices)]
     if not torch.is_autocast_enabled(x.device.type):
         return forward(x, u, v, indices, coefficients, eps)
-    # Products accumulate in float32 here, whatever autocast makes of products elsewhere.
+    # Autocast would take products out of float32.
     with torch.autocast(x.device.type, enabled=False):
         return forward(x, u, v, indices, coefficients, eps)
 

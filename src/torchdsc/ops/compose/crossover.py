@@ -1,4 +1,4 @@
-"""Which implementation ``auto`` takes: read from crossovers.json, which ``python -m benchmarks crossover`` measures."""
+"""The choice of ``impl="auto"``, from crossovers.json, which ``python -m benchmarks crossover`` measures."""
 
 import functools
 import json
@@ -10,7 +10,7 @@ import torch
 
 from torchdsc.ops.native import FEW_PAIRS
 
-# A share of selected atoms so small that the masked product was never the quicker.
+# Below this share of selected atoms, the masked product was never faster.
 _LEAST_RATIO = 0.02
 IMPLEMENTATIONS = ("reference", "gather", "dense", "triton")
 
@@ -18,20 +18,21 @@ IMPLEMENTATIONS = ("reference", "gather", "dense", "triton")
 def choose_implementation(num_tokens: int, num_atoms: int, top_k: int, width: int, device: torch.device | str) -> str:
     """Name the implementation that ``impl="auto"`` uses.
 
-    The masked product costs ``num_tokens x num_atoms`` whatever K is, the gathered one ``num_tokens x top_k``: their
-    crossover is a ratio K / M, measured for several numbers of tokens and atoms and widths; the nearest point decides.
+    The cost of "dense" grows with ``num_tokens x num_atoms``, that of "gather" with ``num_tokens x top_k``. The ratio
+    K / M from which "dense" is faster was measured for several numbers of tokens, atoms and features; the nearest
+    measurement decides.
 
     Args:
         num_tokens: Tokens in the call.
         num_atoms: M, atoms in the bank.
         top_k: K, atoms composed per token.
         width: d_in, features of the input.
-        device: Device, or its type, where the call runs. Devices without a measurement use "gather".
+        device: Device of the call, or its type. Devices without a measurement use "gather".
 
     Returns:
         "gather" or "dense".
     """
-    # No measured crossover lies below this ratio, and most calls are settled here.
+    # Most calls are decided here.
     if num_tokens * top_k <= FEW_PAIRS or top_k < _LEAST_RATIO * num_atoms:
         return "gather"
     points = _crossovers().get(device if isinstance(device, str) else device.type, [])

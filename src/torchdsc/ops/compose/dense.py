@@ -1,4 +1,4 @@
-"""Masked products over the whole bank: few large matrix products, worth it when K is a good part of M."""
+"""Masked products over the whole bank: few large matrix products, faster if K is a large part of M."""
 
 import torch
 from torch import Tensor

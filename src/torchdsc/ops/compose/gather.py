@@ -1,11 +1,9 @@
-"""Work over the selected pairs alone: no tokens x K x d tensor is kept.
+"""Work on the selected pairs of token and atom only; no tokens x K x d tensor is kept.
 
-On a CPU compiled functions read every selected row once, for gradients too where pairs are not few against the atoms.
-Elsewhere library kernels do it.
-
-The (T, K) selection is a sparse T x M matrix with K entries a row. The latent values are a sampled product with it,
-outputs and input gradients a weighted sum of bank rows (embedding_bag), atom gradients the transposed sparse product,
-summed over segments of the pairs sorted by atom: deterministic on every device.
+On a CPU, compiled functions read every selected row once (in the backward pass unless there are few pairs). Elsewhere
+library kernels are used. They treat the selection as a sparse T x M matrix with K entries in each row. Latent values
+are a sampled matrix product, outputs and input gradients weighted sums of bank rows (embedding_bag). Atom gradients are
+the transposed sparse product, summed over segments of the pairs sorted by atom, which is deterministic on every device.
 """
 
 import functools
@@ -19,9 +17,9 @@ from torchdsc.ops.native import FEW_PAIRS, module_for
 
 from .norms import inverse_norms, pair_scale, radial
 
-# Bytes of gathered rows per chunk where no sampled product exists: about a core's level-two cache, and a GPU's share.
+# Bytes of gathered rows per chunk, if there is no sampled product; on a CPU about a core's L2 cache.
 _CHUNK_BYTES = {"cpu": 1 << 20, "other": 1 << 28}
-# The compiled gradients take the norms of all atoms: not worth it for fewer pairs than an eighth of them.
+# The compiled backward pass takes the norms of all atoms, which pays from one pair per so many atoms.
 _ATOMS_PER_PAIR = 8
 
 
@@ -62,7 +60,7 @@ def backward(
     eps: float | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, u, v and coefficients; those of the banks are dense."""
-    # Autograd may hand on a gradient that is expanded.
+    # Autograd may pass an expanded gradient.
     native = module_for(grad.contiguous() if grad.is_cpu else grad, x, u, v, indices, coefficients, latent)
     if native is not None and x.dtype == torch.float32 and _ATOMS_PER_PAIR * indices.numel() >= u.shape[0]:
         return _backward_compiled(native, grad.contiguous(), x, u, v, indices, coefficients, latent, eps)
@@ -109,7 +107,7 @@ def _forward_compiled(
     (tokens, top_k), width = indices.shape, v.shape[1]
     y, latent = x.new_empty(tokens, width), torch.empty_like(coefficients)
     threads = 1 if indices.numel() <= FEW_PAIRS else torch.get_num_threads()
-    # With fewer pairs than atoms a pair's norms are cheaper than all.
+    # With fewer pairs than atoms, norms are computed for each pair instead.
     scale_u = scale_v = None
     if eps is not None and indices.numel() >= u.shape[0]:
         scale_u, scale_v = inverse_norms(u, eps), inverse_norms(v, eps)
@@ -181,7 +179,7 @@ def _backward_compiled(
 def _forward_few(
     x: Tensor, u: Tensor, v: Tensor, indices: Tensor, coefficients: Tensor, eps: float | None
 ) -> tuple[Tensor, Tensor]:
-    # Small operations cost their call, not their work: there are as few as can be.
+    # For few pairs the overhead of calls dominates, so there are as few as possible.
     tokens, top_k = indices.shape
     flat = indices.reshape(-1)
     rows_u, rows_v = u.index_select(0, flat), v.index_select(0, flat)
@@ -202,7 +200,7 @@ def _forward_few(
 
 
 def _in_dtype(atoms: Tensor, indices: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The bank in the accumulation dtype, cut down to the selected rows where those are fewer than its atoms."""
+    """Atoms in the accumulation dtype, and indices into them: the bank, or the selected rows if those are fewer."""
     if atoms.dtype == dtype:
         return atoms, indices
     if indices.numel() >= atoms.shape[0]:
@@ -214,7 +212,7 @@ def _in_dtype(atoms: Tensor, indices: Tensor, dtype: torch.dtype) -> tuple[Tenso
 def sampled_product(x: Tensor, atoms: Tensor, indices: Tensor) -> Tensor:
     """``x_t . atoms_(t,k)`` of shape (T, K)."""
     tokens, top_k = indices.shape
-    # The sampled product refuses patterns with more entries a row than columns.
+    # The sampled product refuses patterns with more entries in a row than columns.
     if x.device.type == "cpu" and top_k <= atoms.shape[0] and _has_sampled_product():
         starts = torch.arange(0, tokens * top_k + 1, top_k)
         pattern = torch.sparse_csr_tensor(
@@ -233,7 +231,7 @@ def sampled_product(x: Tensor, atoms: Tensor, indices: Tensor) -> Tensor:
 
 @functools.cache
 def _has_sampled_product() -> bool:
-    # Torch warns once a process that CSR tensors are in beta: nothing that a user of this library could act on.
+    # Torch warns that CSR tensors are in beta, about which a user of this library can do nothing.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
@@ -250,7 +248,7 @@ def _weighted_rows(weights: Tensor, atoms: Tensor, indices: Tensor) -> Tensor:
 
 
 def _segments(indices: Tensor, num_atoms: int) -> tuple[Tensor, Tensor]:
-    """Order of the pairs by atom, and where each atom's pairs start: (T K,) and (M + 1,)."""
+    """The order of the pairs by atom (T K,), and where each atom's pairs start in it (M + 1,)."""
     ordered, order = torch.sort(indices.reshape(-1), stable=True)
     offsets = torch.searchsorted(ordered, torch.arange(num_atoms + 1, device=indices.device))
     return order, offsets

@@ -1,4 +1,4 @@
-"""Unit norms without a normalised copy of the bank: scales of the selected pairs, and what they add to gradients."""
+"""Norms of atoms, by which implementations scale results instead of keeping a normalised copy of the bank."""
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ def inverse_norms(rows: Tensor, eps: float) -> Tensor:
 
 
 def pair_scale(atoms: Tensor, indices: Tensor, eps: float | None) -> Tensor | None:
-    """``1 / max(eps, |atom|)`` of each selected atom, of shape (T, K); None where atoms stay as they are."""
+    """``1 / max(eps, |atom|)`` of each selected atom, of shape (T, K); None if atoms are not normalised."""
     if eps is None:
         return None
     if indices.numel() >= atoms.shape[0]:
@@ -20,10 +20,11 @@ def pair_scale(atoms: Tensor, indices: Tensor, eps: float | None) -> Tensor | No
 
 
 def radial(common: Tensor, scale: Tensor | None, indices: Tensor, atoms: Tensor, eps: float) -> Tensor:
-    """The part of the bank's gradient along its own rows, which dividing by the norm takes away.
+    """The part of the bank's gradient along its own rows, which has to be subtracted.
 
-    With ``a = 1 / |row|`` the gradient of a raw row is ``a (A - (A . unit) unit)``; here ``A . unit`` is the sum of
-    ``common`` over the pairs of the atom. Rows under ``eps`` are divided by a constant and lose nothing.
+    With ``a = 1 / |row|`` and A the gradient of the unit row, the gradient of a raw row is ``a (A - (A . unit) unit)``.
+    Here ``A . unit`` is the sum of ``common`` over the pairs of the atom. Rows with a norm below ``eps`` are divided by
+    a constant, and nothing is subtracted.
 
     Returns:
         Tensor of shape (M, d) and the dtype of ``common``.

@@ -1,4 +1,4 @@
-"""The equation itself, with every gathered row in memory. Slow, and never what ``auto`` picks.
+"""The equations as written, with every gathered row in memory. Slow, and never chosen by ``auto``.
 
 Shape suffixes: T tokens, K selected atoms, D input features, E output features, M atoms.
 """
@@ -29,7 +29,7 @@ def backward(
     latent_TK: Tensor,
     eps: float | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The chain rule through equations (14) and (3), one line a step."""
+    """The chain rule through equations (14) and (3), step by step."""
     accumulated = coefficients_TK.dtype
     u_TKD, norm_u = _unit_and_norm(u_MD.to(accumulated)[indices_TK], eps)
     v_TKE, norm_v = _unit_and_norm(v_ME.to(accumulated)[indices_TK], eps)

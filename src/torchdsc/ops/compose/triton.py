@@ -1,9 +1,9 @@
-"""Triton: a program per token gathers its rows, a program per atom and block of features sums the atom's gradient.
+"""Triton: one program per token gathers its rows, one per atom and block of features sums the atom's gradient.
 
-No tokens x K x d tensor and no normalised copy of the bank exist; beside its results the forward pass keeps nothing
-(T K weights where K is over a block), the backward pass four numbers a pair and the order of the pairs by atom. The
-atom gradients are sums over that order: deterministic, without atomics. An atom with very many pairs is summed in
-cells of fixed length first.
+There is no tokens x K x d tensor and no normalised copy of the bank. Beside its results, the forward pass needs no
+memory, or T K weights if K exceeds a block; the backward pass needs four numbers per pair of token and atom, and the
+order of the pairs by atom. Atom gradients are summed in that order, without atomics, and so are deterministic. The
+pairs of an atom with many are first summed in cells of fixed length.
 """
 
 from types import ModuleType
@@ -14,11 +14,11 @@ from torch import Tensor
 
 from torchdsc.ops.triton_runtime import device_of, power_of_two, require_triton
 
-# Elements of a tile of gathered rows: what four warps hold in registers beside their sums.
+# Elements of a tile of gathered rows: as many as four warps hold in registers beside their sums.
 _TILE = 4096
 _BLOCK_K = 16
 _BLOCK_P = 16
-# Ordered pairs that one program sums; longer segments are summed in cells of as many first.
+# Pairs in a cell.
 _CELL = 128
 
 
@@ -31,7 +31,7 @@ def forward(
     y, latent = x.new_empty(tokens, v.shape[1]), torch.empty_like(coefficients)
     options = _token_options(u, v, top_k, eps)
     options["NORMS"], norms_u, norms_v = _norms(kernels, u, v, indices, coefficients.dtype, eps)
-    # One block of K stays in registers; more go through memory.
+    # The weights of one block of K stay in registers; more go through memory.
     weights = latent if top_k <= options["BLOCK_K"] else coefficients.new_empty(tokens, top_k)
     with device_of(x):
         kernels.forward_kernel[(tokens,)](
@@ -103,7 +103,7 @@ def _atom_gradient(
 
 
 def _by_atom(indices: Tensor, num_atoms: int) -> tuple[Tensor, Tensor]:
-    """The flattened indices in ascending order, and the pairs they belong to; a radix sort takes time by the byte."""
+    """The flattened indices in ascending order, and their pairs; in int32, as a radix sort takes time for each byte."""
     flat = indices.reshape(-1)
     return torch.sort(flat.to(torch.int32) if num_atoms < 2**31 else flat, stable=True)
 
@@ -124,7 +124,7 @@ def _token_options(u: Tensor, v: Tensor, top_k: int, eps: float | None) -> dict[
 def _norms(
     kernels: ModuleType, u: Tensor, v: Tensor, indices: Tensor, dtype: torch.dtype, eps: float | None
 ) -> tuple[int, Tensor | None, Tensor | None]:
-    """Where the kernels take norms from, and those of the bank where it has no more atoms than there are pairs."""
+    """Where kernels take norms from, and the norms of both sides of the bank, if it has no more atoms than pairs."""
     if eps is None:
         return kernels.RAW.value, None, None
     if indices.numel() < u.shape[0]:

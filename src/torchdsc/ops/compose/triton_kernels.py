@@ -1,14 +1,14 @@
 """Triton kernels of the composition; triton.py launches them.
 
-Blocks: BLOCK_K selected atoms, BLOCK_P pairs of a token and an atom, BLOCK_D features. Offsets are int64 throughout:
-T K d and M d may pass 2**31. Sums are held in ``coefficients``' dtype. ``EPS`` is a constant because a float argument
-would arrive in float32.
+Blocks: BLOCK_K selected atoms, BLOCK_P pairs of token and atom, BLOCK_D features. Offsets are int64, as T K d and M d
+may exceed 2**31. Sums have the dtype of ``coefficients``. ``EPS`` is a constant, as a float argument would arrive in
+float32.
 """
 
 import triton
 import triton.language as tl
 
-# Where the norms of equation (3) come from: nowhere, the rows at hand, or an array over the bank.
+# Source of the norms of equation (3): none, computed from the gathered rows, or an array over the bank.
 RAW = tl.constexpr(0)
 FROM_ROWS = tl.constexpr(1)
 FROM_BANK = tl.constexpr(2)
@@ -50,7 +50,7 @@ def _squares(bank, stride_m, stride_d, atoms, in_k, width, dtype: tl.constexpr, 
 
 @triton.jit
 def _scale(squares, norms, atoms, in_k, EPS: tl.constexpr, NORMS: tl.constexpr):
-    """``1 / max(eps, norm)`` of each row, and its square where the norm is beyond eps: the radial part's factor."""
+    """``1 / max(eps, norm)`` of each row, and its square if the norm exceeds eps (else 0), for the radial gradient."""
     scale = tl.full(squares.shape, 1.0, squares.dtype)
     along = tl.zeros(squares.shape, squares.dtype)
     if NORMS != RAW:
@@ -62,7 +62,7 @@ def _scale(squares, norms, atoms, in_k, EPS: tl.constexpr, NORMS: tl.constexpr):
             norm = tl.sqrt_rn(squares)
         eps = tl.full(squares.shape, EPS, squares.dtype)
         divisor = tl.where(norm > eps, norm, eps)
-        # Float32 operators are approximate on a GPU, and these few are no cost.
+        # Plain float32 division is approximate on a GPU; the exact one costs nothing here.
         if squares.dtype == tl.float64:
             scale = 1.0 / divisor
         else:
@@ -76,7 +76,7 @@ def _weighted_rows(
     out, stride_out, bank, stride_m, stride_d, indices, stride_index, weights, weight, width,
     K: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Weighted sum of the selected rows; the weights are ``weight`` if one block holds them, or else in memory."""
+    """Weighted sum of the selected rows, with weights from ``weight`` if K fits in one block, else from memory."""
     dtype: tl.constexpr = weight.dtype
     for start in range(0, width, BLOCK_D):
         d, in_d = _block(start, width, BLOCK_D)
@@ -114,12 +114,12 @@ def forward_kernel(
         if NORMS == FROM_ROWS:
             squares = _squares(v, v_m, v_d, atoms, in_k, d_out, dtype, BLOCK_OUT)
         scale, _ = _scale(squares, norms_v, atoms, in_k, EPS, NORMS)
-        # Lanes beyond K hold 0 times what the token holds, which need not be 0.
+        # Lanes beyond K hold 0 times the token, which is NaN if the token is.
         weight = tl.where(in_k, value * z * scale, 0.0)
         if K > BLOCK_K:
             tl.store(weights + token * K + k, weight, mask=in_k)
     if K > BLOCK_K:
-        # Other threads of this program read what these have written.
+        # Other threads of this program will read these weights.
         tl.debug_barrier()
     _weighted_rows(
         y + token * y_t, y_d, v, v_m, v_d, indices + token * i_t, i_k, weights + token * K, weight, d_out,
@@ -135,10 +135,10 @@ def backward_kernel(
     K: tl.constexpr, EPS: tl.constexpr, NORMS: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_IN: tl.constexpr, BLOCK_OUT: tl.constexpr,
 ):  # fmt: skip
-    """One token: gradients of x and the coefficients, and what its pairs add to those of the banks.
+    """One token: gradients of x and the coefficients, and four numbers per pair for the gradients of u and v.
 
-    That is, the weights of x in u's gradient and of y's gradient in v's, and the multiples of the atoms' own rows
-    that dividing by the norm takes away from either.
+    These are the weight of x in u's gradient and of y's gradient in v's, and for both the multiple of the atom's own
+    row to subtract.
     """
     token = tl.program_id(0).to(tl.int64)
     dtype: tl.constexpr = coefficients.dtype.element_ty
@@ -176,7 +176,7 @@ def _segment(
     total, start, end, order, weights, along, tokens, stride_t, stride_d, row, d, in_d,
     K: tl.constexpr, NORMS: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """Add the pairs from ``start`` to ``end`` in the order of atoms: weighted tokens less multiples of the row."""
+    """Add the pairs from ``start`` to ``end`` to ``total``: weighted tokens minus multiples of the atom's row."""
     dtype: tl.constexpr = total.dtype
     multiples = tl.zeros([BLOCK_P], dtype)
     for first in range(start, end, BLOCK_P):
@@ -199,7 +199,7 @@ def cells_kernel(
     order, ordered, weights, along, tokens, t_t, t_d, bank, b_m, b_d, cells, width,
     K: tl.constexpr, NORMS: tl.constexpr, CELL: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Sum a cell of CELL ordered pairs where all are of one atom, so that no program sums a hot atom's pairs alone."""
+    """Sum a cell of CELL ordered pairs if all are of one atom, so that the work of a frequent atom is shared."""
     cell = tl.program_id(0).to(tl.int64)
     start = cell * CELL
     atom = tl.load(ordered + start).to(tl.int64)
@@ -219,7 +219,7 @@ def atoms_kernel(
     order, offsets, weights, along, tokens, t_t, t_d, bank, b_m, b_d, cells, out, o_m, o_d, width,
     K: tl.constexpr, NORMS: tl.constexpr, CELL: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of one atom: its pairs before the first cell it fills, those cells, its pairs after the last."""
+    """The gradient of one atom: the cells that it fills, and its pairs before and after them."""
     atom = tl.program_id(0).to(tl.int64)
     dtype: tl.constexpr = weights.dtype.element_ty
     d, in_d = _block(tl.program_id(1) * BLOCK_D, width, BLOCK_D)

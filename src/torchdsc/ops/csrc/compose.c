@@ -1,7 +1,7 @@
 /* The composition, float32: every selected row is read once, for its product and its norm. */
 #include "native.h"
 
-/* Product with a row and, where it is asked for, the row's squared norm. */
+/* Dot product with a row, and the row's squared norm if asked for. */
 INLINE float dot_and_square(const float *x, const float *row, int64_t n, float *square) {
     Sums products = {{{0}}}, squares = {{{0}}};
     int64_t i = 0;
@@ -24,7 +24,7 @@ INLINE void add_scaled(float *sum, float weight, const float *row, int64_t n) {
     for (; i < n; i++) sum[i] += weight * row[i];
 }
 
-/* Four rows at a time, for one pass over the sum. */
+/* Add four weighted rows in one pass over the sum. */
 INLINE void add_four(float *sum, const float *weights, const float *const *rows, int64_t n) {
     const float a = weights[0], b = weights[1], c = weights[2], d = weights[3];
     const float *p = rows[0], *q = rows[1], *r = rows[2], *s = rows[3];
@@ -34,7 +34,7 @@ INLINE void add_four(float *sum, const float *weights, const float *const *rows,
     for (; i < n; i++) sum[i] += (a * p[i] + b * q[i]) + (c * r[i] + d * s[i]);
 }
 
-/* Rows that are to be added to a sum, collected until there are four. */
+/* Rows to be added to a sum, collected until there are four. */
 typedef struct {
     const float *rows[4];
     float weights[4];
@@ -60,11 +60,11 @@ INLINE float inverse_norm(float square, float eps) {
 
 typedef struct {
     const float *x, *u, *v, *coefficients;
-    const float *scale_u, *scale_v;     /* one over the norm of each atom; NULL: found with each pair */
+    const float *scale_u, *scale_v;     /* 1 / norm of each atom; NULL: computed for each pair */
     const int64_t *indices;
     float *y, *latent;
     int64_t tokens, top_k, d_in, d_out, num_atoms, threads;
-    float eps;      /* negative: atoms as they are */
+    float eps;      /* negative: atoms are not normalised */
 } Composition;
 
 static const Field COMPOSE[] = {
@@ -75,7 +75,7 @@ static const Field COMPOSE[] = {
     FIELD(Composition, d_out),       FIELD(Composition, num_atoms),  FIELD(Composition, threads),
     FIELD(Composition, eps)};
 
-/* Four pairs of a token, of atoms whose norms are known. */
+/* Four pairs of a token, with known norms of the atoms. */
 INLINE void compose_four(const Composition *c, const float *x, int64_t pair, float *y) {
     const float *rows[4];
     float products[4];
@@ -119,7 +119,7 @@ static void compose_token(const Composition *c, int64_t token) {
     for (; pair < end; pair++) compose_pair(c, x, pair, y);
 }
 
-/* 0 with an error set where an index is none of an atom. */
+/* Returns 0 with an error set if an index is not in [0, num_atoms). */
 static int are_atoms(const int64_t *indices, int64_t count, int64_t num_atoms) {
     for (int64_t i = 0; i < count; i++)
         if (indices[i] < 0 || indices[i] >= num_atoms) {
@@ -146,11 +146,11 @@ PyObject *compose(ARGUMENTS) {
 
 typedef struct {
     const float *grad, *x, *u, *v, *coefficients, *latent;
-    const float *scale_u, *scale_v;     /* one over the norm of each atom; NULL: atoms as they are */
+    const float *scale_u, *scale_v;     /* 1 / norm of each atom; NULL: atoms are not normalised */
     const int64_t *indices;
     float *dx, *du, *dv, *d_coefficients;
-    float *weight_u, *weight_v, *common;    /* of each pair: what its rows are added with, and what points along them */
-    int64_t *order, *ends;              /* pairs by atom, and where each atom's end */
+    float *weight_u, *weight_v, *common;    /* of each pair: weights in the gradients of u and v, and radial part */
+    int64_t *order, *ends;              /* pairs sorted by atom, and where each atom's pairs end */
     int64_t tokens, top_k, d_in, d_out, num_atoms, threads;
     float eps;
 } Gradients;
@@ -185,7 +185,7 @@ static void gradients_of_token(const Gradients *g, int64_t token) {
     add_pending(&pending, dx, g->d_in);
 }
 
-/* The gradient of a row that is divided by its norm has no part along it; one below eps is divided by a constant. */
+/* Subtract the radial part of a row's gradient; a row with a norm below eps, divided by a constant, has none. */
 INLINE void leave_radial(float *sum, float common, float scale, const float *row, int64_t n, float eps) {
     if (scale < 1.0f / eps) add_scaled(sum, -common * scale * scale, row, n);
 }
@@ -207,7 +207,7 @@ static void gradients_of_atom(const Gradients *g, int64_t atom) {
     if (g->scale_v) leave_radial(dv, common, g->scale_v[atom], g->v + atom * g->d_out, g->d_out, g->eps);
 }
 
-/* Counting sort: afterwards ends[j] is where the pairs of atom j end in order, each atom's in their own order. */
+/* Stable counting sort of the pairs by atom; afterwards ends[j] is where the pairs of atom j end in order. */
 static void sort_pairs(const Gradients *g) {
     int64_t pairs = g->tokens * g->top_k, start = 0;
     for (int64_t atom = 0; atom < g->num_atoms; atom++) g->ends[atom] = 0;

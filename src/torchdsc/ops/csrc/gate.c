@@ -1,4 +1,4 @@
-/* The gate of a few tokens, where calling a dozen small tensor operations costs more than what they do. */
+/* The gate for few tokens, where the overhead of a dozen tensor operations exceeds their work. */
 #include "native.h"
 
 typedef struct {

@@ -1,11 +1,11 @@
-/* The optional compiled module torchdsc.ops._native, and its builds for processors that can do more: what tensor operations do slowly on a CPU. */
+/* The optional compiled module torchdsc.ops._native, and its builds for AVX2 and AVX-512. */
 #include "native.h"
 
 #include <stdlib.h>
 
 static PyObject *data_ptr;
 
-/* Where a tensor's elements start; an error is left set. */
+/* The address of a tensor's elements; on failure an error is set. */
 static void read_array(const char *name, PyObject *tensor, void **start) {
     PyObject *address = PyObject_CallMethodObjArgs(tensor, data_ptr, NULL);
     if (address == NULL) {
@@ -106,8 +106,7 @@ void prune(Largest *l) {
     }
 }
 
-/* has_bfloat16(): whether the processor multiplies bfloat16 natively, in the build that is for such; elsewhere products in
- * it are slower. */
+/* has_bfloat16(): whether the processor multiplies bfloat16 natively and this is the build for AVX-512. */
 static PyObject *has_bfloat16(PyObject *self, PyObject *args) {
 #if defined(__AVX512F__)
     __builtin_cpu_init();

@@ -1,5 +1,5 @@
-/* What the files of the compiled module share. A function's arguments are the members of a struct, given by name; every
- * array is row-major and contiguous, and the callers hold the tensors while a function runs. */
+/* Shared by the files of the compiled module. A function's arguments are the members of a struct, given by name. Arrays
+ * are row-major and contiguous unless a stride is given. The caller keeps the tensors alive during a call. */
 #ifndef TORCHDSC_NATIVE_H
 #define TORCHDSC_NATIVE_H
 
@@ -18,10 +18,10 @@
 
 #define INLINE static inline __attribute__((always_inline))
 
-/* Partial sums of a product, and values looked at together; multiples of a register's numbers. */
+/* Number of partial sums of a dot product, and of values tested together; multiples of WIDTH. */
 enum { LANES = 16, BLOCK = 64 };
 
-/* Numbers in a register of the processors that this build of the module is for. */
+/* Floats in a vector register of the processors that this build is for. */
 #if defined(__AVX512F__)
 enum { WIDTH = 16 };
 #elif defined(__AVX__)
@@ -30,18 +30,18 @@ enum { WIDTH = 8 };
 enum { WIDTH = 4 };
 #endif
 
-/* Rows after which single-precision sums over tokens are carried over to double precision. */
+/* After so many rows, single-precision sums over tokens are added to double-precision ones. */
 enum { CARRY = 64 };
 
 INLINE float clamped(float value, float clamp) { return value < -clamp ? -clamp : (value > clamp ? clamp : value); }
 
-/* A register, for loops that the compiler would not put into registers by itself; anywhere in memory. A wider type would
- * go through memory in each operation. */
+/* A vector register, for loops that the compiler does not vectorise itself; it may be loaded from any address. A type
+ * wider than a register would be written to memory between operations. */
 typedef float Vector __attribute__((vector_size(WIDTH * sizeof(float)), aligned(sizeof(float)), may_alias));
 
 #define AT(p) (*(const Vector *)(p))
 
-/* Partial sums, as many in every build: which number is added to which does not depend on the width. */
+/* LANES partial sums in every build, so that the order of additions does not depend on WIDTH. */
 typedef struct {
     Vector parts[LANES / WIDTH];
 } Sums;
@@ -50,7 +50,7 @@ INLINE void add_products(Sums *sums, const float *a, const float *b) {
     for (int j = 0; j < LANES / WIDTH; j++) sums->parts[j] += AT(a + j * WIDTH) * AT(b + j * WIDTH);
 }
 
-/* By halves: what is added next does not wait for what was added last. */
+/* By halves, so that an addition does not wait for the one before it. */
 INLINE float sum_lanes(const float *lanes) {
     float sums[LANES / 2];
     for (int lane = 0; lane < LANES / 2; lane++) sums[lane] = lanes[lane] + lanes[lane + LANES / 2];
@@ -72,7 +72,7 @@ INLINE float dot(const float *a, const float *b, int64_t n) {
     return rest + sum_lanes((const float *)&even);
 }
 
-/* Four at a time: one pass over a. */
+/* Dot products of a with four rows, in one pass over a. */
 INLINE void dot_four(const float *a, const float *const *rows, float *products, int64_t n) {
     Sums sums[4] = {{{{0}}}};
     float rest[4] = {0};
@@ -84,27 +84,27 @@ INLINE void dot_four(const float *a, const float *const *rows, float *products, 
     for (int j = 0; j < 4; j++) products[j] = rest[j] + sum_lanes((const float *)&sums[j]);
 }
 
-/* The most that can be selected, as native.py has it. */
+/* The largest k, as in native.py. */
 enum { MOST_SELECTED = 64 };
 
-/* The k largest of the values offered so far, beside others that are pruned when the room is used up. */
+/* The k largest of the values offered so far, and others, which are pruned when the arrays are full. */
 typedef struct {
-    float *keys;    /* of room for capacity; NaN counts as infinite, the largest, as in torch.topk */
+    float *keys;    /* values, room for capacity; NaN is stored as infinity, the largest, as in torch.topk */
     int64_t *at;
     int64_t k, held, capacity;
-    float least;    /* what is not above it is not among the k largest; NaN, above which is all, at the start */
+    float least;    /* values <= least are not among the k largest; NaN at the start, which excludes none */
 } Largest;
 
 INLINE int64_t capacity_for(int64_t k) { return (k + 2 * BLOCK + LANES - 1) / LANES * LANES; }
 
-/* Working room of each thread, zero at the start: numbers, and lists of the k largest. */
+/* Working memory of all threads, zero at the start: for each thread floats, and lists of the k largest. */
 typedef struct {
-    float *floats;                      /* of a thread its numbers, then its keys */
+    float *floats;                      /* for each thread num_floats numbers, then the keys of its lists */
     int64_t *at;
-    int64_t num_floats, capacity;       /* of a thread, the latter of all its lists */
+    int64_t num_floats, capacity;       /* per thread; capacity is that of all its lists together */
 } Room;
 
-/* 0 with an error set where memory is short. */
+/* Returns 0 with an error set if there is not enough memory. */
 int make_room(Room *room, int64_t threads, int64_t num_floats, int64_t capacity);
 void free_room(Room *room);
 
@@ -112,14 +112,14 @@ INLINE float *floats_of(const Room *room, int64_t thread) {
     return room->floats + thread * (room->num_floats + room->capacity);
 }
 
-/* An empty list of the k largest, from the given place of the thread's room for lists. */
+/* An empty list of the k largest, at the given place in the thread's memory for lists. */
 INLINE Largest list_of(const Room *room, int64_t thread, int64_t place, int64_t k) {
     float *keys = floats_of(room, thread) + room->num_floats;
     Largest largest = {keys + place, room->at + thread * room->capacity + place, k, 0, capacity_for(k), NAN};
     return largest;
 }
 
-/* Leave the k largest, in any order. */
+/* Keep only the k largest, in any order. */
 void prune(Largest *largest);
 
 INLINE void offer(Largest *l, float value, int64_t index) {
@@ -129,7 +129,8 @@ INLINE void offer(Largest *l, float value, int64_t index) {
     if (l->held == l->capacity) prune(l);
 }
 
-/* Leave the k largest in falling order, equal ones in any. Each counts those before it: no branch depends on a value. */
+/* Keep only the k largest, in descending order. A value's rank is the count of those before it, found without
+ * branches. */
 INLINE void sort_largest(Largest *l) {
     int32_t rank[2 * BLOCK] = {0};
     float keys[MOST_SELECTED + 1];
@@ -153,23 +154,23 @@ INLINE void sort_largest(Largest *l) {
     }
 }
 
-/* How close halving comes to the k-th largest of group maxima, and from which k on it is quicker than sorting them. */
+/* Steps of bisection towards the k-th largest group maximum, and the k from which that is faster than insertion. */
 enum { HALVINGS = 8, FEWEST_HALVED = 8 };
 
-/* Whether one of count values (a constant, for the compiler's sake) is not at most the bar, as NaN never is. */
+/* Whether one of count values exceeds the bar or is NaN; count must be a compile-time constant to be fast. */
 INLINE int any_beyond(const float *values, float bar, const int count) {
     int some = 0;
     for (int i = 0; i < count; i++) some |= !(values[i] <= bar);
     return some;
 }
 
-/* Raise groups[0..count) to the largest of every count-th value; NaN is passed over. */
+/* Raise groups[j] to the largest of values[j], values[j + count], ...; NaN is ignored. */
 INLINE void raise_groups(const float *values, int64_t n, float *groups, const int count) {
     for (int64_t i = 0; i + count <= n; i += count)
         for (int j = 0; j < count; j++) groups[j] = values[i + j] > groups[j] ? values[i + j] : groups[j];
 }
 
-/* A value that at least k of count groups reach, close to the k-th largest, by halving; NaN where one is not finite. */
+/* A value that at least k of count groups reach, close to the k-th largest, by bisection; NaN if one is not finite. */
 INLINE float halved_to(const float *groups, int64_t k, const int count) {
     float lows[2 * BLOCK], highs[2 * BLOCK];
     for (int j = 0; j < count; j++) lows[j] = highs[j] = groups[j];
@@ -198,7 +199,7 @@ INLINE float kth_of(const float *groups, int64_t k, const int count) {
     float best[FEWEST_HALVED];
     for (int64_t j = 0; j < k; j++) best[j] = -INFINITY;
     for (int j = 0; j < count; j++) {
-        /* Without branches, which would be mispredicted: each place takes the larger, and hands on the smaller. */
+        /* Insert without branches, which would be mispredicted: each place keeps the larger value. */
         float value = groups[j];
         for (int64_t place = 0; place < k; place++) {
             float kept = value > best[place] ? value : best[place];
@@ -209,7 +210,7 @@ INLINE float kth_of(const float *groups, int64_t k, const int count) {
     return best[k - 1] > -INFINITY ? best[k - 1] : NAN;
 }
 
-/* reached_by of a number of groups that the compiler knows. */
+/* reached_by with a compile-time constant number of groups. */
 INLINE float reached_by_groups(const float *values, int64_t n, int64_t k, const int count) {
     float groups[2 * BLOCK];
     if (n < count) return NAN;
@@ -218,16 +219,15 @@ INLINE float reached_by_groups(const float *values, int64_t n, int64_t k, const 
     return k < FEWEST_HALVED ? kth_of(groups, k, count) : halved_to(groups, k, count);
 }
 
-/* A value that at least k of values[0..n) reach, close to the k-th largest of them, at a fraction of its cost: about the
- * k-th largest of the maxima of 2 k groups or more. NaN, below which is nothing, where there are too few values or one
- * that halving cannot order. */
+/* A lower bound of the k-th largest of values[0..n), usually close, at a fraction of the cost: about the k-th largest
+ * of the maxima of at least 2 k groups. NaN, which excludes no value, if there are too few values or infinite ones. */
 INLINE float reached_by(const float *values, int64_t n, int64_t k) {
     if (k <= LANES / 4) return reached_by_groups(values, n, k, LANES);
     if (k <= BLOCK / 4) return reached_by_groups(values, n, k, BLOCK);
     return reached_by_groups(values, n, k, 2 * BLOCK);
 }
 
-/* Offer values[0..n), numbered from 0, to the empty list. */
+/* Offer values[0..n) with their indices to the empty list. */
 INLINE void offer_all(Largest *l, const float *values, int64_t n) {
     l->least = nextafterf(reached_by(values, n, l->k), -INFINITY);
     int64_t i = 0;
@@ -237,7 +237,7 @@ INLINE void offer_all(Largest *l, const float *values, int64_t n) {
         for (int64_t j = i; j < i + BLOCK; j += LANES) {
             if (!any_beyond(values + j, l->least, LANES)) continue;
             for (int64_t lane = j; lane < j + LANES; lane++) {
-                /* Without branches: what is not beyond is written over by the next. */
+                /* Without branches: a value that does not exceed least is overwritten by the next. */
                 const float value = values[lane];
                 l->keys[l->held] = value != value ? INFINITY : value;
                 l->at[l->held] = lane;
@@ -248,7 +248,7 @@ INLINE void offer_all(Largest *l, const float *values, int64_t n) {
     for (; i < n; i++) offer(l, values[i], i);
 }
 
-/* A member of the struct that holds a function's arguments. */
+/* A member of the struct of a function's arguments. */
 typedef struct {
     const char *name;
     size_t offset;
@@ -256,20 +256,20 @@ typedef struct {
 } Field;
 
 #define OFFSET(type, member) #member, offsetof(type, member)
-/* Arrays are given as tensors, int64_t as integers and float as numbers. */
+/* A pointer is given as a tensor, an int64_t as an int and a float as a float. */
 #define FIELD(type, member) \
     {OFFSET(type, member), _Generic(((type *)0)->member, int64_t: INTEGER, float: REAL, default: ARRAY)}
-/* An array that may be None, which is NULL. */
+/* A tensor that may be None, which is read as NULL. */
 #define OPTIONAL(type, member) {OFFSET(type, member), OPTIONAL_ARRAY}
 
-/* Parameters of a function that is called with keywords alone, as METH_FASTCALL | METH_KEYWORDS has them. */
+/* Parameters of a keyword-only function, as METH_FASTCALL | METH_KEYWORDS passes them. */
 #define ARGUMENTS PyObject *self, PyObject *const *values, Py_ssize_t positional, PyObject *names
-/* Fill a struct from a function's arguments, which must come under the names of its fields and in their order; 0 with an
- * error set where they do not. */
+/* Fill a struct from a function's arguments, which must have the names and the order of its fields. Returns 0 with an
+ * error set if they do not. */
 #define READ(into, fields) read_fields(into, fields, sizeof(fields) / sizeof(*fields), values, positional, names)
 int read_fields(void *into, const Field *fields, Py_ssize_t count, PyObject *const *values, Py_ssize_t positional,
                 PyObject *names);
-/* 0 with an error set where so many cannot be selected. */
+/* Returns 0 with an error set if top_k is out of range. */
 int can_select(int64_t top_k);
 
 PyObject *gate(ARGUMENTS);

@@ -1,5 +1,5 @@
-/* Selection among the sums of two halves, float32: the largest of each half, and of the sums that can be among the
- * largest. */
+/* Product-key selection, float32: the largest scores of each half, and the largest of those of their sums that can be
+ * among the top-K. */
 #include "native.h"
 
 typedef struct {
@@ -20,7 +20,7 @@ INLINE void sort_half(Largest *largest, const float *scores, int64_t side, float
     offer_all(largest, scores, side);
     sort_largest(largest);
     for (int64_t i = 0; i < largest->k; i++) {
-        /* Adding nothing of a score that is not finite makes it NaN, which clamping would hide. */
+        /* Adding 0 times a score that is not finite makes it NaN, which clamping would hide. */
         float score = scores[largest->at[i]];
         largest->keys[i] = clamped(score, half) + 0.0f * score;
     }
@@ -30,7 +30,7 @@ static void sum_halves(const Halves *h, int64_t token, Largest left, Largest rig
     const int64_t k = h->top_k;
     sort_half(&left, h->left + token * h->left_stride, h->side, h->half);
     sort_half(&right, h->right + token * h->right_stride, h->side, h->half);
-    /* Of the sums in order of both, one at (i, j) has (i + 1)(j + 1) - 1 before it that are no smaller. */
+    /* With sorted halves, (i + 1)(j + 1) - 1 other sums are no smaller than the one at (i, j). */
     for (int64_t i = 0; i < left.k; i++)
         for (int64_t j = 0; j < right.k && (i + 1) * (j + 1) <= k; j++)
             offer(&sums, left.keys[i] + right.keys[j], i * right.k + j);

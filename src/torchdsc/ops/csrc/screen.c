@@ -1,10 +1,10 @@
-/* Exact selection by way of bfloat16: logits computed at low precision rule out nearly every atom, with a proven bound
- * on their errors, and the few that are left are computed again in float32. */
+/* Screened selection: bfloat16 logits, with a proven bound on their errors, rule out nearly every atom, and the logits
+ * of the few others are computed again in float32. */
 #include "native.h"
 
 /* Half the spacing of bfloat16, relative to the value: its rounding error. */
 static const float ROUNDING = 0.00390625f;
-/* Room for the rounding of the bounds themselves, which are sums of a few float32 products. */
+/* Margin for the rounding of the bounds themselves, which are sums of a few float32 products. */
 static const float SLACK = 1.0001f;
 
 INLINE float widened(uint16_t half) {
@@ -12,7 +12,7 @@ INLINE float widened(uint16_t half) {
     return wide.value;
 }
 
-/* To nearest, ties to even; what is not finite comes out not finite. */
+/* Round to nearest, ties to even; infinities and NaN stay so. */
 INLINE uint16_t narrowed(float value) {
     union { float value; uint32_t bits; } wide = {.value = value};
     return (uint16_t)((wide.bits + 0x7fffu + ((wide.bits >> 16) & 1u)) >> 16);
@@ -107,7 +107,7 @@ static void screen_row(const Screen *s, int64_t token, const Scratch *scratch) {
     const float *x = s->x + token * d, *weight_norms = s->weight_norms, *weight_errors = s->weight_errors;
     float *lower = scratch->lower, *upper = scratch->upper;
     const float x_norm = s->x_norms[token], x_error = s->x_errors[token];
-    /* Accumulating d products in float32, generously: each sum rounds twice. */
+    /* A generous bound for accumulating d products in float32, with two roundings each. */
     const float accumulation = (float)d * 2.4e-7f * (x_norm + x_error);
     for (int64_t j = 0; j < n; j++) {
         float value = widened(approximate[j]), both = weight_norms[j] + weight_errors[j];
@@ -129,7 +129,7 @@ static void screen_row(const Screen *s, int64_t token, const Scratch *scratch) {
         prune(&bounds);
         threshold = bounds.least;
     }
-    /* What is beyond the next smaller number is not below the threshold. */
+    /* value > bar is the same as value >= threshold. */
     const float bar = nextafterf(threshold, -INFINITY);
     int64_t left[2 * BLOCK], count = 0, i = 0;
     for (; i + BLOCK <= n; i += BLOCK) {

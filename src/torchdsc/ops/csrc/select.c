@@ -3,10 +3,10 @@
 
 #include <stdlib.h>
 
-/* exp of a value <= 0, to about an ulp; below the smallest normal number it stays there. NaN stays NaN. */
+/* exp of a value <= 0, to about an ulp; results are at least the smallest normal number. NaN stays NaN. */
 INLINE float exp_nonpositive(float x) {
     x = x < -87.0f ? -87.0f : x;
-    /* Adding 1.5 * 2^23 rounds to an integer, which then stands in the low bits. */
+    /* Adding 1.5 * 2^23 rounds to an integer, which is then in the low bits. */
     union { float value; uint32_t bits; } shifted = {.value = x * 1.44269504f + 12582912.0f}, power;
     float n = shifted.value - 12582912.0f;
     float r = x - n * 0.693359375f + n * 2.12194440e-4f;
@@ -45,7 +45,7 @@ static const Field FORWARD[] = {
     FIELD(Forward, log_normalizer), FIELD(Forward, probability_sum), FIELD(Forward, tokens), FIELD(Forward, num_atoms),
     FIELD(Forward, top_k),          FIELD(Forward, stride),          FIELD(Forward, threads), FIELD(Forward, clamp)};
 
-/* One token; partial collects softmax times weight. */
+/* One token; adds softmax times weight to partial. */
 static void select_row(const Forward *f, int64_t token, Largest largest_values, float *exponentials,
                                   float *partial) {
     const int64_t n = f->num_atoms;
@@ -67,7 +67,7 @@ static void select_row(const Forward *f, int64_t token, Largest largest_values, 
     }
     for (; i < n; i++) total += exponentials[i] = exp_nonpositive(clamped(row[i], clamp) - largest);
     f->log_normalizer[token] = (float)(log(total) + largest);
-    /* What does not count need not be finite. */
+    /* Tokens that do not count may be NaN. */
     if (f->weights && f->weights[token] == 0.0f) return;
     float share = (float)((f->weights ? f->weights[token] : 1.0) / total);
     for (int64_t j = 0; j < n; j++) partial[j] += exponentials[j] * share;
@@ -80,7 +80,7 @@ static void carry_over(float *partial, double *sums, int64_t n) {
     }
 }
 
-/* Sums over tokens go thread by thread in a fixed order. */
+/* Partial sums of the threads are added in a fixed order. */
 PyObject *select_rows(ARGUMENTS) {
     Forward f;
     if (!READ(&f, FORWARD) || !can_select(f.top_k)) return NULL;
@@ -138,7 +138,7 @@ INLINE void add_selected(const Backward *b, int64_t token, float *out) {
         out[b->indices[token * b->top_k + k]] += b->grad_values[token * b->top_k + k];
 }
 
-/* With p the softmax, d/dr of g . p and of h lse: p (h + w (g - g . p)); nothing passes a clamped logit. */
+/* The gradient of w g . p + h logsumexp(r), with p = softmax(r), is p (h + w (g - g . p)); 0 for a clamped logit. */
 static void select_row_backward(const Backward *b, int64_t token) {
     const int64_t n = b->num_atoms;
     const float *row = b->logits + token * b->stride, *g = b->grad_probability_sum, clamp = b->clamp;
@@ -146,7 +146,7 @@ static void select_row_backward(const Backward *b, int64_t token) {
     double mean = 0.0;
     int64_t i = 0;
     if (b->weights && b->weights[token] == 0.0f && b->grad_log_normalizer[token] == 0.0f) {
-        /* No gradient of a softmax that need not be finite. */
+        /* A token without a gradient, whose softmax may be NaN. */
         for (; i < n; i++) out[i] = 0.0f;
         add_selected(b, token, out);
         return;
@@ -156,7 +156,7 @@ static void select_row_backward(const Backward *b, int64_t token) {
         for (int j = 0; j < BLOCK; j += LANES)
             for (int lane = 0; lane < LANES; lane++) {
                 float difference = clamped(row[i + j + lane], clamp) - normalizer;
-                /* Rounding of the normaliser can put the largest just above 0. */
+                /* By rounding of the normaliser, the largest can be just above 0. */
                 float e = exp_nonpositive(difference > 0.0f ? 0.0f : difference);
                 out[i + j + lane] = e;
                 lanes[lane] += e * g[i + j + lane];

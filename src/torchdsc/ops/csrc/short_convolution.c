@@ -1,12 +1,12 @@
 /* A causal depthwise convolution, float32, in one pass. */
 #include "native.h"
 
-/* The most tokens that are summed up, as native.py has it. */
+/* The largest width, as in native.py. */
 enum { MOST_TAPS = 16 };
 
 typedef struct {
     const float *x, *weight;            /* (sequences, num_tokens, width) and (taps, width) */
-    const float *onto;                  /* what the sums are added to, of the shape of y, or NULL */
+    const float *onto;                  /* added to y, of the same shape, or NULL */
     float *y;                           /* (sequences, length, width): of the last tokens of each sequence */
     int64_t sequences, num_tokens, length, width, taps, threads;
 } Convolution;
@@ -16,7 +16,7 @@ static const Field CONVOLUTION[] = {
     FIELD(Convolution, sequences), FIELD(Convolution, num_tokens), FIELD(Convolution, length),  FIELD(Convolution, width),
     FIELD(Convolution, taps),      FIELD(Convolution, threads)};
 
-/* out = onto + sum over i < taps of weight_i * row_i, with rows step numbers apart. */
+/* out = onto + sum over i < taps of weight_i * row_i, with a stride of step between rows. */
 INLINE void sum_rows(const float *row, int64_t step, const float *weight, int64_t taps, int64_t d, const float *onto,
                      float *out) {
     int64_t j = 0;
@@ -59,7 +59,7 @@ PyObject *short_convolution(ARGUMENTS) {
 }
 
 typedef struct {
-    const float *grad, *x, *weight;     /* grad: of every token's y */
+    const float *grad, *x, *weight;     /* grad: the gradient of y, for every token */
     float *dx, *dweight;
     int64_t sequences, length, width, taps, threads;
 } Slopes;
@@ -68,7 +68,7 @@ static const Field SLOPES[] = {FIELD(Slopes, grad),      FIELD(Slopes, x),      
                                FIELD(Slopes, dweight),   FIELD(Slopes, sequences), FIELD(Slopes, length),
                                FIELD(Slopes, width),     FIELD(Slopes, taps),   FIELD(Slopes, threads)};
 
-/* The weights' gradient of up to LANES features: sum over tokens of grad_t * x_(t - i). */
+/* Gradient of the weights for up to LANES features: sum over tokens of grad_t * x_(t - i). */
 static void weights_of_features(const Slopes *s, int64_t first) {
     const int64_t d = s->width, count = at_most(d - first, LANES);
     double sums[MOST_TAPS][LANES] = {{0}};
@@ -95,7 +95,7 @@ static void weights_of_features(const Slopes *s, int64_t first) {
         for (int64_t j = 0; j < count; j++) s->dweight[i * d + first + j] = (float)sums[i][j];
 }
 
-/* Gradients of short_convolution where it returns every token; dx_t = sum over i of weight_i * grad_(t + i). */
+/* Gradients of short_convolution with length = num_tokens; dx_t = sum over i of weight_i * grad_(t + i). */
 PyObject *short_convolution_backward(ARGUMENTS) {
     Slopes s;
     if (!READ(&s, SLOPES) || !has_room_for(s.taps)) return NULL;

@@ -1,4 +1,4 @@
-"""From tokens to selected atoms: a router's product and the selection in one, so that logits need not be kept."""
+"""Routing: a router's matrix product and the selection in one operation, so that logits need not be kept."""
 
 from .api import route
 

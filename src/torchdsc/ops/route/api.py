@@ -1,4 +1,4 @@
-"""The public function: checks its arguments, and decides how and with how many logits in memory to select."""
+"""The public function :func:`route`: checks its arguments and chooses an implementation."""
 
 from typing import Literal, get_args
 
@@ -15,12 +15,12 @@ from .contract import route_forward, route_op
 from .triton import LARGEST_TOP_K
 
 Implementation = Literal["auto", "chunks", "screened", "triton"]
-# Read here, because torch.compile refuses the call.
+# A constant, because torch.compile does not trace get_args.
 _IMPLEMENTATIONS = get_args(Implementation)
 
-# Bytes of logits up to which they are computed once and kept: recomputing them costs a product in the backward pass.
+# Up to so many bytes, logits are kept for the backward pass, which saves computing them again.
 KEPT_BYTES = 1 << 28
-# Bytes up to which they stay in cache anyway.
+# Up to so many bytes, they stay in cache without chunks.
 _FEW_BYTES = 1 << 21
 
 
@@ -35,34 +35,35 @@ def route(
     statistics: bool = False,
     impl: Implementation = "auto",
 ) -> Selection:
-    """Select each token's top-K atoms by the logits ``r = x weight^T + bias``, with what equations (9) and (12) need.
+    """Select each token's top-K atoms by the logits ``r = x weight^T + bias``.
 
-    Equal to :func:`select` of these logits, by one of three ways:
+    The result is that of :func:`select` for these logits. There are three implementations:
 
-    * "chunks": computed chunk by chunk and worked up while in cache. For the backward pass logits are kept; beyond a
-      quarter of a gigabyte they are computed again, so that no T x M tensor exists.
-    * "screened": in inference on a CPU that multiplies bfloat16, logits of that precision rule out the atoms that
-      cannot be among the top-K, by a bound on their errors, and the rest is compared in float32: the same selection
-      at a third of the cost.
-    * "triton": one kernel that writes no logits, for K up to 64; the backward pass computes them again by chunks.
+    * "chunks": logits are computed and selected from in chunks that stay in cache. They are kept for the backward pass
+      up to 256 MiB; beyond that they are computed again there, so that no T x M tensor exists.
+    * "screened": for inference on a CPU that multiplies bfloat16. Logits in bfloat16, with bounds on their errors, rule
+      out atoms that cannot be among the top-K; the others are compared in float32. The selection is the same, at a
+      third of the cost.
+    * "triton": one kernel that does not write logits, for K up to 64; the backward pass computes them in chunks.
 
     Args:
-        x: What the router's weight is applied to, of shape (T, d), float32 or float64.
+        x: Router inputs of shape (T, d), float32 or float64.
         weight: Shape (M, d), dtype of ``x``.
         bias: Shape (M,), dtype of ``x``, or None.
         top_k: K, with 1 <= K <= M.
-        logit_clamp: tau > 0; matters to the statistics alone.
+        logit_clamp: tau > 0; matters only to the statistics.
         token_mask: Optional bool of shape (T,); tokens that are False are left out of ``probability_sum``.
         statistics: Whether to fill ``log_normalizer`` and ``probability_sum``; they are empty otherwise.
-        impl: "auto" screens where that applies, takes Triton on a GPU for more logits than are kept, and chunks
-            elsewhere; any other name is used as given, or refused.
+        impl: "auto" is "screened" where that is faster, "triton" on a GPU if the logits are too many to be kept, and
+            else "chunks". Any other name is used as given, or refused.
 
     Returns:
-        The selection; differentiable in ``x``, ``weight`` and ``bias`` through all but ``indices``.
+        The selection, with the statistics of equations (9) and (12) if asked for. All of it but ``indices`` is
+        differentiable in ``x``, ``weight`` and ``bias``.
 
     Raises:
-        ValueError: On a shape other than these, ``top_k`` outside [1, M], tensors on several devices, or an ``impl``
-            that does not apply.
+        ValueError: On another shape than the above, ``top_k`` outside [1, M], tensors on several devices, or an
+            ``impl`` that cannot be used.
         TypeError: If dtypes differ.
         ImportError: If ``impl`` is "triton" and triton is missing or does not import.
         RuntimeError: If ``impl`` is "triton" and ``x`` is on the CPU, unless kernels are interpreted there.
@@ -72,7 +73,7 @@ def route(
         raise ValueError(f"impl must be one of {_IMPLEMENTATIONS}, got {impl!r}")
     arguments = x, weight, bias, top_k, logit_clamp, token_mask, statistics
     if torch.compiler.is_compiling() and impl == "auto":
-        # A compiler fuses what surrounds the product, and sizes may be symbols that must not be tied to a range.
+        # torch.compile fuses the surrounding operations itself, and comparisons would specialise symbolic sizes.
         return _whole(*arguments)
     inference = not torch.is_grad_enabled() and not statistics
     if impl == "screened" or (impl == "auto" and inference and screened.pays(x, weight, bias, top_k)):

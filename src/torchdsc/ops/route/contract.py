@@ -1,6 +1,6 @@
-"""The operator ``torchdsc::route``: forward and backward chunk by chunk, each chunk's logits worked up while in cache.
+"""The operator ``torchdsc::route``, whose forward and backward passes work on chunks of logits that stay in cache.
 
-Between them the logits are kept, or computed again so that no T x M tensor exists.
+For the backward pass the logits are kept, or computed again so that no T x M tensor exists.
 """
 
 from typing import Any
@@ -12,7 +12,7 @@ from torchdsc.ops.select import largest, select_backward, select_forward
 
 from . import triton
 
-# Bytes of logits at a time, and the fewest tokens: smaller products do not reach a processor's rate.
+# Bytes of logits per chunk, and the fewest tokens per chunk, below which matrix products are slow.
 _CHUNK_BYTES = {"cpu": 1 << 22, "other": 1 << 28}
 _CHUNK_TOKENS = 1024
 
@@ -28,9 +28,9 @@ def route_forward(
     keep: bool,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The fields of ``Selection``, without gradients, and the logits (T, M) where they are to be kept.
+    """The fields of ``Selection``, without gradients, and the logits (T, M) if ``keep``, else none (0, M).
 
-    ``weights`` (T,) count tokens in ``probability_sum``; ``impl`` is "chunks" or "triton", which keeps nothing.
+    ``weights`` (T,) weight tokens in ``probability_sum``; ``impl`` is "chunks", or "triton", which keeps no logits.
     """
     if impl == "triton":
         found = triton.forward(x, weight, bias, weights, top_k, logit_clamp, statistics)
@@ -97,7 +97,7 @@ def route_backward_op(
     logit_clamp: float,
     statistics: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, weight and bias (empty without one), from logits that are kept or computed again."""
+    """Gradients of x, weight and bias (empty if there is none), from logits that were kept or are computed again."""
     dx, dweight = torch.empty_like(x), torch.zeros_like(weight, memory_format=torch.contiguous_format)
     dbias = x.new_zeros(0 if bias is None else weight.shape[0])
     chunks = _chunks(x, weight.shape[0])
@@ -128,7 +128,7 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None, *_: Any) -> tuple[Tensor, 
 
 
 def _logits(like: Tensor, tokens: int, num_atoms: int) -> Tensor:
-    """Room for logits (T, M) whose rows start at multiples of 16 elements: products write others much slower."""
+    """Memory for logits (T, M) whose rows start at multiples of 16 elements, which matrix products write faster."""
     return like.new_empty_strided((tokens, num_atoms), (-(-num_atoms // 16) * 16, 1))
 
 
@@ -152,7 +152,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     x, weight, bias, weights, _, ctx.logit_clamp, ctx.statistics, *_ = inputs
     _, indices, log_normalizer, _, kept = output
     ctx.mark_non_differentiable(indices, kept)
-    # Zeros in place of the logits' gradient would be as large as they are.
+    # Materialised, the gradient of the logits would be zeros as large as they are.
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(x, weight, bias, weights, indices, log_normalizer, kept)
 
@@ -165,7 +165,7 @@ def _backward(
     grad_probability_sum: Tensor | None,
     __: Tensor | None,
 ) -> tuple[Tensor | None, ...]:
-    # Once: under checkpointing each access recomputes.
+    # Read once, as under checkpointing each access recomputes.
     saved = x, weight, _, _, indices, *_ = ctx.saved_tensors
     tokens, num_atoms = (x.shape[0], weight.shape[0]) if ctx.statistics else (0, 0)
     shapes = (indices.shape, (tokens,), (num_atoms,))

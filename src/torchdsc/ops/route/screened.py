@@ -1,8 +1,8 @@
-"""Inference on a CPU: atoms ruled out by logits in bfloat16 and bounds on their errors, the rest compared in float32.
+"""Screened selection for CPU inference: bfloat16 logits rule out most atoms, and the rest are compared in float32.
 
-With x' and w' the rounded rows, ``|x w - x' w'| <= |x - x'| |w'| + |x| |w - w'|``. Both differences are measured row by
-row, not assumed, so that the bound is tight: a handful of atoms a token is left. Atoms whose upper bound is below the
-K-th largest lower bound cannot be among the top-K. What is returned are logits in float32.
+For rounded rows x' and w', ``|x w - x' w'| <= |x - x'| |w'| + |x| |w - w'|``. Both differences are measured for every
+row, so that the bound is tight and leaves a handful of atoms per token. An atom whose upper bound is below the K-th
+largest lower bound cannot be among the top-K. The logits that are returned are computed in float32.
 """
 
 import torch
@@ -10,9 +10,9 @@ from torch import Tensor
 
 from torchdsc.ops.native import MOST_SELECTED, has_bfloat16, module_for
 
-# Tokens that pay for rounding the weight, with atoms a selected one that pay for comparing again.
+# Screening is faster from so many tokens, with at least so many atoms per selected one.
 _PAYS_FROM = ((64, 32), (512, 16))
-# Tokens per product: its logits should still be in cache when they are read.
+# Tokens per product, few enough for its logits to stay in cache.
 _CHUNK = 512
 
 
@@ -33,13 +33,13 @@ def applies_to(x: Tensor, weight: Tensor, bias: Tensor | None, top_k: int) -> bo
 
 
 def pays(x: Tensor, weight: Tensor, bias: Tensor | None, top_k: int) -> bool:
-    """Whether they can, and that is quicker."""
+    """Whether the tensors can be screened and that is faster."""
     enough = any(x.shape[0] >= tokens and weight.shape[0] >= atoms * top_k for tokens, atoms in _PAYS_FROM)
     return enough and applies_to(x, weight, bias, top_k)
 
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None, top_k: int) -> tuple[Tensor, Tensor] | None:
-    """The K largest logits and their atoms, each (T, K); None where a row is not finite, which this cannot order."""
+    """The K largest logits and their atoms, each (T, K); None if a row is not finite, which this cannot order."""
     native = module_for(x, weight, bias)
     assert native is not None
     rounded_x, x_norms, x_errors = _round_rows(x)
@@ -77,7 +77,7 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, top_k: int) -> tuple
 
 
 def _round_rows(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows in bfloat16, their norms, and the norms of what rounding took away."""
+    """Rows in bfloat16, the rows' norms, and the norms of the rounding errors."""
     native = module_for(rows)
     assert native is not None
     rounded = torch.empty_like(rows, dtype=torch.bfloat16)

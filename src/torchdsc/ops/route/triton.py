@@ -1,7 +1,7 @@
-"""Triton: router logits, their top-K and their statistics, without writing the tokens x M logits to memory.
+"""Triton: top-K and statistics of router logits, without writing the T x M logits to memory.
 
-A program per block of tokens runs over the atoms; the gain is memory and traffic where T M is large. For a few tokens
-one program does all the work, and library products are the quicker.
+One program handles a block of tokens and loops over the atoms. This saves memory and traffic if T M is large. For few
+tokens, where one program does all the work, library products are faster.
 """
 
 from types import ModuleType
@@ -12,9 +12,9 @@ from torch import Tensor
 
 from torchdsc.ops.triton_runtime import device_of, interprets, power_of_two, require_triton
 
-# The best so far of a block of tokens stay in registers.
+# The selected logits of a block of tokens must fit in registers.
 LARGEST_TOP_K = 64
-# Rows of partial sums of probabilities: how many programs share the tokens.
+# Rows of partial sums of probabilities: the number of programs that share the tokens.
 _ROWS = 32
 
 
@@ -27,10 +27,10 @@ def forward(
     logit_clamp: float,
     need_statistics: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Select from ``x @ weight.t() + bias`` what ``ops.select`` selects from logits, tile by tile.
+    """``ops.select`` of the logits ``x @ weight.t() + bias``, tile by tile.
 
-    Products are of half precision where ``x`` and ``weight`` share that dtype, and of float32 otherwise, float64
-    included; sums and results are float32. Among equal logits the first atom is taken.
+    Products are in half precision if ``x`` and ``weight`` both have that dtype, and otherwise in float32, also for
+    float64; sums and results are float32. Of equal logits the first atom is selected.
 
     Args:
         x: Tokens of shape (T, d), any floating dtype.
@@ -88,8 +88,8 @@ def _kernels(x: Tensor) -> ModuleType:
 
 
 def _blocks(tokens: int, num_atoms: int, width: int, element_size: int) -> dict[str, int]:
-    """Sides of a tile: 16 is the least that a product takes; more than 32 tokens would leave a GPU's processors idle,
-    and more than 128 bytes of features spill registers.
+    """Sizes of a tile. A product needs at least 16; more than 32 tokens would leave multiprocessors idle, and more than
+    128 bytes of features would spill registers.
     """
     sizes = {"BLOCK_T": (tokens, 32), "BLOCK_M": (num_atoms, 64), "BLOCK_D": (width, 128 // element_size)}
     return {name: max(16, min(power_of_two(size), limit)) for name, (size, limit) in sizes.items()}

@@ -1,8 +1,8 @@
 """Triton kernels of the fused selection; triton.py launches them.
 
-Blocks: BLOCK_T tokens, BLOCK_M atoms, BLOCK_D features. A logit and its atom are one int64 key: the order-preserving
-integer form of the float32 logit above, the bits of the atom's number, turned, below. Keys are distinct, and the first
-of equal logits wins. A NaN becomes the largest key, as in ``torch.topk``.
+Blocks: BLOCK_T tokens, BLOCK_M atoms, BLOCK_D features. A logit and its atom are packed into one int64 key: in the
+upper half an integer that orders as the float32 logit does, in the lower half the inverted index of the atom. So keys
+are distinct, and of equal logits the first atom wins. NaN becomes the largest key, as in ``torch.topk``.
 """
 
 import triton
@@ -38,7 +38,7 @@ def _logits(
 
 @triton.jit
 def _clamp(logits, tau):
-    # Comparisons with NaN are false: it stays, where minimum and maximum would drop it.
+    # By comparisons, which keep NaN, where minimum and maximum would drop it.
     logits = tl.where(logits > tau, tau, logits)
     return tl.where(logits < -tau, -tau, logits)
 
@@ -54,7 +54,7 @@ def _keys(logits, m, in_m):
 
 @triton.jit
 def _insert(best, keys):
-    """Put the keys into ``best`` that belong to its greatest: a round a key, and none once no key does."""
+    """Insert into ``best`` the keys that are greater than its least, one in each round, until none is."""
     greatest = tl.max(keys, 1)
     least = tl.min(best, 1)
     while tl.max((greatest > least).to(tl.int32), 0) > 0:
@@ -72,11 +72,11 @@ def select_kernel(
     K: tl.constexpr, STATISTICS: tl.constexpr, NARROW: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """The K largest logits of a block of tokens, sorted, and the log-sum-exp of all of them, clamped."""
+    """The K largest logits of a block of tokens, sorted, and the logsumexp of all clamped logits."""
     t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     in_t = t < tokens
     slot = tl.arange(0, BLOCK_K)
-    # Distinct places below every key, of which one at a time is filled; places beyond K are never the least.
+    # Empty slots hold distinct values below every key, so that one is filled at a time; slots beyond K are never least.
     empty = tl.where(slot < K, slot.to(tl.int64) + _LEAST, _GREATEST)
     best = tl.zeros([BLOCK_T, BLOCK_K], tl.int64) + empty[None, :]
     largest = tl.full([BLOCK_T], float("-inf"), tl.float32)
@@ -108,7 +108,7 @@ def probability_kernel(
     x, x_t, x_d, weight, w_m, w_d, bias, b_m, log_normalizer, counted, n_t, partial, tokens, num_atoms, width, tau,
     NARROW: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Sum of the softmax of the clamped logits over every so many blocks of tokens, for a block of atoms."""
+    """Sum of the softmax of clamped logits for a block of atoms, over this program's share of the blocks of tokens."""
     row = tl.program_id(0)
     m = tl.program_id(1).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     in_m = m < num_atoms
@@ -120,7 +120,7 @@ def probability_kernel(
         normalizer = tl.load(log_normalizer + t, mask=in_t, other=0.0)
         share = tl.exp(_clamp(logits, tau) - normalizer[:, None])
         if counted is not None:
-            # What does not count need not be finite.
+            # Tokens that do not count may be NaN.
             times = tl.load(counted + t * n_t, mask=in_t, other=0.0).to(tl.float32)[:, None]
             share = tl.where(times == 0.0, 0.0, share * times)
         total += tl.sum(tl.where(in_t[:, None], share, 0.0), 0)
