@@ -96,18 +96,18 @@ class DSCGPTBlock(GradientCheckpointingLayer, Contextual):
             sequences = with_past(x, self.context.past_tokens, token_mask, past_key_values, self.layer_idx)
         seen = Seen(sequences, x.shape[1], positions)
         x = self.layer_sees(x, seen)
-        if self.routed_layer is not None:
-            if indices is None or coefficients is None:
-                routed = self.router_sees(seen)
-                found = self.routed_layer.route(x if routed is None else routed, token_mask)
-                routing, of_layer = found.take_statistics()
-                statistics.append(of_layer)
-            else:
-                routing = Routing(indices, coefficients, leaves_statistics=False)
+        if self.routed_layer is not None and indices is not None and coefficients is not None:
+            routing = Routing(indices, coefficients, leaves_statistics=False)
+            update = self.feed_forward(x, token_mask=token_mask, routing=routing)
+        elif self.routed_layer is not None and self.training:
+            routed = self.router_sees(seen)
+            routing, of_layer = self.routed_layer.route(x if routed is None else routed, token_mask).take_statistics()
+            statistics.append(of_layer)
             update = self.feed_forward(x, token_mask=token_mask, routing=routing)
         elif getattr(self.feed_forward, "takes_router_input", False):
-            # A converted or adapted layer, which keeps its statistics itself.
+            # In evaluation no layer leaves statistics. A converted or adapted one leaves its own.
             update = self.feed_forward(x, token_mask=token_mask, router_input=self.router_sees(seen))
+            statistics += [] if self.routed_layer is None else [None]
         else:
             update = self.feed_forward(x)
         return hidden_states + self.dropout(update), statistics
