@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from .context import Contextual, Seen
 from .packing import number_sequences
+from .past import after_past, cache_of, keep_past
 
 _OUTSIDE = (
     "a layer that sees the embeddings of the tokens must be called by {model}, whose call tells them, got a call of "
@@ -147,8 +148,9 @@ class Broadcast:
                 # Not a product: hidden states of padding may be NaN.
                 x = x.masked_fill(~mask.unsqueeze(-1), 0.0)
             if isinstance(positions, Tensor) and length > 1:
-                positions = _places(positions, mask)
-            x = _after_past(x, past, cache)
+                # Positions matter if a row holds several packed sequences.
+                positions = None if number_sequences(positions, mask) is None else positions
+            x = after_past(x, past, cache)
         self._seen = Seen(x, length, positions if isinstance(positions, Tensor) else None)
         if not torch.compiler.is_compiling() and torch.is_grad_enabled():
             self._call = _Call(self._seen)
@@ -159,9 +161,9 @@ class Broadcast:
         self._is_open, self._seen, self._given, self._call = False, None, {}, None
         cache = given.get("past_key_values", given.get("cache"))
         if cache is None:
-            cache = _cache_of(output)
+            cache = cache_of(output)
         if seen is not None and cache is not None and self.past_tokens:
-            _keep_past(seen.sequences, self.past_tokens, cache)
+            keep_past(seen.sequences, self.past_tokens, cache)
 
 
 class _Call:
@@ -285,72 +287,3 @@ def _token_mask(mask: Any, length: int, cache: Any) -> Tensor | None:
     start = 0 if cache is None else int(cache.get_seq_length())
     own = mask[:, 0, :, start : start + length].diagonal(dim1=-2, dim2=-1)
     return own if own.dtype == torch.bool else own == 0
-
-
-def _places(positions: Tensor, mask: Tensor | None) -> Tensor | None:
-    """``positions`` if a row holds several packed sequences, else None."""
-    numbers = number_sequences(positions, mask)
-    return None if numbers is None else positions
-
-
-def _after_past(x: Tensor, past_tokens: int, cache: Any) -> Tensor:
-    """The embeddings ``x``, preceded by those of earlier tokens that the cache holds."""
-    if cache is None:
-        return x
-    index = _index(cache)
-    if index is None:
-        if cache.get_seq_length() == 0:
-            return x
-        raise ValueError(
-            "past_key_values must be a transformers Cache that this model has filled from its first token on, got one "
-            "that holds tokens whose embeddings are not in it"
-        )
-    # The cache stores (B, d, T).
-    seen: Tensor = cache.update_conv_state(x.mT, index, conv_kernel_size=past_tokens).mT
-    return seen
-
-
-def _keep_past(sequences: Tensor, past_tokens: int, cache: Any) -> None:
-    """Append the layer for embeddings to a cache that has none yet."""
-    if not hasattr(cache, "layers"):
-        raise ValueError(f"past_key_values must be a transformers Cache with layers, got a {type(cache).__name__}")
-    if _index(cache) is None:
-        cache.layers.append(_past_layer())
-        cache.update_conv_state(sequences.detach().mT, len(cache.layers) - 1, conv_kernel_size=past_tokens)
-
-
-def _index(cache: Any) -> int | None:
-    kind = _past_layer_class()
-    return next((i for i, layer in enumerate(getattr(cache, "layers", ())) if isinstance(layer, kind)), None)
-
-
-def _past_layer() -> Any:
-    return _past_layer_class()()
-
-
-_classes: list[type] = []
-
-
-def _past_layer_class() -> Any:
-    """The class of cache layer that keeps the last embeddings, made here so that transformers is imported late."""
-    if _classes:
-        return _classes[0]
-    from transformers.cache_utils import LinearAttentionLayer
-
-    class EmbeddingsLayer(LinearAttentionLayer):  # type: ignore[misc]
-        def batch_repeat_interleave(self, repeats: int) -> None:
-            self.conv_states[0] = self.conv_states[0].repeat_interleave(repeats, dim=0)
-
-        def batch_select_indices(self, indices: Tensor) -> None:
-            self.conv_states[0] = self.conv_states[0][indices, ...]
-
-    _classes.append(EmbeddingsLayer)
-    return EmbeddingsLayer
-
-
-def _cache_of(output: Any) -> Any:
-    """The cache among a model's outputs."""
-    if isinstance(output, dict):
-        return output.get("past_key_values", output.get("cache"))
-    parts = output if isinstance(output, tuple) else ()
-    return next((part for part in parts if hasattr(part, "get_seq_length")), None)
