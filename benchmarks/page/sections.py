@@ -7,7 +7,7 @@ from typing import Any
 from benchmarks.case import Point, Row
 from benchmarks.suite.compose import BASE
 
-from . import figures, layers
+from . import ahead, compiled, figures, layers
 from .markdown import NONE, achieved, floor_ms, left_out, mebibytes, ms, number, ratio, table
 
 Result = Mapping[str, Any]
@@ -97,26 +97,6 @@ def _select_figures(result: Result) -> Figures:
     return {"select": (figures.select(result["rows"], "select"), description)}
 
 
-def _compiled_tables(result: Result) -> list[str]:
-    found = [_compiled_table(result["rows"])]
-    if "without_avx512" in result:
-        found += ["Without AVX-512, on the same processor:", _compiled_table(result["without_avx512"])]
-    return found
-
-
-def _compiled_table(rows: list[Row]) -> str:
-    own = rows[0]["subject"] if rows else ""
-    others = list(dict.fromkeys(name for row in rows for name in row["calls"] if name != own))
-    lines = []
-    for row in rows:
-        sizes = dict(row["point"])
-        named = f"{sizes.pop('function')}, {sizes.pop('pass')}", str(sizes.pop("threads"))
-        listed = ", ".join(f"{name} {size:,}" for name, size in sizes.items())
-        lines.append([named[0], listed, named[1], ms(row, own), *(ratio(row, name) for name in others)])
-    headings = ["function", "sizes", "threads", "ms", *(f"over {name}" for name in others)]
-    return table(headings, lines, text_columns=2)
-
-
 def _recommended_tables(result: Result) -> list[str]:
     others = ("dense", "moe", "moe, one shared", "dsc")
     lines = [
@@ -160,35 +140,6 @@ def _router_figures(result: Result) -> Figures:
     rows = [row for row in result["rows"] if "published" not in row["calls"]]
     description = "Milliseconds against the number of atoms with product keys, forward and in training"
     return {"routers": (figures.atoms(rows, "routers"), description)}
-
-
-def _ahead_tables(result: Result) -> list[str]:
-    rows = result["rows"]
-    others = list(dict.fromkeys(name for row in rows for name in row["calls"] if name != row["subject"]))
-    lines = [
-        [
-            f"{row['point']['kind']}, {row['point']['batch']} x {row['point']['tokens']:,}",
-            ms(row, row["subject"]),
-            *(ratio(row, name) for name in others),
-        ]
-        for row in rows
-    ]
-    notes = "Milliseconds with routing ahead (in decoding: of one token), and their ratio to those of each other way."
-    headings = ["", "ahead, ms", *(f"over {name}" for name in others)]
-    tables = [f"{table(headings, lines)}\n\n{notes}"]
-    if result["trigrams_seen"]:
-        lines = [
-            [
-                *(f"{seen[name]:,}" for name in ("tokens", "before", "stored")),
-                mebibytes(seen["stored"] * result["bytes_a_trigram"]),
-                f"{seen['share']:.0%}",
-            ]
-            for seen in result["trigrams_seen"]
-        ]
-        headings = ["tokens of a text", "training text before it", "its trigrams", "their tables, MiB", "seen"]
-        notes = "Share of the trigrams of a text of WikiText-2 (test) that it or the training text before it has held."
-        tables.append(f"{table(headings, lines, text_columns=0)}\n\n{notes}")
-    return tables
 
 
 def _model_tables(result: Result) -> list[str]:
@@ -305,7 +256,7 @@ SECTIONS = {
         "seen, which saves about a tenth of a long prefill or of a step for one sequence, and nothing in decoding "
         "eight: a batch reads all router weights as soon as one of its sequences needs them. For that the tables "
         "take many times the model's own memory, and are void once its weights change.",
-        _ahead_tables,
+        ahead.tables,
         lambda result: {},
     ),
     "model": Section(
@@ -359,7 +310,7 @@ SECTIONS = {
         "gradient of tensor operations that was found; screening against the same product in float32 with the compiled "
         "top-K. The child process that measures without AVX-512 sets `ATEN_CPU_CAPABILITY=avx2`, which the compiled "
         "functions follow, and the like for matrix products.",
-        _compiled_tables,
+        compiled.tables,
         lambda result: {},
     ),
 }

@@ -210,11 +210,12 @@ class AdapterLayer(nn.Module, BaseTunerLayer, TokenMasked):
         x, routed = self._cast_input_dtype(x, next(layer.parameters()).dtype), None
         if isinstance(layer, Listener):
             x, routed = layer.look(x, rows)
-        routing = layer.route(x if routed is None else routed, mask)
-        if not trains(layer):
+        if self.training and not trains(layer):
             # A frozen adapter has no regularisers to collect.
-            routing, _ = routing.take_statistics()
-        update: Tensor = layer(x, mask, routing=routing)
+            routing, _ = layer.route(x if routed is None else routed, mask).take_statistics()
+            update: Tensor = layer(x, mask, routing=routing)
+        else:
+            update = layer(x, mask, routed)
         if update.shape != y.shape:
             raise ValueError(
                 f"in_features and out_features must be those of {self.target!r}, got ({self.in_features}, "

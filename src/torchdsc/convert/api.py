@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from torchdsc.arguments import check_at_least, check_types
 from torchdsc.losses import add_regularization
-from torchdsc.nn import DSC, BasisBank, DenseFFN, Residual
+from torchdsc.nn import DSC, BasisBank, ContextOptions, DenseFFN, Residual
 from torchdsc.nn.broadcast import Listener, broadcast_embeddings
 from torchdsc.nn.host import (
     TokenMasked,
@@ -75,19 +75,8 @@ def convert(
     """
     check_types(convert, locals())
     check_at_least(1, in_features=in_features, out_features=out_features, hidden_features=hidden_features)
-    for argument, value in (("match", match), ("hidden_features", hidden_features)):
-        if mode == "wrap" and value is not None:
-            raise ValueError(f"{argument} must be None for mode = 'wrap', which keeps the module, got {value!r}")
-    if match and share_bank:
-        raise ValueError(
-            "match must be None for share_bank = True, as one bank is in every layer's budget, got 'parameters'"
-        )
     context, own = split_context(options)
-    if context.router_context > 1 and context.router_input == "hidden":
-        raise ValueError(
-            "router_input must be 'embeddings' for router_context > 1 in a model of others, got 'hidden': its cache "
-            "keeps no hidden states"
-        )
+    _check_combination(mode, match, hidden_features, share_bank, context)
     names = _matches(model, target)
     if not names:
         raise ValueError(f"target must match a module of model, got {target!r}, which matches none")
@@ -97,33 +86,23 @@ def convert(
     for name in names:
         base = model.get_submodule(name)
         first, last = _sizes(name, base, in_features, out_features, stream_width(model, name))
-        width, changes = hidden_features or 0, own
+        num_atoms, width = own.get("num_atoms"), hidden_features
         if match:
             budget = sum(parameter.numel() for parameter in base.parameters())
             num_atoms, width = match_parameters(budget, first, last, context, own, hidden_features)
-            changes = {**own, "num_atoms": num_atoms}
-        if width and first != last:
-            raise ValueError(f"hidden_features must be None for {name!r}, which maps {first} to {last}, got {width}")
+        if width and features[0] != features[1]:
+            raise ValueError(
+                f"hidden_features must be None for {name!r}, which maps {features[0]} to {features[1]}, got {width}"
+            )
         bank: BasisBank | None = layers[0].dsc.bank if share_bank and layers else None
-        like = next(base.parameters(), torch.empty(0))
-        placed: dict[str, Any] = {"device": like.device, "dtype": like.dtype}
-        dsc = DSC(first, last, bank=bank, **placed, **changes)
-        layer: _Converted
-        if mode == "wrap":
-            layer = _Wrapped(Residual(base, dsc))
-        else:
-            layer = _Replaced(Residual(DenseFFN(first, width, **placed), dsc) if width else dsc)
-        layer.add_contexts(first, context, **placed)
-        kept = {*base.modules()} if mode == "wrap" else set()
-        for part in {*layer.modules()} - kept:
-            part.training = base.training
-        layers.append(layer)
-        sizes.append((dsc.options.num_atoms, width or None))
+        changes = own if num_atoms is None else {**own, "num_atoms": num_atoms}
+        layers.append(_build(base, mode, (first, last), width, context, changes, bank))
+        sizes.append((layers[-1].dsc.options.num_atoms, width or None))
     if context.embeddings_are_seen:
-        features = {layer.dsc.in_features for layer in layers}
-        if len(features) > 1:
-            raise ValueError(f"in_features must be the same for layers that see embeddings, got {sorted(features)}")
-        source = broadcast_embeddings(model, features.pop(), context.past_tokens)
+        seen_by = {layer.dsc.in_features for layer in layers}
+        if len(seen_by) > 1:
+            raise ValueError(f"in_features must be the same for layers that see embeddings, got {sorted(seen_by)}")
+        source = broadcast_embeddings(model, seen_by.pop(), context.past_tokens)
         for layer in layers:
             layer.listen(source)
     for name, layer in zip(names, layers, strict=True):
@@ -141,6 +120,49 @@ def convert(
         solved = {"num_atoms": size[0], "hidden_features": size[1]}
         remember_conversion(model, {"modules": found, "arguments": {**arguments, **options, **solved}})
     return names
+
+
+def _check_combination(
+    mode: str, match: str | None, hidden_features: int | None, share_bank: bool, context: ContextOptions
+) -> None:
+    """Refuse arguments that do not go together."""
+    for argument, value in (("match", match), ("hidden_features", hidden_features)):
+        if mode == "wrap" and value is not None:
+            raise ValueError(f"{argument} must be None for mode = 'wrap', which keeps the module, got {value!r}")
+    if match and share_bank:
+        raise ValueError(
+            "match must be None for share_bank = True, as one bank is in every layer's budget, got 'parameters'"
+        )
+    if context.router_context > 1 and context.router_input == "hidden":
+        raise ValueError(
+            "router_input must be 'embeddings' for router_context > 1 in a model of others, got 'hidden': its cache "
+            "keeps no hidden states"
+        )
+
+
+def _build(
+    base: nn.Module,
+    mode: str,
+    features: tuple[int, int],
+    width: int | None,
+    context: ContextOptions,
+    options: dict[str, Any],
+    bank: BasisBank | None,
+) -> "_Converted":
+    """A layer to put in the place of ``base``, on its device, in its dtype and its mode."""
+    like = next(base.parameters(), torch.empty(0))
+    placed: dict[str, Any] = {"device": like.device, "dtype": like.dtype}
+    dsc = DSC(features[0], features[1], bank=bank, **placed, **options)
+    layer: _Converted
+    if mode == "wrap":
+        layer = _Wrapped(Residual(base, dsc))
+    else:
+        layer = _Replaced(Residual(DenseFFN(features[0], width, **placed), dsc) if width else dsc)
+    layer.add_contexts(features[0], context, **placed)
+    kept = {*base.modules()} if mode == "wrap" else set()
+    for part in {*layer.modules()} - kept:
+        part.training = base.training
+    return layer
 
 
 class _Converted(nn.Module, TokenMasked, Listener):
