@@ -90,10 +90,8 @@ def convert(
         if match:
             budget = sum(parameter.numel() for parameter in base.parameters())
             num_atoms, width = match_parameters(budget, first, last, context, own, hidden_features)
-        if width and features[0] != features[1]:
-            raise ValueError(
-                f"hidden_features must be None for {name!r}, which maps {features[0]} to {features[1]}, got {width}"
-            )
+        if width and first != last:
+            raise ValueError(f"hidden_features must be None for {name!r}, which maps {first} to {last}, got {width}")
         bank: BasisBank | None = layers[0].dsc.bank if share_bank and layers else None
         changes = own if num_atoms is None else {**own, "num_atoms": num_atoms}
         layers.append(_build(base, mode, (first, last), width, context, changes, bank))
