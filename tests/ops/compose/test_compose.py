@@ -182,7 +182,7 @@ def test_property_implementations_agree(**arguments):
         assert_agree(
             output_and_gradients(lambda *tensors, i=impl: compose(*tensors, impl=i), inputs),
             expected,
-            arguments["scale"],
+            inputs[1],
         )
 
 

@@ -20,7 +20,7 @@ def test_choice_follows_the_measured_crossovers():
     [(4096, 1523, 4, 384), (256, 1523, 4, 384), (1024, 512, 16, 128), (1024, 256, 256, 128), (300, 128, 100, 96)],
 )
 def test_auto_is_within_a_fifth_of_the_best(tokens, atoms, top_k, width):
-    measure_in_turn = pytest.importorskip("torchdsc.lab.latency").measure_in_turn
+    measure_in_turn = pytest.importorskip("torchdsc.lab.training.latency").measure_in_turn
     x, u, v = (torch.randn(n, width, requires_grad=True) for n in (tokens, atoms, atoms))
     indices = torch.rand(tokens, atoms).topk(top_k).indices
     coefficients = torch.rand(tokens, top_k, requires_grad=True)

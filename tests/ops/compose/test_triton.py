@@ -85,7 +85,7 @@ def test_no_features():
 def test_property_equals_reference(**arguments):
     inputs = make_inputs(**arguments)
     results = (output_and_gradients(inputs, impl) for impl in ("triton", "reference"))
-    ladder.assert_agree(*results, arguments["scale"])
+    ladder.assert_agree(*results, inputs[1])
 
 
 CALL = """
