@@ -2,10 +2,10 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: compare test check lint types bench adapt study clean
+.PHONY: compare test check lint types bench experiment clean
 
 compare: .venv/ready
-	$(BIN)/torchdsc compare --preset quick $(ARGS)
+	$(BIN)/torchdsc run quick $(ARGS)
 
 test: .venv/ready
 	$(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
@@ -22,13 +22,10 @@ types: .venv/ready
 bench: .venv/ready
 	$(BIN)/torchdsc bench $(ARGS)
 
-# A study of adapters (PRESET=glue, glue-levers, stories) or of layers (opponents, levers, scaling, length), over what
-# is there in experiments/; started twice, two processes share the work.
-adapt: PRESET ?= stories
-study: PRESET ?= opponents
-adapt study: .venv/ready
-	TORCHDSC_DATA=$${TORCHDSC_DATA:-../shared/data} $(BIN)/torchdsc $@ --preset $(PRESET) \
-	    --output experiments/$@/$(PRESET) $(ARGS)
+# One that is committed (NAME=scaling, glue, ...: `torchdsc presets`), over what is there in experiments/; started twice, two
+# processes share the work.
+experiment: .venv/ready
+	TORCHDSC_DATA=$${TORCHDSC_DATA:-../shared/data} $(BIN)/torchdsc run $(NAME) --output experiments/$(NAME) $(ARGS)
 
 clean:
 	rm -rf .venv runs

@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from torchdsc.lab.environment import hardware, versions
+from torchdsc.lab.training.environment import hardware, versions
 
 from . import child, runner
 from .case import Benchmark, Case, MemoryCase, Row, Settings, ordered

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from torchdsc.lab.latency import measure_in_turn
+from torchdsc.lab.training.latency import measure_in_turn
 
 from .case import Floor
 

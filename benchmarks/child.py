@@ -13,7 +13,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 # Measuring is the same on both sides of a comparison, whatever the other commit's own clock was like.
-_INSTRUMENTS = ("torchdsc.lab.environment", "torchdsc.lab.latency")
+_INSTRUMENTS = ("torchdsc.lab.training", "torchdsc.lab.training.environment", "torchdsc.lab.training.latency")
 
 
 class ChildError(RuntimeError):
@@ -62,7 +62,7 @@ def imported_source() -> Path:
 
 def source_commit() -> str:
     """Commit of the library imported here, with "-dirty" where it or this checkout's benchmarks differ from it."""
-    from torchdsc.lab.environment import commit
+    from torchdsc.lab.training.environment import commit
 
     found = commit()
     # Results are what a run changes itself.
@@ -84,7 +84,8 @@ def main(request: str, answer: str) -> None:
 
 
 def _load_instrument(name: str) -> None:
-    path = (ROOT / "src").joinpath(*name.split(".")).with_suffix(".py")
+    path = (ROOT / "src").joinpath(*name.split("."))
+    path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
     assert spec.loader is not None

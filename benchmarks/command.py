@@ -14,8 +14,8 @@ import torch
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from torchdsc.lab.environment import command_line
 from torchdsc.lab.files import write_text
+from torchdsc.lab.training.environment import command_line
 
 from . import base, runner
 from .case import Benchmark, Settings

@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import torch
 
-from torchdsc.lab.environment import peak_memory_bytes, reset_peak_memory
+from torchdsc.lab.training.environment import peak_memory_bytes, reset_peak_memory
 
 _PROBE_BYTES = 1 << 26
 

@@ -6,8 +6,8 @@ from datetime import UTC, datetime
 from statistics import median, quantiles
 from typing import Any
 
-from torchdsc.lab.environment import hardware, versions
-from torchdsc.lab.latency import Timing, measure_in_turn
+from torchdsc.lab.training.environment import hardware, versions
+from torchdsc.lab.training.latency import Timing, measure_in_turn
 
 from . import child
 from .case import Benchmark, Case, MemoryCase, Row, Settings, ordered

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import torchdsc
-from torchdsc.lab.environment import command_line, commit, hardware, versions
+from torchdsc.lab.training.environment import command_line, commit, hardware, versions
 
 VOCABULARY, WIDTH, LAYERS, HEADS, LENGTH = 2048, 96, 4, 4, 128
 STEPS, BATCH, WARMUP, EVALUATED = 50, 8, 10, 32

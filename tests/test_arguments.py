@@ -123,28 +123,16 @@ def test_wrong_fields_of_an_adapters_configuration_are_named(name):
 def mutable_configurations():
     """Configurations that take lists, dictionaries or sets, with arguments of such values."""
     from torchdsc.adapters import DSCAdapterConfig, MixtureOfLoRAsConfig
-    from torchdsc.lab.adapt.config import AdaptConfig, Method, Task
     from torchdsc.lab.budget import Plan
-    from torchdsc.lab.config import ExperimentConfig
-    from torchdsc.lab.study.config import StudyConfig, Variant
     from torchdsc.models import DSCGPTConfig
 
     where = {"target_modules": ["q"], "exclude_modules": {"k"}, "layers_to_transform": [1], "modules_to_save": ["head"]}
     where["layers_pattern"] = ["layers"]
-    task, method = Task("t", "t.csv", text=["a"]), Method("m", "lora", options={"r": 2}, learning_rates=[0.1])
-    variant = Variant("v", "dsc", settings={"feed_forward": {"eps": 1e-3}}, trials=[{"top_k": 2}], against=[])
     plan = dict.fromkeys(("params_total", "params_active", "miss_total", "miss_active"), 0)
     return [
         (DSCGPTConfig, {"feed_forward_options": {"num_atoms": 16, "top_k": 4}}),
         (DSCAdapterConfig, where),
         (MixtureOfLoRAsConfig, copy.deepcopy(where)),
-        (ExperimentConfig, {"methods": ["dsc"], "seeds": [1], "overrides": {"dsc": {"feed_forward": {"eps": 1e-3}}}}),
-        (Task, {"name": "t", "train": "t.csv", "text": ["a"], "columns": ["a", "b"]}),
-        (Method, {"name": "m", "kind": "lora", "options": {"r": 2}, "learning_rates": [0.1], "seeds": [1]}),
-        (AdaptConfig, {"base": "b", "tasks": [task], "methods": [method], "base_options": {"a": 1}, "seeds": [1]}),
-        (AdaptConfig, {"base": "b", "tasks": [task], "methods": [method], "tuning_tasks": ["t"]}),
-        (Variant, {"name": "v", "method": "dsc", "settings": {"feed_forward": {"eps": 1}}, "trials": [{"top_k": 2}]}),
-        (StudyConfig, {"variants": [variant], "settings": {"steps": 5}, "trial_settings": {"steps": 3}, "seeds": [1]}),
         (Plan, {"method": "dsc", "intermediate_size": 4, "options": {"num_atoms": 16}, **plan}),
     ]
 

@@ -31,8 +31,8 @@ ALLOWED = {
 }
 # The core may import torch and the standard library; the parts for an extra import the extra's packages at their top.
 TORCH_ONLY = ("arguments", "ops", "nn", "losses", "bounds", "convert", "optim", "baselines", "diagnostics", "torchdsc")
-OPTIONAL = {"accelerate", "datasets", "jsonargparse", "matplotlib", "numpy", "peft", "rich", "safetensors"}
-OPTIONAL |= {"tensorboard", "tokenizers", "tqdm", "transformers", "yaml"}
+OPTIONAL = {"accelerate", "datasets", "filelock", "jinja2", "matplotlib", "numpy", "peft", "psutil", "pydantic"}
+OPTIONAL |= {"rich", "safetensors", "scipy", "tokenizers", "tqdm", "transformers", "yaml"}
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
 
@@ -130,7 +130,7 @@ import torch, torchdsc, torchdsc.baselines, torchdsc.diagnostics
 layer = torchdsc.Residual(torch.nn.Linear(8, 8), torchdsc.DSC(8, num_atoms=12, top_k=3))
 (layer(torch.randn(5, 8)).sum() + torchdsc.regularization(layer).total).backward()
 torchdsc.baselines.StandardMoE(8, 6, 4)(torch.randn(5, 8))
-for name in ("models", "lab.compare", "cli.main"):
+for name in ("models", "lab.experiment", "cli.main"):
     try:
         __import__(f"torchdsc.{name}")
     except ImportError as error:
@@ -138,11 +138,11 @@ for name in ("models", "lab.compare", "cli.main"):
 import contextlib
 from torchdsc.cli.main import main
 with contextlib.redirect_stderr(sys.stdout):
-    assert main(["compare"]) == 2
+    assert main(["run"]) == 2
 """)
-    lab = "accelerate, jsonargparse, matplotlib, numpy, peft, rich, tokenizers, transformers, yaml: "
-    lab = f"torchdsc.lab needs {lab}pip install 'torchdsc[lab]'"
-    assert f"lab.compare | {lab}\n" in out
-    assert f"torchdsc compare: {lab}\n" in out
+    lab = "accelerate, filelock, jinja2, matplotlib, numpy, peft, psutil, pydantic, rich, scipy, tokenizers, "
+    lab = f"torchdsc.lab needs {lab}transformers, yaml: pip install 'torchdsc[lab]'"
+    assert f"lab.experiment | {lab}\n" in out
+    assert f"torchdsc run: {lab}\n" in out
     assert "models | torchdsc.models needs transformers >= 5.17: pip install 'torchdsc[models]'" in out
     assert "cli.main" not in out

@@ -19,10 +19,10 @@ from transformers.cache_utils import DynamicCache
 
 from benchmarks.case import Benchmark, Case, Cases, Settings
 from torchdsc import Routing, recommended
-from torchdsc.lab.corpora import load_corpus
-from torchdsc.lab.environment import quiet_transformers
-from torchdsc.lab.tokenizers import load_tokenizer
-from torchdsc.lab.tokens import tokenize_corpus
+from torchdsc.lab.data.corpora import load_corpus
+from torchdsc.lab.data.tokenizers import load_tokenizer
+from torchdsc.lab.data.tokens import tokenize_corpus
+from torchdsc.lab.training.environment import quiet_transformers
 from torchdsc.models import DSCGPTConfig, DSCGPTForCausalLM
 from torchdsc.nn import Seen
 from torchdsc.ops import gate, select

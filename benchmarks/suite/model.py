@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.case import Benchmark, Case, Cases, Floor, Settings
-from torchdsc.lab.environment import quiet_transformers
+from torchdsc.lab.training.environment import quiet_transformers
 from torchdsc.models import DSCGPTConfig, DSCGPTForCausalLM
 
 from .published import PublishedLayer

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import base, child
-from torchdsc.lab import environment
+from torchdsc.lab.training import environment
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -136,7 +136,7 @@ def load(name):
 COMPARE = """
 import json
 from benchmarks import base, child
-from torchdsc.lab import environment
+from torchdsc.lab.training import environment
 from benchmarks.case import Settings
 base.TURNS = 2
 told = []
@@ -148,13 +148,13 @@ print(json.dumps({"told": told, **result}))
 def test_compare(tmp_path):
     folder = tmp_path / "checkout"
     package = folder / "src" / "torchdsc"
-    (package / "lab").mkdir(parents=True)
+    (package / "lab" / "training").mkdir(parents=True)
     (package / "__init__.py").write_text(LIBRARY.format(seconds=0.04))
     # The base has no instruments of its own: those of this side serve both.
     git(folder, "init")
     first = commit_all(folder, "old")
-    for name in ("__init__", "latency", "environment"):
-        shutil.copy(ROOT / "src" / "torchdsc" / "lab" / f"{name}.py", package / "lab")
+    for name in ("lab/__init__", "lab/training/__init__", "lab/training/latency", "lab/training/environment"):
+        shutil.copy(ROOT / "src" / "torchdsc" / f"{name}.py", package / f"{name}.py")
     newer = "\ndef new():\n    pass\n\nnewer = new\n"
     (package / "__init__.py").write_text(LIBRARY.format(seconds=0.02) + newer)
     shutil.copytree(ROOT / "benchmarks", folder / "benchmarks", ignore=shutil.ignore_patterns("results", "__pycache__"))

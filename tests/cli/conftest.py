@@ -59,24 +59,15 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def tiny(tmp_path: Path, workplace: Path) -> Path:
-    """A settings file: bytes, one layer of 32, two steps."""
+    """An experiment of seconds: Dense and MoE on bytes, one layer of 32, two steps."""
     text = tmp_path / "text.txt"
     text.write_text("".join(f"sentence number {i} of a text to learn from.\n" for i in range(500)))
-    settings = tmp_path / "tiny.yaml"
-    settings.write_text(
-        yaml.safe_dump(
-            {
-                **{
-                    "corpus": str(text),
-                    "max_bytes": None,
-                    "tokenizer": "bytes",
-                    "d_model": 32,
-                    "n_layer": 1,
-                    "n_head": 2,
-                },
-                **{"window": 16, "total": 34_000, "active": 26_000, "steps": 2, "batch_size": 4, "warmup_steps": 1},
-                **{"eval_every": 1, "eval_windows": 8, "test_windows": 8, "eval_batch_size": 4, "latency_rounds": 2},
-            }
-        )
-    )
-    return settings
+    settings = {
+        **{"corpus": str(text), "tokenizer": "bytes", "d_model": 32, "n_layer": 1, "n_head": 2, "window": 16},
+        **{"total": 34_000, "active": 26_000, "steps": 2, "batch_size": 4, "warmup_steps": 1, "eval_every": 1},
+        **{"eval_windows": 8, "test_windows": 8, "eval_batch_size": 4},
+    }
+    variants = [{"name": "Dense", "settings": {"method": "dense"}}, {"name": "MoE", "settings": {"method": "moe"}}]
+    file = tmp_path / "tiny.yaml"
+    file.write_text(yaml.safe_dump({"settings": settings, "variants": variants, "seeds": [3], "timing_rounds": 2}))
+    return file

@@ -92,4 +92,4 @@ class TestErrors:
 
     def test_rounds(self, fails):
         assert fails("bench", "select", "--rounds", 1) == "torchdsc bench: rounds must be >= 2, got 1"
-        assert fails("bench", "--rounds", "few").startswith("torchdsc bench: rounds must be int, got few")
+        assert fails("bench", "--rounds", "few").startswith("torchdsc bench: --rounds must be an integer, got 'few'")

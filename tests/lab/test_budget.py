@@ -46,6 +46,17 @@ def count_active(model, options):
     return active
 
 
+def check_counts(plan, budget):
+    model = build(plan, budget)
+    assert plan.params_total == sum(p.numel() for p in model.parameters())
+    assert plan.params_active == count_active(model, plan.options)
+
+
+def check_is_next_to_a_target(plan, budget):
+    spare = min(budget.total - plan.params_total, budget.active - plan.params_active)
+    assert 0 <= spare < 2 * budget.d_model * budget.n_layer
+
+
 class TestPaper:
     def test_widths(self):
         dense, moe, loras, dsc = solve_all(PAPER)
@@ -69,9 +80,7 @@ class TestCounts:
     @pytest.mark.parametrize("rank", [1, 4])
     def test_are_those_of_the_built_model(self, budget, rank):
         for plan in solve_all(budget, rank=rank):
-            model = build(plan, budget)
-            assert plan.params_total == sum(p.numel() for p in model.parameters())
-            assert plan.params_active == count_active(model, plan.options)
+            check_counts(plan, budget)
 
     @pytest.mark.parametrize(
         ("method", "options"),
@@ -90,15 +99,9 @@ class TestCounts:
     def test_options_with_parameters_are_counted(self, method, options):
         plan = solve(method, SMALL, options=options)
         assert plan.options.items() >= options.items()
-        model = build(plan, SMALL)
-        assert plan.params_total == sum(p.numel() for p in model.parameters())
-        assert plan.params_active == count_active(model, plan.options)
+        check_counts(plan, SMALL)
         if method in ("dense", "dsc"):
             assert plan.params_total <= SMALL.total * 1.001
-        sees_embeddings = options.get("router_input") == "embeddings"
-        assert ("context of 4 tokens" in plan.description) == ("router_context" in options and not sees_embeddings)
-        assert ("routed by embeddings" in plan.description) == sees_embeddings
-        assert ("sees embeddings of 3 tokens" in plan.description) == ("input_context" in options)
 
     @pytest.mark.parametrize(
         "options",
@@ -115,25 +118,15 @@ class TestCounts:
     @pytest.mark.parametrize("budget", [PAPER, SMALL], ids=["paper", "small"])
     def test_routers_are_counted(self, budget, options):
         plan = solve("dsc", budget, options=options)
-        model = build(plan, budget)
-        assert plan.params_total == sum(p.numel() for p in model.parameters()) <= budget.total
-        assert plan.params_active == count_active(model, plan.options) <= budget.active
-        step = 2 * budget.d_model * budget.n_layer
-        assert min(budget.total - plan.params_total, budget.active - plan.params_active) < step
-        assert (options["router"] in plan.description) == (options["router"] != "linear")
-        assert ("attention" in plan.description) == ("attention_rank" in options)
-        assert ("shared" in plan.description) == ("share_bank" in options)
+        check_counts(plan, budget)
+        check_is_next_to_a_target(plan, budget)
 
     @pytest.mark.parametrize("options", [{}, {"heads": 2, "query_features": 20}])
     @pytest.mark.parametrize("budget", [PAPER, SMALL], ids=["paper", "small"])
     def test_peer_is_counted(self, budget, options):
         plan = solve("peer", budget, top_k=8, options=options)
-        model = build(plan, budget)
-        assert plan.params_total == sum(p.numel() for p in model.parameters()) <= budget.total
-        active = sum(p.numel() for name, p in model.named_parameters() if not name.endswith(("dsc.down", "dsc.up")))
-        assert plan.params_active == active + budget.n_layer * 8 * 2 * budget.d_model <= budget.active
-        step = 2 * budget.d_model * budget.n_layer
-        assert min(budget.total - plan.params_total, budget.active - plan.params_active) < step
+        check_counts(plan, budget)
+        check_is_next_to_a_target(plan, budget)
 
     def test_product_keys_take_the_nearest_square(self):
         plan = solve("dsc", SMALL, options={"router": "product_key"})
@@ -141,28 +134,33 @@ class TestCounts:
         assert solve("dsc", PAPER, options={"router": "product_key"}).options["num_atoms"] == 1521
 
     def test_one_bank_has_the_atoms_of_all(self):
-        plans = [
-            solve("dsc", SMALL, options={"router": "low_rank", "router_rank": 8} | o)
-            for o in ({}, {"share_bank": True})
-        ]
+        options = {"router": "low_rank", "router_rank": 8}
+        plans = [solve("dsc", SMALL, options=options | more) for more in ({}, {"share_bank": True})]
         own, shared = (plan.options["num_atoms"] for plan in plans)
         # Stored less active is 2 D (M - K) for each of four layers, or 2 D (M - 4 K).
         assert shared == pytest.approx(4 * own, abs=4)
 
-    def test_one_bank_with_a_linear_router_of_no_room_is_refused(self):
-        with pytest.raises(
-            ValueError, match=r"must be at least .* for a router = 'linear' beside num_atoms = 2,0\d\d, got"
-        ):
-            solve("dsc", SMALL, options={"share_bank": True})
-
-    def test_a_router_without_room_is_refused(self):
-        budget = Budget(SMALL.fixed + 4 * 128 * 400, SMALL.fixed + 4 * 128 * 9, 128, 4, 4096, 128)
-        with pytest.raises(
-            ValueError, match=r"must be at least .* for a router = 'low_rank' beside num_atoms = 199, got"
-        ):
-            solve("dsc", budget, options={"router": "low_rank"})
-        with pytest.raises(ValueError, match=r"total must be at least .* for num_atoms = top_k"):
-            solve("dsc", Budget(1.1e6, 1.2e6, 128, 4, 4096, 128), options={"router": "low_rank"})
+    @pytest.mark.parametrize(
+        ("total", "active", "options", "message"),
+        [
+            (
+                SMALL.total,
+                SMALL.active,
+                {"share_bank": True},
+                r"for a router = 'linear' beside num_atoms = 2,0\d\d, got",
+            ),
+            (
+                SMALL.fixed + 4 * 128 * 400,
+                SMALL.fixed + 4 * 128 * 9,
+                {"router": "low_rank"},
+                "for a router = 'low_rank' beside num_atoms = 199, got",
+            ),
+            (1.1e6, 1.2e6, {"router": "low_rank"}, "for num_atoms = top_k"),
+        ],
+    )
+    def test_a_router_without_room_is_refused(self, total, active, options, message):
+        with pytest.raises(ValueError, match=f"total.* must be at least .* {message}"):
+            solve("dsc", Budget(total, active, 128, 4, 4096, 128), options=options)
 
     @pytest.mark.parametrize(
         ("method", "options", "words"),
@@ -204,13 +202,6 @@ class TestCounts:
             assert plan.miss_total == pytest.approx(expected)
             assert abs(plan.miss_total) < 2e-3
         assert abs(solve("dsc", SMALL).params_total / moe.params_total - 1) > 0.01
-
-    def test_moe_takes_the_number_of_experts_nearest_the_total(self):
-        plan = solve("moe", PAPER)
-        for experts in (3, 4, 6, 7):
-            width = (28_000_000 - PAPER.fixed - 6 * 384 * experts) // (6 * 2 * 384 * 2)
-            stored = PAPER.fixed + 6 * experts * (2 * width + 1) * 384
-            assert abs(stored - PAPER.total) > abs(plan.params_total - PAPER.total)
 
     @pytest.mark.parametrize(("top_k", "shared"), [(2, 1), (4, 0), (7, 1), (4, 4)])
     def test_moe_with_shared_experts_meets_the_active_target(self, top_k, shared):
@@ -375,28 +366,26 @@ class TestMissesThatAreSaid:
         budget = Budget(total, active, 96, 4, vocab_size=2048, n_positions=128)
         matched = None if match is None else solve(match, budget)
         plans = {name: solve(name, budget, match=matched) for name in ("dense", "moe", "dsc")}
-        return describe_misses(plans, budget, match)
+        return {name: describe_misses(plan, budget, match) for name, plan in plans.items()}
 
     def test_with_a_match(self):
-        assert self.plans(900e3, 600e3, "moe") == [
-            "total = 900,000 is missed by dense 958,656 (+6.5%), moe 959,040 (+6.6%), dsc 959,040 (+6.6%); "
-            "match = 'moe' solves all methods to what that one comes to"
-        ]
+        why = "; match = 'moe' gives the numbers"
+        assert self.plans(900e3, 600e3, "moe") == {
+            "dense": [f"total = 900,000 is missed: 958,656 (+6.5%){why}"],
+            "moe": [f"total = 900,000 is missed: 959,040 (+6.6%){why}"],
+            "dsc": [f"total = 900,000 is missed: 959,040 (+6.6%){why}"],
+        }
 
     def test_of_the_method_alone_that_misses(self):
-        assert self.plans(900e3, 600e3) == ["total = 900,000 is missed by moe 959,040 (+6.6%)"]
-
-    def test_small_ones_are_not(self):
-        budget = Budget(959_040, 599_616, 96, 4, vocab_size=2048, n_positions=128)
-        plans = {name: solve(name, budget) for name in ("dense", "moe", "dsc")}
-        assert any(plan.params_total != budget.total for plan in plans.values())
-        assert describe_misses(plans, budget) == []
+        assert self.plans(900e3, 600e3) == {
+            "dense": [], "moe": ["total = 900,000 is missed: 959,040 (+6.6%)"], "dsc": []
+        }  # fmt: skip
 
     def test_active(self):
         budget = Budget(900e3, 600e3, 96, 4, vocab_size=2048, n_positions=128)
         plan = solve("dsc", Budget(900e3, 560e3, 96, 4, vocab_size=2048, n_positions=128))
-        [line] = describe_misses({"dsc": plan}, budget)
-        assert re.fullmatch(r"active = 600,000 is missed by dsc 5[56]\d,\d{3} \(-6\.\d%\)", line)
+        [line] = describe_misses(plan, budget)
+        assert re.fullmatch(r"active = 600,000 is missed: 5[56]\d,\d{3} \(-6\.\d%\)", line)
 
 
 class TestArguments:

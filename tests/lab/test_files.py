@@ -1,11 +1,12 @@
-"""Files that are whole or absent, and sources that name the environment's variables."""
+"""Files that are whole or absent, locks, and sources that name the environment's variables."""
 
 import errno
 import os
-import signal
+import resource
 import subprocess
 import sys
-from pathlib import Path
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -13,125 +14,189 @@ from safetensors.torch import save_file
 
 from torchdsc.lab import files
 from torchdsc.lab.files import (
-    draft_beside,
+    cache_folder,
     expand,
+    locked,
+    made_once,
     naming_writes,
     new_folder,
     read_json,
     remove_drafts,
-    write_atomically,
+    whole_folder,
     write_json,
     write_text,
 )
 
-KILLED = """
-import os, signal, sys
+# Makes a folder once, as soon as it may go on; says how far it is.
+MAKES = """
+import sys, time
 from pathlib import Path
-from torchdsc.lab.files import draft_beside, write_atomically
+from torchdsc.lab.files import made_once, whole_folder
 
-def half(file):
-    file.write(b"half")
-    os.kill(os.getpid(), signal.SIGKILL)
+path = Path(sys.argv[1])
 
-target = Path(sys.argv[1])
-if sys.argv[2] == "file":
-    write_atomically(target, half)
-with draft_beside(target, is_folder=True) as draft, (draft / "part").open("wb") as file:
-    half(file)
+def make():
+    with whole_folder(path) as draft:
+        (draft / "part").write_text("half")
+        print("begun", flush=True)
+        while not path.with_name("go").exists():
+            time.sleep(0.01)
+        (draft / "part").write_text("whole")
+
+print("asks", flush=True)
+print(made_once(path, (path / "part").read_text, make), flush=True)
 """
 
 
 @pytest.fixture
-def killed(tmp_path):
-    """Leaves the draft of a process that was killed while it wrote: returns it."""
+def start(tmp_path):
+    """Starts a process that makes tmp_path / "thing", and waits for its words: returns it. Kills it in the end."""
+    processes = []
 
-    def kill(name, kind="file"):
-        before = set(tmp_path.iterdir())
-        done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / name), kind], check=False)
-        assert done.returncode == -signal.SIGKILL
-        (draft,) = set(tmp_path.iterdir()) - before
-        return draft
+    def begin(*words):
+        arguments = [sys.executable, "-c", MAKES, str(tmp_path / "thing")]
+        processes.append(subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True))
+        said(processes[-1], *words)
+        return processes[-1]
 
-    return kill
+    yield begin
+    for process in processes:
+        process.kill()
+        process.wait()
+        process.stdout.close()
 
 
-class TestWriteAtomically:
-    def test_writes_and_leaves_nothing_beside(self, tmp_path):
-        target = tmp_path / "new" / "file"
-        write_atomically(target, lambda file: file.write(b"one"))
-        write_atomically(target, lambda file: file.write(b"two"))
-        assert target.read_bytes() == b"two"
-        assert [path.name for path in target.parent.iterdir()] == ["file"]
+def said(process, *words):
+    assert [process.stdout.readline().strip() for _ in words] == list(words)
 
-    @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-    def test_interruption_keeps_the_former_file(self, tmp_path, error):
-        def interrupted(file):
-            file.write(b"half")
-            raise error
 
-        target = tmp_path / "file"
-        write_atomically(target, lambda file: file.write(b"whole"))
-        with pytest.raises(error):
-            write_atomically(target, interrupted)
-        assert target.read_bytes() == b"whole"
-        assert [path.name for path in tmp_path.iterdir()] == ["file"]
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
 
-    def test_full_disk_is_named(self, tmp_path, monkeypatch):
-        def full(descriptor):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-        monkeypatch.setattr(files.os, "fsync", full)
-        with pytest.raises(OSError, match=r"No space left on device: '.*/table.md'$"):
-            write_text(tmp_path / "table.md", "text")
-        assert list(tmp_path.iterdir()) == []
+class TestMadeOnce:
+    def test_one_makes_what_others_wait_for(self, tmp_path, start):
+        first, second = start("asks", "begun"), start("asks")
+        # Time in which the second would begin too.
+        time.sleep(0.3)
+        (tmp_path / "go").touch()
+        said(first, "whole")
+        said(second, "whole")
+        assert names(tmp_path) == [".thing.lock", "go", "thing"]
+
+    def test_after_a_kill(self, tmp_path, start):
+        killed, waiting = start("asks", "begun"), start("asks")
+        (draft,) = tmp_path.glob(".thing.*.tmp")
+        with locked(tmp_path / ".thing.lock", wait=False) as is_mine:
+            assert not is_mine
+        killed.kill()
+        said(waiting, "begun")
+        assert not draft.exists()
+        (tmp_path / "go").touch()
+        said(waiting, "whole")
+        assert names(tmp_path) == [".thing.lock", "go", "thing"]
+
+    def test_what_is_there_takes_no_lock(self, tmp_path):
+        assert made_once(tmp_path / "thing", lambda: 1, pytest.fail) == 1
+        assert names(tmp_path) == []
+
+    def test_damage(self, tmp_path, caplog):
+        file = tmp_path / "thing"
+        for text in ("absent", "{", "[]"):
+            if text != "absent":
+                file.write_text(text)
+            assert made_once(file, lambda: read_json(file), lambda: write_json(file, {"a": 1})) == {"a": 1}
+        begin = f"{file} is damaged and will be made anew: {file} is damaged: "
+        assert [message.startswith(begin) for message in caplog.messages] == [True, True]
+
+    def test_a_failure_frees_the_lock(self, tmp_path):
+        file = tmp_path / "thing"
+        with pytest.raises(ZeroDivisionError):
+            made_once(file, file.read_text, lambda: 1 / 0)
+        assert made_once(file, file.read_text, lambda: file.write_text("made")) == "made"
+
+
+class TestLocked:
+    def test_is_free_after_the_block(self, tmp_path):
+        for _ in range(2):
+            with locked(tmp_path / "new" / ".lock", wait=False) as is_mine:
+                assert is_mine
+                with locked(tmp_path / "new" / ".lock", wait=False) as is_mine_again:
+                    assert not is_mine_again
+
+    def test_a_long_wait_is_told(self, tmp_path, caplog, monkeypatch):
+        monkeypatch.setattr(files, "_PATIENCE", 0.1)
+        with ThreadPoolExecutor(1) as pool, locked(tmp_path / ".lock", wait=True):
+
+            def take():
+                with locked(tmp_path / ".lock", wait=True) as is_mine:
+                    return is_mine
+
+            taken = pool.submit(take)
+            time.sleep(0.3)
+            assert not taken.done()
+            assert caplog.messages == [f"waiting for another process, which holds {tmp_path / '.lock'}"]
+        assert taken.result()
+        with locked(tmp_path / ".lock", wait=True):
+            assert len(caplog.messages) == 1
 
 
 class TestDrafts:
-    @pytest.mark.parametrize("kind", ["file", "folder"])
-    def test_of_a_killed_process_are_removed(self, tmp_path, killed, kind):
-        draft = killed("table.md", kind)
-        assert draft.name.startswith(".table.md.")
-        # Any file that is written there will do: the one that was cut off may never be again.
-        write_text(tmp_path / "other", "text")
-        assert [path.name for path in tmp_path.iterdir()] == ["other"]
+    def test_file_and_folder_appear_whole(self, tmp_path):
+        file, folder = tmp_path / "new" / "file", tmp_path / "new" / "folder"
+        for text in ("one", "two"):
+            write_text(file, text)
+            with whole_folder(folder) as draft:
+                (draft / text).touch(0o600)
+                assert not (folder / text).exists()
+        assert file.read_text() == "two"
+        assert names(folder) == ["two"]
+        assert names(folder.parent) == ["file", "folder"]
+        modes = [path.stat().st_mode & 0o777 for path in (file, folder, folder / "two")]
+        assert modes == [0o644, 0o755, 0o644]
 
-    @pytest.mark.parametrize("is_folder", [False, True])
-    def test_of_a_live_process_are_left(self, tmp_path, is_folder):
-        with draft_beside(tmp_path / "train.bin", is_folder=is_folder) as draft:
-            remove_drafts(tmp_path)
-            write_text(tmp_path / "other", "text")
-            assert draft.exists()
-        assert [path.name for path in tmp_path.iterdir()] == ["other"]
+    @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+    def test_interruption_keeps_what_was_there(self, tmp_path, monkeypatch, error):
+        def interrupt(*_):
+            raise error
 
-    def test_names_of_others_are_left(self, tmp_path):
-        names = [".table.md.swp", ".hidden", "table.md.abcdefgh.tmp", ".a.tmp", ".settings.json.disabled"]
-        for name in names:
-            (tmp_path / name).write_text("mine")
-        remove_drafts(tmp_path)
-        assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names)
+        def fill_folder():
+            with whole_folder(tmp_path / "folder") as draft:
+                (draft / "half").touch()
+                interrupt()
 
-    def test_one_that_is_taken_before_it_is_locked_is_made_again(self, tmp_path, monkeypatch):
-        made = []
-        mkstemp = files.tempfile.mkstemp
+        write_text(tmp_path / "file", "whole")
+        write_text(tmp_path / "folder" / "kept", "whole")
+        monkeypatch.setattr(files.os, "fsync", interrupt)
+        with pytest.raises(error):
+            write_text(tmp_path / "file", "half")
+        with pytest.raises(error):
+            fill_folder()
+        assert (tmp_path / "file").read_text() == "whole"
+        assert names(tmp_path / "folder") == ["kept"]
+        assert names(tmp_path) == ["file", "folder"]
 
-        def taken(**names):
-            descriptor, name = mkstemp(**names)
-            made.append(name)
-            if len(made) == 1:
-                Path(name).unlink()
-            return descriptor, name
+    def test_full_disk_is_named(self, tmp_path, monkeypatch):
+        def full(*arguments):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-        monkeypatch.setattr(files.tempfile, "mkstemp", taken)
-        write_text(tmp_path / "file", "text")
-        assert len(made) == 2
-        assert (tmp_path / "file").read_text() == "text"
+        with pytest.raises(OSError, match=r"No space left on device: '.*/folder'$"), whole_folder(tmp_path / "folder"):
+            full()
+        monkeypatch.setattr(files.os, "fsync", full)
+        with pytest.raises(OSError, match=r"No space left on device: '.*/table.md'$"):
+            write_text(tmp_path / "table.md", "text")
+        assert names(tmp_path) == []
+        with pytest.raises(OSError, match=r"'/dev/null/folder/file'$"):
+            write_text(files.Path("/dev/null/folder/file"), "text")
 
-    def test_where_files_cannot_be_locked(self, tmp_path, killed, monkeypatch):
-        draft = killed("table.md")
-        monkeypatch.setitem(sys.modules, "fcntl", None)
-        write_text(tmp_path / "table.md", "text")
-        assert draft.exists()
-        assert (tmp_path / "table.md").read_text() == "text"
+    @pytest.mark.parametrize(("name", "left"), [(None, []), ("file", ["folder"]), ("folder", ["file"])])
+    def test_those_of_killed_processes_are_removed(self, tmp_path, name, left):
+        others = [".table.md.swp", ".hidden", "table.md.abcdefgh.tmp", ".a.tmp", ".settings.json.disabled"]
+        for place in (*others, ".file.abcd_123.tmp", ".folder.abcd_123.tmp/part"):
+            (tmp_path / place).parent.mkdir(exist_ok=True)
+            (tmp_path / place).touch()
+        remove_drafts(tmp_path, name)
+        assert names(tmp_path) == sorted([*others, *(f".{place}.abcd_123.tmp" for place in left)])
 
 
 class TestNamingWrites:
@@ -145,8 +210,6 @@ class TestNamingWrites:
         ids=["safetensors", "torch", "python"],
     )
     def test_libraries_that_cannot_write(self, tmp_path, write):
-        import resource
-
         limits = resource.getrlimit(resource.RLIMIT_FSIZE)
         # A limit on a file's size fails in the same places as a full disk.
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
@@ -170,54 +233,46 @@ class TestNamingWrites:
             raise error
 
 
-def test_json_that_lacks_keys(tmp_path):
-    write_json(tmp_path / "a.json", {"b": 1})
-    assert read_json(tmp_path / "a.json", keys=["b"]) == {"b": 1}
-    with pytest.raises(ValueError, match=r"a\.json is damaged: it lacks c, d; delete it to make it anew"):
-        read_json(tmp_path / "a.json", keys=["b", "c", "d"])
+@pytest.mark.parametrize("held", ["nothing", "made inside", "made before"])
+def test_new_folder_of_what_fails(tmp_path, held):
+    """It is removed, unless something is in it or it was there before."""
+
+    def fail():
+        with new_folder(tmp_path / "a" / "b"):
+            assert (tmp_path / "a" / "b").is_dir()
+            if held == "made inside":
+                (tmp_path / "a" / "file").touch()
+            raise KeyboardInterrupt
+
+    if held == "made before":
+        (tmp_path / "a").mkdir()
+    with pytest.raises(KeyboardInterrupt):
+        fail()
+    assert names(tmp_path) == ([] if held == "nothing" else ["a"])
+    assert not (tmp_path / "a" / "b").exists()
+    with new_folder(tmp_path / "c" / "d"):
+        pass
+    assert (tmp_path / "c" / "d").is_dir()
 
 
-class TestNewFolder:
-    def test_of_what_fails_is_removed(self, tmp_path):
-        seen = []
-
-        def fail():
-            with new_folder(tmp_path / "a" / "b"):
-                seen.append((tmp_path / "a" / "b").is_dir())
-                raise KeyboardInterrupt
-
-        with pytest.raises(KeyboardInterrupt):
-            fail()
-        assert (seen, list(tmp_path.iterdir())) == ([True], [])
-
-    def test_stays_with_what_it_holds_or_where_it_was(self, tmp_path):
-        (tmp_path / "old").mkdir()
-
-        def fail(name):
-            with new_folder(tmp_path / name):
-                if name == "new":
-                    (tmp_path / name / "file").touch()
-                raise KeyboardInterrupt
-
-        for name in ("old", "new"):
-            with pytest.raises(KeyboardInterrupt):
-                fail(name)
-        assert sorted(path.name for path in tmp_path.iterdir()) == ["new", "old"]
-
-    def test_stays_where_all_is_well(self, tmp_path):
-        with new_folder(tmp_path / "a"):
-            pass
-        assert (tmp_path / "a").is_dir()
+def test_cache_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("TORCHDSC_CACHE", raising=False)
+    assert cache_folder() == tmp_path / ".cache" / "torchdsc"
+    monkeypatch.setenv("TORCHDSC_CACHE", "~/chosen")
+    assert cache_folder() == tmp_path / "chosen"
 
 
-@pytest.mark.parametrize("text", ["{", "[1]"])
-def test_damaged_json(tmp_path, text):
+def test_json(tmp_path):
     file = tmp_path / "a.json"
     write_json(file, {"b": 1})
-    assert read_json(file) == {"b": 1}
-    file.write_text(text)
-    with pytest.raises(ValueError, match=r"a\.json is damaged: .*; delete it"):
-        read_json(file)
+    assert read_json(file, keys=["b"]) == {"b": 1}
+    with pytest.raises(ValueError, match=r"a\.json is damaged: it lacks c, d; delete it to make it anew"):
+        read_json(file, keys=["b", "c", "d"])
+    for text in ("{", "[1]"):
+        file.write_text(text)
+        with pytest.raises(ValueError, match=r"a\.json is damaged: .*; delete it"):
+            read_json(file)
 
 
 def test_expand(monkeypatch):

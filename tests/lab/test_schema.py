@@ -1,52 +1,42 @@
-from dataclasses import field
+"""Settings from YAML, and errors of a line that name the setting, what was expected and what came."""
+
 from typing import Annotated, Any
 
 import pytest
-import yaml
-from pydantic import Field
-from pydantic.dataclasses import dataclass
+from pydantic import Field, model_validator
 
-from torchdsc.lab.presets import preset_names, read_preset
-from torchdsc.lab.schema import STRICT, SettingsError, build, check_fields, parse_yaml, read_yaml
+from torchdsc.lab.schema import Model, SettingsError, build, check_fields, parse_yaml, read_yaml
 
 
-@dataclass(frozen=True, config=STRICT)
-class Inner:
+class Inner(Model):
     name: str
-    sizes: list[int] | str | None = None
+    sizes: list[int] | None = None
 
 
-@dataclass(frozen=True, config=STRICT)
-class Outer:
+class Outer(Model):
     inner: list[Inner]
     rate: Annotated[float, Field(gt=0)] = 1.0
     flag: bool = False
-    options: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Any] = Field(default_factory=dict)
 
-    def __post_init__(self) -> None:
+    @model_validator(mode="after")
+    def _check(self):
         if self.flag and self.options:
             raise ValueError(f"options must be left out with flag, got {self.options}")
+        return self
 
 
 # What is no mapping, and what is no YAML.
 FILES = {
     "empty": (b"", "must hold settings by name, got nothing"),
-    "comment alone": (b"# nothing\n", "must hold settings by name, got nothing"),
-    "null": (b"null\n", "must hold settings by name, got nothing"),
     "list": (b"- a\n- b\n", r"must hold settings by name, got \['a', 'b'\]"),
-    "text": (b"hello", "must hold settings by name, got 'hello'"),
     "number": (b"5", "must hold settings by name, got 5"),
     "malformed": (b"a: [1, 2\nb: 3", "must be YAML, got at line 2, column 2: while parsing a flow sequence"),
     "binary": (b"\x80\x00\xff\x12", "must be YAML, got unacceptable character"),
-    "null bytes": (b"a: \x00", "must be YAML, got unacceptable character"),
     "half of utf-16": (b"\xff\xfea", "must be YAML, got"),
     "two documents": (b"a: 1\n---\na: 2\n", "must be YAML, got at line 2, column 1: expected a single document"),
     "tabs": (b"a:\n\tb: 1\n", "must be YAML, got at line 2, column 1: .* cannot start any token"),
-    "unknown tag": (b"a: !thing 3", "must be YAML, got at line 1, column 4: could not determine a constructor"),
-    "Python object": (
-        b"a: !!python/object/apply:os.getcwd []",
-        "must be YAML, got at line 1, column 4: could not determine a",
-    ),
+    "Python object": (b"a: !!python/object/apply:os.getcwd []", "must be YAML, got at line 1, column 4: could not"),
     "key twice": (b"a: 1\nb: 2\na: 3\n", "must be YAML, got at line 3, column 1: the key 'a' a second time"),
     "key that is a list": (b"? [a]\n: 3\n", "must be YAML, got at line 1, column 3: a key that is no text"),
     "deep": (b"[" * 5000, "must be YAML, got"),
@@ -71,46 +61,52 @@ def test_yaml_of_plain_types():
     }
 
 
-@pytest.mark.parametrize("folder", [(), ("adapt",), ("study",)])
-def test_presets_read_as_by_the_safe_loader(folder):
-    for name in preset_names(*folder):
-        values = read_preset(name, *folder)
-        assert parse_yaml(yaml.safe_dump(values), name) == values
-
-
-def test_mappings_become_dataclasses():
-    built = build(Outer, {"inner": [{"name": "a", "sizes": [1]}, Inner("b")], "rate": 2, "options": {"x": 1}})
-    assert built == Outer([Inner("a", [1]), Inner("b")], 2.0, options={"x": 1})
-    # Options are kept as they are: the names of runs are made of them.
-    assert type(built.options["x"]) is int
+def test_settings_keep_copies():
+    values = {"inner": [{"name": "a", "sizes": [1]}], "rate": 2, "options": {"x": [1]}}
+    built = build(Outer, values)
+    values["options"]["x"].append(2)
+    values["inner"][0]["sizes"].append(2)
+    assert (built.inner[0].sizes, built.options, built.rate) == ([1], {"x": [1]}, 2.0)
 
 
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({}, "^file: inner must be given, got no field$"),
+        ({}, r"^file: inner must be given, got 'no field'$"),
         (
-            {"inner": [{"name": "a"}], "other": 1},
-            "^file: other must be one of the fields inner, rate, .*, got 'other'$",
+            {"inner": [{"name": "a"}], "othr": 1},
+            "^file: othr must be one of the fields inner, rate, flag, opti.*'othr'$",
         ),
-        ({"inner": [{}]}, r"^file: inner\[0\] must have name, got {}$"),
-        ({"inner": [{"name": "a", "size": 1}]}, r"^file: inner\['a'\].size must be one of the fields name, sizes, got"),
+        ({"inner": [], "flags": 1}, r"got 'flags' \(did you mean flag\?\)$"),
+        ({"inner": [{}]}, r"^file: name must be given in inner\[0\], got 'no field'$"),
+        ({"inner": [{"name": "a", "siz": 1}]}, r"^file: inner\['a'\]: siz must be one of the fields name, sizes, got"),
         ({"inner": [{"name": "a", "sizes": [1.5]}]}, r"^file: inner\['a'\].sizes\[0\] must be an integer, got 1.5$"),
-        ({"inner": [{"name": "a", "sizes": 5}]}, r"^file: inner\['a'\].sizes must be a list or be text, got 5$"),
+        ({"inner": [{"name": "a", "sizes": 5}]}, r"^file: inner\['a'\].sizes must be a list, got 5$"),
+        ({"inner": ["a"]}, r"^file: inner\[0\] must be a mapping, got 'a'$"),
         ({"inner": [], "rate": float("nan")}, "^file: rate must be greater than 0, got nan$"),
+        ({"inner": [], "rate": "fast"}, "^file: rate must be a number, got 'fast'$"),
         ({"inner": [], "flag": "no"}, "^file: flag must be true or false, got 'no'$"),
         ({"inner": [], "flag": True, "options": {"x": 1}}, "^file: options must be left out with flag, got {'x': 1}$"),
-        ({"inner": [], "options": {"x": b"1"}}, "^file: options must be plain values, got a bytes$"),
+        ({"inner": [], "options": [1]}, r"^file: options must be a mapping, got \[1\]$"),
         ({"inner": "x" * 300}, r"^file: inner must be a list, got 'x{96}\.\.\.$"),
     ],
 )
-def test_errors_are_a_line_with_file_and_field(values, message):
+def test_errors_are_a_line_with_source_and_field(values, message):
     with pytest.raises(SettingsError, match=message):
         build(Outer, values, "file")
 
 
-def test_what_refers_to_itself():
-    options: dict[str, Any] = {}
-    options["x"] = options
-    with pytest.raises(SettingsError, match=r"^options must be plain values"):
-        check_fields(Outer, {"options": options})
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rr": 8}, r"^options: rr must be one of the fields .*, got 'rr' \(did you mean r\?\)$"),
+        ({"r": "many"}, "^options: r must be an integer, got 'many'$"),
+        ({"target_modules": 5}, "^options: target_modules must be a list or be text, got 5$"),
+    ],
+)
+def test_fields_of_a_foreign_dataclass(options, message):
+    from peft import LoraConfig
+
+    check_fields(LoraConfig, {"r": 4, "target_modules": ["query"]}, "options")
+    with pytest.raises(SettingsError, match=message):
+        check_fields(LoraConfig, options, "options")

@@ -6,20 +6,18 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from .parsing import SUPPRESS, command_parser
+from .parsing import SUPPRESS, ArgumentParser
 
 
-def run(arguments: list[str]) -> None:
+def run(arguments: list[str]) -> int:
     """Run the checkout's benchmarks."""
-    usage = "[NAME ...] [--rounds N] [--output FOLDER] [--base COMMIT] [--quick]"
-    parser = command_parser("bench", "Time what is compared in this checkout, after its tests.", usage)
-    # No default of an option is shown as "null": what is not given is not among the options.
+    parser = ArgumentParser("bench", "Time what is compared in this checkout, after its tests.")
     parser.add_argument("names", nargs="*", default=SUPPRESS, help=f"{_known()}; or `page`, which writes their page")
     parser.add_argument("--rounds", type=int, default=SUPPRESS, help="rounds of a point (default: as time allows)")
     parser.add_argument("--output", type=str, default=SUPPRESS, help="folder of the JSON (default: the results)")
     parser.add_argument("--base", type=str, default=SUPPRESS, help="commit to compare the library with")
     parser.add_argument("--quick", action="store_true", help="a few small points, into runs/bench-quick")
-    options = parser.parse_args(arguments)
+    options = vars(parser.parse_args(arguments))
     command = _import("benchmarks.command")
     output = options.get("output")
     command.run(
@@ -28,9 +26,10 @@ def run(arguments: list[str]) -> None:
             rounds=options.get("rounds"),
             output=Path(output) if output else None,
             base=options.get("base"),
-            quick=options.quick,
+            quick=options["quick"],
         )
     )
+    return 0
 
 
 def _known() -> str:

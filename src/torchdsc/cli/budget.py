@@ -10,13 +10,18 @@ from rich.table import Table
 from torchdsc.lab.budget import Budget, Plan, solve_all
 from torchdsc.nn.options import RouterKind
 
-from .parsing import command_parser
+from .parsing import ArgumentParser
 
 
-def run(arguments: list[str]) -> None:
+def run(arguments: list[str]) -> int:
     """Print the widths of all four methods for a budget."""
-    parser = command_parser("budget", "Solve each method's widths for total and active parameters.")
-    parser.add_class_arguments(Budget, nested_key=None)
+    parser = ArgumentParser("budget", "Solve each method's widths for total and active parameters.")
+    parser.add_argument("--total", type=float, required=True, help="stored parameters of the model")
+    parser.add_argument("--active", type=float, required=True, help="parameters that one token uses")
+    parser.add_argument("--d_model", type=int, required=True, help="hidden size D")
+    parser.add_argument("--n_layer", type=int, required=True, help="layers")
+    parser.add_argument("--vocab_size", type=int, default=50304, help="tokens of the tied embedding (default: 50304)")
+    parser.add_argument("--n_positions", type=int, default=256, help="learned positions (default: 256)")
     parser.add_argument("--top_k", type=int, default=4, help="K of DSC, and experts per token of Mixture-of-LoRAs")
     parser.add_argument("--rank", type=int, default=1, help="of Mixture-of-LoRAs")
     parser.add_argument("--experts_per_token", type=int, default=2, help="of MoE")
@@ -32,7 +37,7 @@ def run(arguments: list[str]) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON")
     options = parser.parse_args(arguments)
     sizes = ("total", "active", "d_model", "n_layer", "vocab_size", "n_positions")
-    budget = Budget(**{name: options[name] for name in sizes})
+    budget = Budget(**{name: getattr(options, name) for name in sizes})
     router = ("router", "router_rank", "router_heads")
     plans = solve_all(
         budget,
@@ -40,12 +45,15 @@ def run(arguments: list[str]) -> None:
         rank=options.rank,
         experts_per_token=options.experts_per_token,
         # None is dropped in silence: what does not fit the router is refused.
-        dsc_options={name: options[name] for name in router if options[name] != parser.get_default(name)},
+        dsc_options={
+            name: getattr(options, name) for name in router if getattr(options, name) != parser.get_default(name)
+        },
     )
     if options.json:
         print(json.dumps([asdict(plan) for plan in plans], indent=1))
     else:
         Console().print(_table(plans))
+    return 0
 
 
 def _table(plans: list[Plan]) -> Table:

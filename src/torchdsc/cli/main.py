@@ -8,16 +8,13 @@ from importlib import import_module
 
 # Command, the module that runs it (imported only when called), and its line of help.
 _COMMANDS = {
-    "compare": ("torchdsc.cli.compare", "train methods at equal budgets and compare them"),
+    "run": ("torchdsc.cli.run", "run an experiment, or what is left of it, and write its report"),
+    "report": ("torchdsc.cli.report", "write an experiment's report anew, from its records alone"),
+    "presets": ("torchdsc.cli.presets", "list the experiments that come with the package"),
     "budget": ("torchdsc.cli.budget", "solve the widths of each method for a parameter budget"),
-    "train": ("torchdsc.cli.train", "train one method"),
     "generate": ("torchdsc.cli.generate", "generate text with a trained model"),
-    "adapt": ("torchdsc.cli.adapt", "adapt a pretrained model to tasks, through PEFT"),
-    "study": ("torchdsc.cli.study", "train variants of the layers, each tuned by trials, and compare them"),
-    "presets": ("torchdsc.cli.presets", "list the presets and what each is for"),
     "bench": ("torchdsc.cli.bench", "time the library against its baselines, in a checkout"),
 }
-_RESUMABLE = ("compare", "train", "adapt", "study")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -27,7 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: Command line without the program's name; ``sys.argv`` by default.
 
     Returns:
-        Exit status: 0, 1 when interrupted, 2 on an error of the user.
+        Exit status: 0, 1 when interrupted or where a run failed, 2 on an error of the user.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not arguments or arguments[0] in ("-h", "--help"):
@@ -57,15 +54,15 @@ def _run(command: str, arguments: list[str]) -> int:
         print(f"torchdsc {command}: {error}", file=sys.stderr)
         return 2
     try:
-        run: Callable[[list[str]], None] = import_module(_COMMANDS[command][0]).run
-        run(underscored(arguments))
+        run: Callable[[list[str]], int] = import_module(_COMMANDS[command][0]).run
+        status = run(underscored(arguments))
         sys.stdout.flush()
     except BrokenPipeError:
         # The reader of the pipe, such as head, has closed it: drop the rest of the output.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except KeyboardInterrupt:
-        further = "; the same command goes on from what is saved" if command in _RESUMABLE else ""
+        further = "; the same command goes on from what is saved" if command == "run" else ""
         print(f"\ntorchdsc {command}: interrupted{further}", file=sys.stderr)
         return 1
     except ArgumentError as error:
@@ -74,7 +71,7 @@ def _run(command: str, arguments: list[str]) -> int:
     except (ValueError, OSError, ImportError) as error:
         print(f"torchdsc {command}: {describe(error)}", file=sys.stderr)
         return 2
-    return 0
+    return status
 
 
 def _usage() -> str:

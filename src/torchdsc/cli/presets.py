@@ -2,19 +2,15 @@
 
 from textwrap import fill
 
-from torchdsc.lab.presets import describe_preset, preset_names
+from torchdsc.lab.experiment.config import read_experiment
+from torchdsc.lab.experiment.presets import preset_names
 
-from .parsing import command_parser
+from .parsing import ArgumentParser
 
 
-def run(arguments: list[str]) -> None:
-    """List the presets and what each is for."""
-    command_parser("presets", "List the presets and what each is for.").parse_args(arguments)
-    for commands, folder in (("compare and train", ()), ("adapt", ("adapt",)), ("study", ("study",))):
-        print(f"of {commands}:")
-        for name in preset_names(*folder):
-            print(
-                fill(
-                    f"{name:<12} {describe_preset(name, *folder)}", 100, initial_indent="  ", subsequent_indent=" " * 15
-                )
-            )
+def run(arguments: list[str]) -> int:
+    """List the experiments that come with the package, and what each is for."""
+    ArgumentParser("presets", "List the experiments that come with the package.").parse_args(arguments)
+    for name in preset_names():
+        print(fill(f"{name:<13} {read_experiment(name)['title']}", 100, subsequent_indent=" " * 14))
+    return 0

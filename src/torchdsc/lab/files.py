@@ -1,7 +1,7 @@
-"""Small files that are whole or absent, whenever a run is killed."""
+"""Files that are whole or absent, whenever a process is killed; locks that end with their process; and the cache."""
 
-import hashlib
 import json
+import logging
 import os
 import re
 import shutil
@@ -9,27 +9,36 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, TypeVar
 
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 __all__ = [
-    "draft_beside",
+    "cache_folder",
     "expand",
-    "file_sha256",
+    "locked",
+    "made_once",
     "naming_writes",
     "new_folder",
     "read_json",
     "remove_drafts",
-    "write_atomically",
+    "whole_folder",
     "write_json",
     "write_text",
 ]
 
 _TORCH_CANNOT_WRITE = ("inline_container", "iostream error")
-_SUFFIX = ".tmp"
-# Eight characters by tempfile between the target's name and the suffix: names that no editor gives.
-_DRAFT = re.compile(rf"\..+\.[a-z0-9_]{{8}}{re.escape(_SUFFIX)}")
+# Seconds of waiting for a lock in silence.
+_PATIENCE = 2.0
+Made = TypeVar("Made")
+
+_logger = logging.getLogger(__name__)
+
+
+def cache_folder() -> Path:
+    """Where tokenizers, tokens and converted models are kept: ``$TORCHDSC_CACHE``, or ``~/.cache/torchdsc``."""
+    return Path(os.environ.get("TORCHDSC_CACHE") or "~/.cache/torchdsc").expanduser()
 
 
 def expand(source: str) -> str:
@@ -60,108 +69,120 @@ def new_folder(folder: Path) -> Iterator[None]:
         raise
 
 
-def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
-    """Write a file so that ``path`` is at any time absent, the former file, or the complete new one.
-
-    What killed processes left in the folder, half written, is removed: see :func:`remove_drafts`.
+@contextmanager
+def locked(path: Path, *, wait: bool) -> Iterator[bool]:
+    """Lock a file, which is made for that and stays, until the block ends or the process dies.
 
     Args:
-        path: The file; its folder is made where it is missing.
-        write: Called with the open binary file.
+        path: The file, hidden and named ``.lock`` at its end.
+        wait: For the lock, if another process holds it; a wait of seconds is logged. A lock that this thread holds
+            already is an error then.
+
+    Yields:
+        Whether this process holds the lock.
 
     Raises:
-        OSError: If the folder cannot be made or written, as on a full disk; it names ``path``.
+        OSError: If the file cannot be made.
     """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path)
     try:
-        with draft_beside(path) as draft:
-            with draft.open("wb") as file:
-                write(file)
-                file.flush()
-                os.fsync(file.fileno())
-            # Drafts can be read by their owner alone; a cache may be shared.
-            draft.chmod(0o644)
-            draft.replace(path)
+        with suppress(Timeout):
+            lock.acquire(timeout=_PATIENCE if wait else 0)
+        if wait and not lock.is_locked:
+            _logger.warning("waiting for another process, which holds %s", path)
+            lock.acquire()
+        yield lock.is_locked
+    finally:
+        lock.release()
+
+
+def made_once(path: Path, read: Callable[[], Made], make: Callable[[], object]) -> Made:
+    """What ``read`` finds at ``path``, after ``make`` if need be, while other processes wait for it.
+
+    Args:
+        path: A file or folder of the cache. If it is damaged, it is made anew, with a warning that says why.
+        read: Raises an OSError if it is absent, or a ValueError if it is damaged.
+        make: Writes it.
+    """
+    with suppress(OSError, ValueError):
+        return read()
+    with locked(path.with_name(f".{path.name}.lock"), wait=True):
+        remove_drafts(path.parent, path.name)
+        try:
+            # Another process may have made it meanwhile.
+            return read()
+        except (OSError, ValueError) as error:
+            if path.exists():
+                _logger.warning("%s is damaged and will be made anew: %s", path, error)
+        make()
+        return read()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write UTF-8 text so that ``path`` is at any time absent, the former file, or the complete new one.
+
+    Raises:
+        OSError: If the file or its folder cannot be written, as on a full disk; it names ``path``.
+    """
+    with _draft_beside(path) as draft:
+        new = draft / "new"
+        with new.open("wb") as file:
+            file.write(text.encode("utf-8"))
+            file.flush()
+            os.fsync(file.fileno())
+        # A cache may be shared.
+        new.chmod(0o644)
+        new.replace(path)
+
+
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """A folder to fill with files, which takes the place of ``path`` at the end of the block, if that does not fail.
+
+    Raises:
+        OSError: If it cannot be made or written; it names ``path``.
+    """
+    with _draft_beside(path) as draft:
+        yield draft
+        # Drafts, and files of safetensors, can be read by their owner alone.
+        draft.chmod(0o755)
+        for file in draft.iterdir():
+            file.chmod(0o644)
+        shutil.rmtree(path, ignore_errors=True)
+        draft.rename(path)
+
+
+@contextmanager
+def _draft_beside(path: Path) -> Iterator[Path]:
+    """A hidden folder for what will be moved to ``path``; it is removed, by :func:`remove_drafts` after a kill."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Beside the target, because a move is atomic only within one file system.
+        draft = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"))
+        try:
+            yield draft
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)
     except OSError as error:
         if error.errno is None:
             raise
         raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
 
 
-@contextmanager
-def draft_beside(path: Path, *, is_folder: bool = False) -> Iterator[Path]:
-    """An empty file or folder beside ``path``, to be filled and moved there; removed if that does not happen.
-
-    It is locked until the process ends, so that :func:`remove_drafts` can tell whether its writer is still alive.
+def remove_drafts(folder: Path, name: str | None = None) -> None:
+    """Remove what killed processes left in a folder of files and folders half written.
 
     Args:
-        path: What is to be written; its folder is made where it is missing.
-        is_folder: Whether it is a folder.
-
-    Raises:
-        OSError: If the folder cannot be made or written.
+        folder: The folder, whose lock the caller holds.
+        name: Of what they wrote; None for all.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    remove_drafts(path.parent)
-    # Beside the target, because a move is atomic only within one file system.
-    names: dict[str, Any] = {"dir": path.parent, "prefix": f".{path.name}.", "suffix": _SUFFIX}
-    while True:
-        if is_folder:
-            draft = Path(tempfile.mkdtemp(**names))
-        else:
-            descriptor, name = tempfile.mkstemp(**names)
-            os.close(descriptor)
-            draft = Path(name)
-        with _locked(draft):
-            # Another process may have taken it for a dead one's before it was locked.
-            if not draft.exists():
-                continue
-            try:
-                yield draft
-            finally:
-                _remove(draft)
-            return
-
-
-def remove_drafts(folder: Path) -> None:
-    """Remove what killed processes left of :func:`draft_beside` in a folder, and nothing that a live one writes.
-
-    Where files cannot be locked (without ``fcntl``, on some network file systems), nothing is removed.
-    """
-    for draft in folder.glob(f".*{_SUFFIX}"):
-        if _DRAFT.fullmatch(draft.name):
-            with _locked(draft) as is_abandoned:
-                if is_abandoned:
-                    _remove(draft)
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[bool]:
-    """Lock a file or folder, and yield whether that succeeded: another process may hold the lock."""
-    try:
-        import fcntl
-
-        # Network file systems lock only what is open for writing.
-        descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    except (ImportError, OSError):
-        yield False
-        return
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            is_held = True
-        except OSError:
-            is_held = False
-        yield is_held
-    finally:
-        os.close(descriptor)
-
-
-def _remove(draft: Path) -> None:
-    if draft.is_dir():
-        shutil.rmtree(draft, ignore_errors=True)
-    else:
-        with suppress(OSError):
-            draft.unlink(missing_ok=True)
+    # tempfile puts eight characters before the suffix: names that no editor gives.
+    pattern = re.compile(rf"\.{'.+' if name is None else re.escape(name)}\.[a-z0-9_]{{8}}\.tmp")
+    for path in folder.glob(".*.tmp"):
+        if pattern.fullmatch(path.name):
+            with suppress(OSError):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 @contextmanager
@@ -185,11 +206,6 @@ def naming_writes(path: Path) -> Iterator[None]:
         raise OSError(f"{path} could not be written: {reason}") from error
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write UTF-8 text atomically."""
-    write_atomically(path, lambda file: _write(file, text.encode("utf-8")))
-
-
 def write_json(path: Path, value: Any) -> None:
     """Write JSON atomically."""
     write_text(path, json.dumps(value, indent=1, allow_nan=True))
@@ -207,25 +223,10 @@ def read_json(path: Path, *, keys: Iterable[str] = ()) -> dict[str, Any]:
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(value, dict):
+            raise ValueError(f"it holds a {type(value).__name__}")
+        if missing := [key for key in keys if key not in value]:
+            raise ValueError(f"it lacks {', '.join(missing)}")
     except ValueError as error:
         raise ValueError(f"{path} is damaged: {error}; delete it to make it anew") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} is damaged: it holds a {type(value).__name__}; delete it to make it anew")
-    missing = [key for key in keys if key not in value]
-    if missing:
-        raise ValueError(f"{path} is damaged: it lacks {', '.join(missing)}; delete it to make it anew")
     return value
-
-
-def file_sha256(path: Path) -> str:
-    """The hex digest of a file's content.
-
-    Raises:
-        OSError: If it cannot be read.
-    """
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _write(file: Any, data: bytes) -> None:
-    file.write(data)

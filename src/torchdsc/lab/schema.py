@@ -1,20 +1,20 @@
-"""Settings from YAML, checked against the types of dataclasses; errors are a line: field, expected and received."""
+"""Settings from YAML, checked by pydantic; errors are one line: the setting, what was expected and what came."""
 
-import json
 import re
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import MISSING, fields, is_dataclass
-from functools import cache
+from copy import deepcopy
+from dataclasses import fields
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_args, get_type_hints
+from typing import Annotated, Any, TypeVar, get_type_hints
 
 import yaml
-from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 __all__ = [
-    "STRICT",
     "Count",
+    "Model",
     "Name",
     "Rate",
     "Seed",
@@ -22,49 +22,37 @@ __all__ = [
     "Unique",
     "build",
     "check_fields",
+    "did_you_mean",
     "naming",
     "parse_yaml",
     "read_yaml",
     "shorten",
 ]
 
-# Of dataclasses of settings: 2.5 is no int, "no" is no bool, and an unknown field is an error.
-STRICT = ConfigDict(strict=True, extra="forbid")
-
-Name = Annotated[str, Field(min_length=1)]
-Count = Annotated[int, Field(ge=1)]
-Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-# As numpy takes them.
-Seed = Annotated[int, Field(ge=0, lt=2**32)]
-
-# In words that fit YAML, where pydantic's are those of JSON.
+# In words that fit YAML, where pydantic's are those of Python.
 _EXPECTED = {
     "int_type": "be an integer",
     "float_type": "be a number",
     "bool_type": "be true or false",
     "string_type": "be text",
     "list_type": "be a list",
-    "set_type": "be a list",
     "dict_type": "be a mapping",
-    "dataclass_type": "be a mapping",
+    "model_type": "be a mapping",
+    "model_attributes_type": "be a mapping",
 }
-_Kind = TypeVar("_Kind")
-_Loc = tuple[int | str, ...]
 
 
 class SettingsError(ValueError):
     """A setting that is unknown, missing, of another type, or out of its range."""
 
 
-@contextmanager
-def naming(source: object) -> Iterator[None]:
-    """Errors of settings inside name the ``source`` they come from; None leaves them as they are."""
-    try:
-        yield
-    except SettingsError as error:
-        if source is None:
-            raise
-        raise SettingsError(f"{source}: {error}") from error
+class Model(BaseModel):
+    """Settings that cannot change: 2.5 is no int, "no" is no bool, and an unknown field is an error."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+_Model = TypeVar("_Model", bound=Model)
 
 
 def _all_different(values: list[Any]) -> list[Any]:
@@ -75,6 +63,50 @@ def _all_different(values: list[Any]) -> list[Any]:
 
 # Of a list: no value twice.
 Unique = AfterValidator(_all_different)
+Name = Annotated[str, Field(min_length=1)]
+Count = Annotated[int, Field(ge=1)]
+Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+# As numpy takes them.
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+
+
+def build(kind: type[_Model], values: Mapping[str, Any], source: str = "") -> _Model:
+    """Settings of plain values, by field, of which they keep copies; ``source`` is what holds them, in errors.
+
+    Raises:
+        SettingsError: If a field is unknown or missing, of another type or out of its range, or does not fit others.
+    """
+    try:
+        return kind.model_validate(deepcopy(dict(values)))
+    except ValidationError as error:
+        raise SettingsError((f"{source}: " if source else "") + _sentence(error, kind, values)) from error
+
+
+def check_fields(kind: type, values: Mapping[str, Any], source: str) -> None:
+    """Check values by the types of a dataclass that is no :class:`Model`, such as a configuration of PEFT.
+
+    Raises:
+        SettingsError: If a field is unknown, or of another type.
+    """
+    known = [f.name for f in fields(kind) if f.init]
+    hints = get_type_hints(kind, include_extras=True)
+    for name, value in values.items():
+        if name not in known:
+            raise SettingsError(f"{source}: {_unknown(name, known)}")
+        try:
+            TypeAdapter(hints[name]).validate_python(value, strict=True)
+        except ValidationError as error:
+            expected = sorted({_expected(item) for item in error.errors(include_url=False)})
+            raise SettingsError(f"{source}: {name} must {' or '.join(expected)}, got {shorten(value)}") from error
+
+
+@contextmanager
+def naming(source: object) -> Iterator[None]:
+    """Errors of settings inside name the ``source`` they come from."""
+    try:
+        yield
+    except SettingsError as error:
+        raise SettingsError(f"{source}: {error}") from error
 
 
 def read_yaml(file: Path) -> dict[str, Any]:
@@ -91,11 +123,7 @@ def read_yaml(file: Path) -> dict[str, Any]:
 
 
 def parse_yaml(text: str | bytes, source: str) -> Any:
-    """The one value of a YAML document of plain types.
-
-    Args:
-        text: The document.
-        source: What it is called in errors.
+    """The one value of a YAML document of plain types, which errors call ``source``.
 
     Raises:
         SettingsError: If it is no such document.
@@ -141,124 +169,59 @@ _Loader.add_implicit_resolver(
 )
 
 
-def check_fields(kind: Any, values: Mapping[str, Any], name: str = "") -> dict[str, Any]:
-    """Check some of the fields of a dataclass.
-
-    Args:
-        kind: The dataclass; fields may be dataclasses, and lists of them, themselves.
-        values: Plain values by field.
-        name: What holds them, in errors.
-
-    Returns:
-        The fields, with dataclasses in the place of mappings.
-
-    Raises:
-        SettingsError: If a field is unknown, or its value of another type or out of its range.
-    """
-    prefix = f"{name}: " if name else ""
-    known = [f.name for f in fields(kind) if f.init]
-    unknown = [field for field in values if field not in known]
-    if unknown:
-        raise SettingsError(f"{prefix}{unknown[0]} must be one of the fields {', '.join(known)}, got {unknown[0]!r}")
-    checked = {}
-    for field, value in values.items():
-        try:
-            # JSON, because there alone pydantic's strict mode takes mappings for dataclasses.
-            checked[field] = _adapter(kind, field).validate_json(json.dumps(value, default=_plain), strict=True)
-        except ValidationError as error:
-            raise SettingsError(prefix + _sentence(error, kind, field, value)) from error
-        except (ValueError, TypeError, RecursionError) as error:
-            raise SettingsError(f"{prefix}{field} must be plain values, got {error}") from error
-    return checked
-
-
-def build(kind: type[_Kind], values: Mapping[str, Any], name: str = "") -> _Kind:
-    """A dataclass of plain values.
-
-    Args:
-        kind: The dataclass.
-        values: Its fields.
-        name: What holds them, in errors.
-
-    Raises:
-        SettingsError: As :func:`check_fields` raises, or if a field is missing or does not fit the others.
-    """
-    prefix = f"{name}: " if name else ""
-    checked = check_fields(kind, values, name)
-    required = [f.name for f in fields(kind) if f.default is MISSING and f.default_factory is MISSING]  # type: ignore[arg-type]
-    missing = [field for field in required if field not in values]
-    if missing:
-        raise SettingsError(f"{prefix}{missing[0]} must be given, got {', '.join(values) or 'no field'}")
-    try:
-        return kind(**checked)
-    except ValidationError as error:
-        raise SettingsError(prefix + str(error.errors()[0]["msg"]).removeprefix("Value error, ")) from error
-    except ValueError as error:
-        raise SettingsError(f"{prefix}{error}") from error
-
-
 def shorten(value: object) -> str:
     """``repr(value)`` of at most 100 characters."""
     text = "nothing" if value is None else repr(value)
     return text if len(text) <= 100 else f"{text[:97]}..."
 
 
-def _plain(value: Any) -> Any:
-    """Dataclasses among plain values, as they were."""
-    if is_dataclass(value) and not isinstance(value, type):
-        return {f.name: getattr(value, f.name) for f in fields(value)}
-    raise TypeError(f"a {type(value).__name__}")
+def did_you_mean(name: object, known: Iterable[str]) -> str:
+    """The known name that is closest to an unknown one, as the end of an error; empty where none is close."""
+    near = get_close_matches(str(name), known, n=1)
+    return f" (did you mean {near[0]}?)" if near else ""
 
 
-@cache
-def _adapter(kind: Any, field: str) -> TypeAdapter[Any]:
-    return TypeAdapter(get_type_hints(kind, include_extras=True)[field])
-
-
-def _sentence(error: ValidationError, kind: Any, field: str, value: Any) -> str:
-    """The first field that is wrong; for a choice of types, what each of them expected."""
-    found = error.errors(include_url=False)
-    path, received = _follow(field, value, found[0]["loc"])
-    last, message = found[0]["type"], found[0]["msg"]
-    if last == "missing":
-        return f"{path} must have {found[0]['loc'][-1]}, got {shorten(received)}"
-    if last == "unexpected_keyword_argument":
-        known = ", ".join(f.name for f in fields(_class_of(kind, (field, *found[0]["loc"][:-1]))))
-        return f"{path} must be one of the fields {known}, got {shorten(found[0]['loc'][-1])}"
-    if last == "value_error":
+def _sentence(error: ValidationError, kind: type[Model], values: Any) -> str:
+    """The first thing that is wrong, in words."""
+    found = error.errors(include_url=False)[0]
+    path, message, received = "", str(found["msg"]), values
+    for part in found["loc"]:
+        known = isinstance(received, Mapping) and part in received
+        if not known and not (isinstance(received, list) and isinstance(part, int) and part < len(received)):
+            continue
+        received = received[part]
+        name = received.get("name") if isinstance(received, Mapping) and isinstance(part, int) else None
+        inside = f"[{name!r}]" if isinstance(name, str) else f"[{part}]" if isinstance(part, int) else f".{part}"
+        path = f"{path}{inside}".removeprefix(".")
+    last = found["loc"][-1] if found["loc"] else ""
+    if found["type"] == "missing":
+        return f"{last} must be given{f' in {path}' if path else ''}, got {shorten(list(received) or 'no field')}"
+    if found["type"] == "extra_forbidden":
+        owner = path.rpartition(".")[0]
+        return (f"{owner}: " if owner else "") + _unknown(str(last), _fields_at(kind, found["loc"][:-1]))
+    if found["type"] == "value_error":
         reason = message.removeprefix("Value error, ")
-        return f"{path} {reason}" if reason.startswith("must ") else f"{path}: {reason}"
-    same = [item for item in found if _follow(field, value, item["loc"])[0] == path]
-    # Sorted, because the order of a choice of types is not fixed.
-    expected = sorted({_EXPECTED.get(item["type"], _after_should(item["msg"])) for item in same})
-    return f"{path} must {' or '.join(expected)}, got {shorten(received)}"
+        return reason if not path else f"{path} {reason}" if reason.startswith("must ") else f"{path}: {reason}"
+    return f"{path} must {_expected(found)}, got {shorten(received)}"
 
 
-def _after_should(message: str) -> str:
+def _unknown(name: str, known: Iterable[str]) -> str:
+    known = list(known)
+    return f"{name} must be one of the fields {', '.join(known)}, got {name!r}{did_you_mean(name, known)}"
+
+
+def _expected(found: Mapping[str, Any]) -> str:
     """ "be greater than 0" of "Input should be greater than 0"."""
-    return message.partition(" should ")[2].partition(" after validation")[0]
+    message = str(found["msg"]).partition(" should ")[2].partition(" after validation")[0]
+    return _EXPECTED.get(str(found["type"]), message)
 
 
-def _follow(field: str, value: Any, loc: _Loc) -> tuple[str, Any]:
-    """The place ``loc`` in words, and what is there."""
-    path = field
-    for part in loc:
-        if isinstance(value, Mapping) and part in value:
-            path, value = f"{path}.{part}", value[part]
-        elif isinstance(value, list) and isinstance(part, int):
-            value = value[part]
-            name = value.get("name") if isinstance(value, Mapping) else None
-            path += f"[{name!r}]" if isinstance(name, str) else f"[{part}]"
-        # Other parts are missing fields, or the types of a choice.
-    return path, value
-
-
-def _class_of(kind: Any, loc: _Loc) -> Any:
-    """The dataclass at ``loc``."""
-    for part in loc:
-        if isinstance(part, str):
-            hints = [get_type_hints(kind)[part]]
-            while not is_dataclass(hints[0]):
-                hints = [*hints[1:], *get_args(hints[0])]
-            kind = hints[0]
-    return kind
+def _fields_at(kind: Any, place: tuple[int | str, ...]) -> list[str]:
+    """The fields of the model at a place of another."""
+    for part in place:
+        if isinstance(part, str) and part in kind.model_fields:
+            hint = kind.model_fields[part].annotation
+            kind = next(
+                (item for item in (hint, *getattr(hint, "__args__", ())) if hasattr(item, "model_fields")), kind
+            )
+    return list(kind.model_fields)

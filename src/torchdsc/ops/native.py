@@ -7,7 +7,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-__all__ = ["FEW_PAIRS", "MOST_SELECTED", "MOST_TAPS", "has_bfloat16", "module_for", "rows_of"]
+__all__ = ["FEW_PAIRS", "MOST_SELECTED", "MOST_TAPS", "build_name", "has_bfloat16", "module_for", "rows_of"]
 
 # Up to so many selections, as in decoding, the overhead of calls costs more than the work.
 FEW_PAIRS = 64
@@ -32,6 +32,11 @@ def _load() -> ModuleType | None:
 
 
 _native = _load()
+
+
+def build_name() -> str | None:
+    """Name of the build in use, which last bits of results depend on; None without one."""
+    return None if _native is None else _native.__name__.rpartition(".")[2]
 
 
 def module_for(*tensors: Tensor | None) -> ModuleType | None:

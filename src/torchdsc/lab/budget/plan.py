@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import isfinite
 from typing import Any
@@ -80,30 +79,25 @@ class Plan:
         return f"{self.description}; {sizes}"
 
 
-def describe_misses(plans: Mapping[str, Plan], budget: Budget, match: str | None = None) -> list[str]:
-    """Report plans that miss a target by more than the share :data:`MISS_TO_SAY` of it.
+def describe_misses(plan: Plan, budget: Budget, match: str | None = None) -> list[str]:
+    """Report a plan that misses a target by more than the share :data:`MISS_TO_SAY` of it.
 
     Args:
-        plans: By name.
+        plan: The plan.
         budget: With the targets.
         match: The method whose realised numbers took the place of the targets, if one did.
 
     Returns:
         A line for each target that is missed, with what was reached.
     """
+    why = f"; match = {match!r} gives the numbers" if match else ""
+    # All of dense is active.
+    targets = ("total",) if plan.miss_active is None else ("total", "active")
     lines = []
-    for target in ("total", "active"):
-        asked = getattr(budget, target)
-        reached = {name: getattr(plan, f"params_{target}") for name, plan in plans.items()}
-        missed = [
-            f"{name} {found:,} ({found / asked - 1:+.1%})"
-            for name, found in reached.items()
-            # All of dense is active.
-            if abs(found / asked - 1) > MISS_TO_SAY and not (target == "active" and plans[name].miss_active is None)
-        ]
-        why = f"; match = {match!r} solves all methods to what that one comes to" if match else ""
-        if missed:
-            lines.append(f"{target} = {asked:,.0f} is missed by {', '.join(missed)}{why}")
+    for target in targets:
+        asked, reached = getattr(budget, target), getattr(plan, f"params_{target}")
+        if abs(reached / asked - 1) > MISS_TO_SAY:
+            lines.append(f"{target} = {asked:,.0f} is missed: {reached:,} ({reached / asked - 1:+.1%}){why}")
     return lines
 
 

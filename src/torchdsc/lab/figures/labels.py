@@ -1,131 +1,84 @@
 """Labels that stand beside what they name and keep clear of each other."""
 
-from __future__ import annotations
-
-import itertools
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
+import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.transforms import IdentityTransform
+from scipy.optimize import isotonic_regression
 
-from .style import FONT_SIZE
+from .looks import Look
+from .style import FONT_SIZE, HEIGHT, add_axes, new_figure
+
+# Of a letter, about, of the line and marker before a label, and of axes: in figure units.
+_LETTER, _SWATCH, _WIDTH = 6.4, 26.0, 330.0
+_LONGEST = 32
+
+
+def label_text(name: str, longest: int = _LONGEST) -> str:
+    """A name as matplotlib takes it, without its middle where it is too long."""
+    if len(name) > longest:
+        half = (longest - 1) // 2
+        name = f"{name[: longest - 1 - half].rstrip()}\N{HORIZONTAL ELLIPSIS}{name[-half:].lstrip()}"
+    # Two dollars would make a formula of what is between.
+    return name.replace("$", r"\$")
+
+
+def labelled_axes(labels: Collection[str], xlabel: str, ylabel: str) -> tuple[Figure, Axes]:
+    """A new figure and its axes, with room at the right for labels with looks; see :func:`label_ends`."""
+    right = _SWATCH + _LETTER * max(map(len, labels), default=0) + 14
+    figure = new_figure(46 + _WIDTH + right, max(HEIGHT, 1.25 * FONT_SIZE * len(labels) + 70))
+    return figure, add_axes(figure, xlabel, ylabel, margins=(46, right, 44, 26))
 
 
 def spread(positions: Sequence[float], gap: float, low: float = -math.inf, high: float = math.inf) -> list[float]:
-    """Moves positions apart to at least `gap`, in order, as little as possible in squared distance.
+    """Move positions apart to at least ``gap``, in order, as little as possible in squared distance.
 
     Args:
         positions: Where labels would like to be.
         gap: Least distance between neighbours.
-        low: Least position allowed; yields to `high` where both cannot be kept.
+        low: Least position allowed; yields to ``high`` where both cannot be kept.
         high: Largest position allowed.
     """
-    order = sorted(range(len(positions)), key=lambda index: positions[index])
-    # With i * gap taken off, "at least gap apart" is "not descending": pool adjacent violators.
-    blocks: list[tuple[float, int]] = []
-    for rank, index in enumerate(order):
-        mean, size = positions[index] - rank * gap, 1
-        while blocks and blocks[-1][0] > mean:
-            before, count = blocks.pop()
-            mean, size = (before * count + mean * size) / (count + size), count + size
-        blocks.append((mean, size))
-    level = [mean for mean, size in blocks for _ in range(size)]
-    placed = [min(max(value, low), high - (len(order) - 1) * gap) + rank * gap for rank, value in enumerate(level)]
-    result = [0.0] * len(order)
-    for rank, index in enumerate(order):
-        result[index] = placed[rank]
-    return result
+    if not positions:
+        return []
+    order = np.argsort(positions, kind="stable")
+    # With these taken off, "at least gap apart" is "not descending".
+    gaps = gap * np.arange(len(order))
+    level = isotonic_regression(np.asarray(positions)[order] - gaps).x
+    placed = np.empty(len(order))
+    placed[order] = np.minimum(np.maximum(level, low), high - gaps[-1]) + gaps
+    return placed.tolist()
 
 
-def label_ends(axes: Axes, labels: Sequence[tuple[float, str, str]]) -> None:
-    """Writes (y, text, colour) labels into the right margin, at their y but never over each other.
+def label_variants(axes: Axes, ends: Mapping[str, float], labels: Mapping[str, str], looks: Mapping[str, Look]) -> None:
+    """Write the labels of variants at their ends, in their colours and with their looks; see :func:`label_ends`."""
+    found = [(ends[variant], text, looks[variant].ink) for variant, text in labels.items()]
+    label_ends(axes, found, [looks[variant] for variant in labels])
+
+
+def label_ends(axes: Axes, labels: Sequence[tuple[float, str, str]], looks: Sequence[Look] = ()) -> None:
+    """Write (y, text, colour) labels into the right margin, at their y but never over each other.
 
     Call it once the y limits are final. A y outside them is pulled to the edge and marked with an arrow.
-    """
-    low, high = axes.get_ylim()
-    bottom, top = axes.transData.transform([(0, low), (0, high)])[:, 1]
-    wanted = [float(axes.transData.transform((0, min(max(y, low), high)))[1]) for y, _, _ in labels]
-    placed = spread(wanted, FONT_SIZE * 1.25, bottom + 2, top + 6)
-    for (y, text, color), position in zip(labels, placed, strict=True):
-        arrow = " ↑" if y > high else " ↓" if y < low else ""
-        height = (position - bottom) / (top - bottom)
-        axes.annotate(
-            text + arrow,
-            (1, height),
-            (8, 0),
-            xycoords="axes fraction",
-            textcoords="offset points",
-            va="center",
-            color=color,
-            fontsize=FONT_SIZE,
-            annotation_clip=False,
-        )
-
-
-@dataclass(frozen=True)
-class Box:
-    """A rectangle in figure units."""
-
-    left: float
-    bottom: float
-    right: float
-    top: float
-
-    @classmethod
-    def beside(cls, x: float, y: float, width: float, height: float, align: str) -> Box:
-        """Returns the box of a text whose "left", "center" or "right" is at (x, y), as matplotlib aligns."""
-        left = x - width * {"left": 0.0, "center": 0.5, "right": 1.0}[align]
-        return cls(left, y - height / 2, left + width, y + height / 2)
-
-    def overlap(self, other: Box) -> float:
-        """Returns the area shared with another box."""
-        width = min(self.right, other.right) - max(self.left, other.left)
-        height = min(self.top, other.top) - max(self.bottom, other.bottom)
-        return max(width, 0.0) * max(height, 0.0)
-
-
-def label_points(
-    axes: Axes,
-    points: Sequence[tuple[float, float, str, str]],
-    segments: Sequence[tuple[tuple[float, float], tuple[float, float]]],
-) -> None:
-    """Writes (x, y, text, colour) labels beside their points, where each covers least of what is drawn.
 
     Args:
-        axes: Axes with final limits.
-        points: Points to label, in data coordinates.
-        segments: Lines to keep off, horizontal or vertical, as pairs of ends in data coordinates.
+        axes: To write beside.
+        labels: What to write.
+        looks: Of each label, shown before it.
     """
-    obstacles = []
-    for start, end in itertools.chain(segments, (((x, y), (x, y)) for x, y, _, _ in points)):
-        ends = axes.transData.transform([start, end])
-        (left, bottom), (right, top) = ends.min(axis=0) - 5, ends.max(axis=0) + 5
-        obstacles.append(Box(left, bottom, right, top))
-    frame = Box(*axes.transAxes.transform([(0, 0), (1, 1)]).flatten())
-    for x, y, text, color in points:
-        at_x, at_y = axes.transData.transform((x, y))
-        width, height = len(text) * FONT_SIZE * 0.56, FONT_SIZE * 1.1
-        places = [
-            (dx, dy, align)
-            for dx, align in ((10, "left"), (-10, "right"), (0, "center"))
-            for dy in (0, 14, -14, 26, -26)
-            if dx or dy
-        ]
-        boxes = [Box.beside(at_x + dx, at_y + dy, width, height, align) for dx, dy, align in places]
-        costs = [
-            sum(box.overlap(obstacle) for obstacle in obstacles) + 10 * (width * height - box.overlap(frame)) + abs(dy)
-            for box, (_, dy, _) in zip(boxes, places, strict=True)
-        ]
-        best = costs.index(min(costs))
-        obstacles.append(boxes[best])
-        axes.annotate(
-            text,
-            (x, y),
-            places[best][:2],
-            textcoords="offset points",
-            ha=places[best][2],
-            va="center_baseline",
-            color=color,
-            fontsize=FONT_SIZE,
-        )
+    low, high = axes.get_ylim()
+    edge, bottom, top = axes.bbox.x1 + 8, axes.bbox.y0, axes.bbox.y1
+    wanted = [float(axes.transData.transform((0, min(max(y, low), high)))[1]) for y, _, _ in labels]
+    placed = spread(wanted, FONT_SIZE * 1.25, bottom + 2, top + 6)
+    in_units: dict[str, Any] = {"transform": IdentityTransform(), "clip_on": False}
+    for look, height in zip(looks, placed, strict=False):
+        axes.plot([edge, edge + 20], [height, height], **look.line, **in_units, linewidth=2)
+        axes.plot([edge + 10], [height], **look.point, **in_units, markersize=5)
+    left = edge + (_SWATCH if looks else 0)
+    for (y, text, color), height in zip(labels, placed, strict=True):
+        arrow = " ↑" if y > high else " ↓" if y < low else ""
+        axes.text(left, height, text + arrow, **in_units, va="center", color=color, fontsize=FONT_SIZE)

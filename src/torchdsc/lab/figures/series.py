@@ -1,42 +1,55 @@
-"""A quantity over training: gathered over seeds, and drawn with its spread."""
-
-from __future__ import annotations
+"""A quantity over training, or over learning rates, gathered over seeds."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 
 import numpy as np
 import numpy.typing as npt
-from matplotlib.axes import Axes
-from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from torchdsc.lab.summaries import Run
+from torchdsc.lab.tasks.task import Record
 
-from .style import COLORS, MARKERS, pad_limits
-
-Points = Iterable[tuple[int, float | None]]
+Points = Mapping[float, float | None]
 
 
 @dataclass(frozen=True)
 class Series:
-    """One quantity of one method over training, for every seed.
+    """One quantity of one variant, for every seed.
 
     Attributes:
-        steps: Steps at which any seed has a point, ascending, of shape (S,).
-        values: Of shape (seeds, S); NaN where a seed has no finite value.
+        places: Steps or rates at which any seed has a point, ascending, of shape (P,).
+        values: Of shape (seeds, P), means over cases; NaN where a seed has no finite value.
     """
 
-    steps: npt.NDArray[np.float64]
+    places: npt.NDArray[np.float64]
     values: npt.NDArray[np.float64]
 
     @classmethod
-    def collect(cls, runs: Sequence[Run], points: Callable[[Run], Points]) -> Series:
-        """Gathers `points(run)`, pairs of step and value, of each run."""
-        by_seed = [dict(points(run)) for run in runs]
-        steps = sorted(set().union(*by_seed))
-        values = np.array([[number(seed.get(step)) for step in steps] for seed in by_seed], dtype=np.float64)
-        return cls(np.array(steps, dtype=np.float64), values.reshape(len(by_seed), len(steps)))
+    def of(cls, by_seed: Sequence[Points]) -> "Series":
+        """From the points of each seed."""
+        places = sorted(set().union(*by_seed))
+        values = [[number(points.get(place)) for place in places] for points in by_seed]
+        return cls(np.array(places, dtype=np.float64), np.array(values).reshape(len(by_seed), len(places)))
+
+    @classmethod
+    def collect(cls, runs: Iterable[Record], points: Callable[[Record], Points]) -> "Series":
+        """From ``points(run)`` of each run: means over cases, at the places that all of them have.
+
+        Seeds that lack a case others have are left out.
+        """
+        cases: dict[int, list[dict[float, float]]] = {}
+        for run in runs:
+            found = {place: number(value) for place, value in points(run).items()}
+            cases.setdefault(run["seed"], []).append(found)
+        whole = max(map(len, cases.values()), default=0)
+        return cls.of(
+            [
+                {place: fmean(case[place] for case in own) for place in set(own[0]).intersection(*own)}
+                for own in cases.values()
+                if len(own) == whole
+            ]
+        )
 
     @property
     def mean(self) -> npt.NDArray[np.float64]:
@@ -46,7 +59,7 @@ class Series:
 
     @property
     def end(self) -> float:
-        """The last mean, or where no step has all seeds, the last value there is; NaN for none."""
+        """The last mean, or where no place has all seeds, the last value there is; NaN for none."""
         for candidates in (self.mean, np.fmin.reduce(self.values, axis=0)):
             finite = candidates[np.isfinite(candidates)]
             if finite.size:
@@ -54,40 +67,21 @@ class Series:
         return math.nan
 
     @property
-    def complete(self) -> bool:
+    def num_points(self) -> int:
+        """Number of places at which any seed has a value."""
+        return int(np.isfinite(self.values).any(axis=0).sum())
+
+    @property
+    def is_complete(self) -> bool:
         """Whether every seed ends with a finite value."""
         return bool(self.values.size and np.isfinite(self.values[:, -1]).all())
 
-    def since(self, step: float) -> Series:
-        """Returns the part from a step on."""
-        keep = self.steps >= step
-        return Series(self.steps[keep], self.values[:, keep])
-
-
-def draw_series(axes: Axes, series: Series, method: str) -> None:
-    """Draws the mean over seeds, a band from the lowest seed to the highest, and each seed as a thin line."""
-    color = COLORS[method]
-    if len(series.values) > 1:
-        low, high = np.fmin.reduce(series.values, axis=0), np.fmax.reduce(series.values, axis=0)
-        axes.fill_between(series.steps, low, high, color=color, alpha=0.16, linewidth=0)
-        for values in series.values:
-            marker = "." if series.steps.size == 1 else ""
-            axes.plot(series.steps, values, color=color, linewidth=0.8, alpha=0.45, marker=marker)
-    axes.plot(series.steps, series.mean, color=color, linewidth=2)
-    finite = np.flatnonzero(np.isfinite(series.mean))
-    if finite.size:
-        last = finite[-1]
-        axes.plot([series.steps[last]], [series.mean[last]], color=color, marker=MARKERS[method], markersize=5)
-
-
-def format_steps(axes: Axes, series: Sequence[Series]) -> None:
-    """Fits the x axis to the steps of all series, with whole numbers as ticks."""
-    steps = np.concatenate([values.steps for values in series])
-    axes.set_xlim(*pad_limits([float(step) for step in steps], 0.02))
-    axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    def since(self, place: float) -> "Series":
+        """The part from a place on."""
+        keep = self.places >= place
+        return Series(self.places[keep], self.values[:, keep])
 
 
 def number(value: float | None) -> float:
-    """Returns the value as a float, NaN for None and infinities."""
+    """The value as a float, NaN for None and infinities."""
     return float(value) if value is not None and math.isfinite(value) else math.nan

@@ -1,0 +1,1 @@
+"""What runs train on: corpora, their tokens, and rows of files and data sets."""

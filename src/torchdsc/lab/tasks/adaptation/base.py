@@ -1,0 +1,115 @@
+"""The base model and its tokenizer."""
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import util
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from torchdsc.lab.files import cache_folder, expand, made_once
+from torchdsc.lab.schema import SettingsError
+from torchdsc.lab.training.loading import load_model
+
+from .llama2c import convert_llama2c
+from .sentences import SentenceClassifier
+from .settings import Settings
+
+__all__ = ["load_base", "load_tokenizer", "resolve_base"]
+
+
+def load_tokenizer(settings: Settings) -> PreTrainedTokenizerBase:
+    """The tokenizer of the base model; it can pad.
+
+    Raises:
+        SettingsError: If it cannot be loaded.
+    """
+    with _naming_base(settings):
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(resolve_base(settings.base))
+    if tokenizer.pad_token is None:
+        # Causal LMs often come without one; what is padded is masked.
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    return tokenizer
+
+
+def load_base(settings: Settings, num_labels: int, *, weights: bool) -> PreTrainedModel:
+    """The base model with its new head, which is initialised by torch's present seed.
+
+    Args:
+        settings: Of the run.
+        num_labels: Outputs of the head; causal LMs have none.
+        weights: Whether to load them; without, the model may be made on the meta device.
+
+    Raises:
+        SettingsError: If it cannot be loaded, or does not have an option.
+    """
+    is_causal, is_embedding = settings.kind == "causal_lm", settings.head == "embedding"
+    auto: Any = AutoModelForCausalLM if is_causal else AutoModel if is_embedding else AutoModelForSequenceClassification
+    options = settings.base_options if is_causal else {**settings.base_options, "num_labels": num_labels}
+    if settings.kind == "regression":
+        options["problem_type"] = "regression"
+    model: PreTrainedModel
+    with _naming_base(settings):
+        path = resolve_base(settings.base)
+        if weights:
+            # A base model may come with the head of another task.
+            replaced = {} if is_causal else {"ignore_mismatched_sizes": True, "has_new_head": True}
+            model = load_model(auto, path, dtype=torch.float32, **options, **replaced)
+        else:
+            config, unknown = AutoConfig.from_pretrained(path, **options, return_unused_kwargs=True)
+            if unknown:
+                raise ValueError(f"base_options must be fields of {type(config).__name__}, got {sorted(unknown)}")
+            model = auto.from_config(config)
+    return SentenceClassifier(model, len(settings.text)) if is_embedding else model
+
+
+def resolve_base(base: str) -> str:
+    """The folder or hub id of a base model, as settings write it; files of llama2.c are converted into the cache.
+
+    Raises:
+        ValueError: If a package is not installed, a variable is not set, or files cannot be converted.
+        OSError: If they cannot be read.
+    """
+    if base.startswith("llama2c:"):
+        return _converted(base)
+    if not base.startswith("package:"):
+        return expand(base)
+    package, _, inner = base.removeprefix("package:").partition("/")
+    found = util.find_spec(package)
+    if found is None or found.origin is None:
+        raise ValueError(f"base must name an installed package, got {base!r}: pip install {package.replace('_', '-')}")
+    return str(Path(found.origin).parent / inner)
+
+
+def _converted(base: str) -> str:
+    files = [Path(expand(part)) for part in base.split(":")[1:]]
+    if len(files) != 2:
+        raise ValueError(f"base must be llama2c:MODEL.bin:TOKENIZER.bin, got {base!r}")
+    key = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+    folder = cache_folder() / "llama2c" / key
+    return str(
+        made_once(folder, lambda: folder.resolve(strict=True), lambda: convert_llama2c(files[0], files[1], folder))
+    )
+
+
+@contextmanager
+def _naming_base(settings: Settings) -> Iterator[None]:
+    """Turn errors of the base model into errors that name it."""
+    known = (ArithmeticError, AttributeError, LookupError, OSError, RuntimeError, TypeError, ValueError)
+    try:
+        yield
+    except (*known, StrictDataclassError) as error:
+        options = f" with base_options {settings.base_options}" if settings.base_options else ""
+        raise SettingsError(f"base {settings.base!r}{options}: {error}") from error

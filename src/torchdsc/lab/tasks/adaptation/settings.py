@@ -1,0 +1,128 @@
+"""Settings of a run: a base model, a method, what it is adapted to, and the schedule."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from torchdsc.lab.schema import Count, Model, Name, Rate, Unique
+
+__all__ = ["WITHOUT_ADAPTER", "Head", "Metric", "Settings", "TaskKind"]
+
+TaskKind = Literal["classification", "regression", "causal_lm"]
+Metric = Literal["accuracy", "matthews", "f1", "correlation", "loss"]
+Head = Literal["embedding"] | None
+WITHOUT_ADAPTER = ("full", "head")
+_OF_DATA = {
+    *("base", "head", "kind", "train", "evaluation", "retain", "text", "label", "columns", "metric"),
+    *("max_train", "max_evaluation", "validation_examples", "max_length"),
+}
+_OF_MODEL = {"base", "base_options", "head", "kind", "method", "budget", "options"}
+# Metrics of each kind of task, the default first.
+_METRICS: dict[str, tuple[Metric, ...]] = {
+    "classification": ("accuracy", "matthews", "f1"),
+    "regression": ("correlation",),
+    "causal_lm": ("loss",),
+}
+
+
+class Settings(Model):
+    """A base model adapted to a task."""
+
+    base: Name
+    """Folder or hub id of the base model, "package:NAME/folder" inside an installed package, or
+    "llama2c:MODEL.bin:TOKENIZER.bin", files of llama2.c, which are converted into the cache."""
+    base_options: dict[str, Any] = Field(default_factory=dict)
+    """Fields of the base's configuration to change, such as its dropout or ``attn_implementation``."""
+    head: Head = None
+    """For classification and regression: nothing for the head that transformers has for the base model, which reads two
+    texts as one sequence; "embedding" for a head on the embeddings of separately encoded texts."""
+    method: Literal["dsc", "mixture_of_loras", "lora", "vblora", "vera", "full", "head"] = "dsc"
+    """How to adapt; "full" trains the whole model, and "head" the new head alone."""
+    budget: Count | None = None
+    """Trainable parameters of an adapter, heads left out; its size (atoms, experts, rank or vectors) is the largest
+    within. Nothing where ``options`` give the size."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """Fields of the method's PEFT configuration."""
+    train: Name
+    """File (csv, tsv, jsonl, parquet, txt), or id of a data set on the hub, "user/name:split" or
+    "user/name/config:split"."""
+    evaluation: Name | None = None
+    """The same for the final score; by default a part of ``train`` that is held out for it."""
+    kind: TaskKind = "classification"
+    """Kind of task."""
+    text: Annotated[list[Name], Field(min_length=1, max_length=2), Unique] = Field(default_factory=lambda: ["text"])
+    """Columns of text, one or two; a text file has one, "text"."""
+    label: Name = "label"
+    """Column of labels."""
+    columns: Annotated[list[Name], Field(min_length=1), Unique] | None = None
+    """Names of the columns of a file without a header."""
+    metric: Metric | None = None
+    """For classification "accuracy" (the default), or for two labels "matthews" or "f1" (of the second in the order of
+    text); for regression "correlation", the mean of Pearson's and Spearman's; for causal LMs "loss" in nats per token,
+    whose negative is the score."""
+    retain: Name | None = None
+    """For causal LMs, text of the old domain: its loss before and after tells what is forgotten."""
+    max_train: Count | None = None
+    """Examples to train on at most, the first after shuffling with a fixed seed."""
+    max_evaluation: Count | None = None
+    """Examples to evaluate on at most, the first."""
+    validation_examples: Count = 500
+    """Examples (or blocks) held out of train, which trials and checkpoints are chosen by; where no evaluation is named,
+    as many more are held out for that."""
+    steps: Count = 200
+    """Optimizer steps."""
+    batch_size: Count = 16
+    """Examples of a step."""
+    accumulation: Count = 1
+    """Micro-batches that a step is cut into; must divide batch_size."""
+    max_length: Count = 128
+    """Tokens of an example at most; of a block for causal LMs."""
+    learning_rate: Rate = 1e-3
+    """Peak of the schedule."""
+    head_learning_rate: Rate | None = None
+    """Of the new head, which no method's rate needs to suit then; the method's by default."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 10
+    """Linear warm-up, before a cosine to zero."""
+    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    """Of AdamW."""
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    """Gradient clipping."""
+    eval_every: Count | None = None
+    """Steps between evaluations on held-out examples, of which the best checkpoint is kept; nothing for the last step's
+    weights."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Of autocast; fp32 for none."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "Settings":
+        metrics = _METRICS[self.kind]
+        if self.metric is not None and self.metric not in metrics:
+            raise ValueError(f"metric must be one of {metrics} for kind = {self.kind!r}, got {self.metric!r}")
+        if self.kind != "causal_lm" and self.retain is not None:
+            raise ValueError(f"retain must be left out for kind = {self.kind!r}, got {self.retain!r}")
+        if self.kind == "causal_lm" and len(self.text) > 1:
+            raise ValueError(f"text must be one column for kind = 'causal_lm', got {self.text}")
+        if self.kind == "causal_lm" and self.head is not None:
+            raise ValueError(f"head must be left out for kind = 'causal_lm', got {self.head!r}")
+        if self.method in WITHOUT_ADAPTER and self.options:
+            raise ValueError(f"options must be left out for method = {self.method!r}, which has no adapter")
+        if self.warmup_steps > self.steps:
+            raise ValueError(f"warmup_steps must be in 0 .. steps = {self.steps}, got {self.warmup_steps}")
+        if self.batch_size % self.accumulation:
+            raise ValueError(f"accumulation must divide batch_size = {self.batch_size}, got {self.accumulation}")
+        return self
+
+    @property
+    def scored_by(self) -> Metric:
+        """The metric in force."""
+        return self.metric or _METRICS[self.kind][0]
+
+    @property
+    def data_key(self) -> str:
+        """The settings that its examples depend on."""
+        return self.model_dump_json(include=_OF_DATA)
+
+    @property
+    def model_key(self) -> str:
+        """The settings that the solved options depend on."""
+        return self.model_dump_json(include=_OF_MODEL)

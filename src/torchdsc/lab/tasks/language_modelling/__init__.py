@@ -1,0 +1,1 @@
+"""Language models that differ in their feed-forward layers, trained from scratch at parameter budgets."""

@@ -1,0 +1,261 @@
+"""Transformers' Trainer as every run takes it: its arguments, and what its log has for a run's record."""
+
+import math
+import sys
+import time
+from pathlib import Path
+from statistics import fmean
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerState
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from torchdsc.diagnostics import RoutingMonitor
+from torchdsc.lab.files import naming_writes
+from torchdsc.losses import last_regularization
+from torchdsc.optim import DenseAndSparseAdam, clip_grad_norm
+
+from .environment import peak_memory_bytes
+from .progress import QuietProgress
+
+__all__ = ["DivergedError", "LabTrainer", "Schedule", "training_arguments"]
+
+
+class DivergedError(ArithmeticError):
+    """A loss is not finite, which no later step can mend.
+
+    Attributes:
+        step: The step with that loss, counted from 1.
+        loss: NaN or an infinity.
+    """
+
+    def __init__(self, step: int, loss: float) -> None:
+        super().__init__(f"the loss was {loss} at step {step}")
+        self.step, self.loss = step, loss
+
+
+class Schedule(Protocol):
+    """The settings of a run that every task has, as its own class of settings describes them."""
+
+    steps: int
+    batch_size: int
+    accumulation: int
+    learning_rate: float
+    warmup_steps: int
+    weight_decay: float
+    max_grad_norm: float
+    precision: Any
+
+
+def training_arguments(settings: Schedule, folder: Path, seed: int, *, every: int, **own: Any) -> TrainingArguments:
+    """Trainer's arguments for a run.
+
+    Args:
+        settings: Of the run.
+        folder: The run's own.
+        seed: Of dropout and the order of examples.
+        every: Steps between checkpoints, and evaluations.
+        **own: Further arguments, which are the task's.
+
+    Raises:
+        ValueError: If several processes were launched.
+    """
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=settings.steps,
+        per_device_train_batch_size=settings.batch_size // settings.accumulation,
+        gradient_accumulation_steps=settings.accumulation,
+        learning_rate=settings.learning_rate,
+        warmup_steps=settings.warmup_steps,
+        weight_decay=settings.weight_decay,
+        max_grad_norm=settings.max_grad_norm,
+        eval_steps=every,
+        save_strategy="steps",
+        save_steps=every,
+        save_total_limit=2,
+        # A loss that is not finite is a result, not to be replaced by the mean of those before.
+        logging_nan_inf_filter=False,
+        seed=seed,
+        data_seed=seed,
+        # Trainer takes half precision for a GPU's unless it is told.
+        use_cpu=not torch.accelerator.is_available(),
+        bf16=settings.precision == "bf16",
+        fp16=settings.precision == "fp16",
+        report_to="none",
+        remove_unused_columns=False,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        **own,
+    )
+    if arguments.world_size > 1:
+        raise ValueError(f"a run of the lab takes one process, got a launch of {arguments.world_size}")
+    # More GPUs would silently multiply the batch.
+    arguments._n_gpu = min(1, arguments.n_gpu)
+    return arguments
+
+
+class LabTrainer(Trainer):
+    """Trainer whose log has what a run's record needs, and that stops if its loss is not finite.
+
+    Beside transformers' entries the log has the task loss without regularisers or, for adapters, the regularisers; the
+    seconds of training (without evaluations), the peak memory so far, and the routing at every evaluation. The log is
+    part of a checkpoint, so that all of these continue after an interruption. Files that cannot be written are named.
+
+    Args:
+        label: What the progress bar says, which is there on a terminal alone.
+        **kwargs: See ``Trainer``.
+
+    Attributes:
+        label: The same.
+        has_task_loss: Whether the model tells the task loss; known from the first step on.
+    """
+
+    control: TrainerControl
+    model: nn.Module
+    optimizer: Optimizer | None
+
+    def __init__(self, label: str, **kwargs: Any) -> None:
+        self.label = label
+        self.has_task_loss = False
+        self._task_loss, self._task_steps = 0.0, 0
+        self._seconds = 0.0
+        # When the clock was started; None while it stands.
+        self._since: float | None = None
+        self._peak_before = 0
+        super().__init__(**kwargs)
+        self.add_callback(_LogBeforeCheckpoint())
+        self.remove_callback(ProgressCallback)
+        self.remove_callback(PrinterCallback)
+        if sys.stderr.isatty():
+            self.add_callback(QuietProgress(label))
+
+    @property
+    def seconds(self) -> float:
+        """Seconds spent in training so far, those before an interruption included."""
+        return self._seconds + (0.0 if self._since is None else time.perf_counter() - self._since)
+
+    @property
+    def peak_memory_bytes(self) -> int:
+        """Peak memory so far, that before an interruption included."""
+        return max(self._peak_before, peak_memory_bytes())
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any
+    ) -> Any:
+        """Trainer's loss; in training, the task loss is added up for the log.
+
+        Raises:
+            DivergedError: If the loss of a training step is not finite.
+        """
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
+        if model.training:
+            task_loss = getattr(outputs, "task_loss", None)
+            self.has_task_loss = task_loss is not None
+            self._check(self.state.global_step + 1, float(loss.detach()))
+            if task_loss is not None:
+                self._task_loss += float(task_loss)
+                # A step's micro-batches add up to one loss, each divided by the tokens of the whole step.
+                self._task_steps += 1
+        return (loss, outputs) if return_outputs else loss
+
+    def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:
+        """Train, with the clock running on from the checkpoint's; one of the last step is loaded as it is.
+
+        Raises:
+            DivergedError: If the loss of a step, or of the evaluation after the last one, is not finite.
+            OSError: If a checkpoint cannot be written.
+        """
+        state = TrainerState()
+        if resume_from_checkpoint is not None:
+            state = TrainerState.load_from_json(str(Path(resume_from_checkpoint) / TRAINER_STATE_NAME))
+        self._seconds = max((entry.get("seconds", 0.0) for entry in state.log_history), default=0.0)
+        self._peak_before = max((entry.get("peak_memory_bytes", 0) for entry in state.log_history), default=0)
+        if resume_from_checkpoint is not None and state.global_step >= self.args.max_steps:
+            # Trainer would do another step.
+            return self._load_finished(Path(resume_from_checkpoint), state)
+        self._since = time.perf_counter()
+        try:
+            return super().train(resume_from_checkpoint, **kwargs)
+        except (DivergedError, OSError):
+            # As at the normal end of training, so that progress bars are closed.
+            self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
+            raise
+        finally:
+            self._seconds, self._since = self.seconds, None
+
+    def log(self, logs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+        """Add the mean task loss since the last log, the last regularisers, the time and the peak memory."""
+        logs["seconds"] = self.seconds
+        logs["peak_memory_bytes"] = self.peak_memory_bytes
+        if "loss" in logs and self._task_steps:
+            logs["task_loss"] = self._task_loss * self.args.gradient_accumulation_steps / self._task_steps
+            self._task_loss, self._task_steps = 0.0, 0
+        terms = last_regularization(self.model)
+        super().log(logs | ({"regularization": terms} if terms else {}), *args, **kwargs)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Evaluate, with the clock stopped. The log gets the routing, averaged over layers.
+
+        The routing of each layer is only kept for the last evaluation.
+
+        Raises:
+            DivergedError: If it is the one after the last step of training, and its loss is not finite.
+        """
+        trains = self._since is not None
+        self._seconds, self._since = self.seconds, None
+        with RoutingMonitor(self.model) as monitor:
+            metrics: dict[str, float] = super().evaluate(*args, **kwargs)
+        layers = [layer.as_dict() for layer in monitor.layers()]
+        if layers:
+            for entry in self.state.log_history:
+                entry.pop("routing_layers", None)
+            self.state.log_history[-1] |= {"routing": _mean_routing(layers), "routing_layers": layers}
+        if trains:
+            self._since = time.perf_counter()
+            if self.state.global_step >= self.args.max_steps:
+                self._check(self.state.global_step, metrics["eval_loss"])
+        return metrics
+
+    def _check(self, step: int, loss: float) -> None:
+        if not math.isfinite(loss):
+            raise DivergedError(step, loss)
+
+    def _load_finished(self, checkpoint: Path, state: TrainerState) -> None:
+        """Take up the state of a checkpoint, and its weights or those of the best one."""
+        self.state = state
+        if self.args.load_best_model_at_end and state.best_model_checkpoint:
+            # The folder may have been moved since.
+            best = checkpoint.with_name(Path(state.best_model_checkpoint).name)
+            checkpoint = best if best.is_dir() else checkpoint
+        self._load_from_checkpoint(str(checkpoint))
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        """Trainer's clipping, which knows dense gradients alone."""
+        if not isinstance(getattr(self.optimizer, "optimizer", self.optimizer), DenseAndSparseAdam):
+            return super()._clip_grad_norm(model)
+        return clip_grad_norm(model.parameters(), self.args.max_grad_norm)
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        with naming_writes(Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"):
+            super()._save_checkpoint(*args, **kwargs)
+
+
+def _mean_routing(layers: list[dict[str, Any]]) -> dict[str, float]:
+    # Not all have a gate.
+    found = {
+        key: [layer[key] for layer in layers if layer[key] is not None]
+        for key in ("utilization", "effective_atoms", "strength", "gate")
+    }
+    return {key: fmean(values) for key, values in found.items() if values}
+
+
+class _LogBeforeCheckpoint(TrainerCallback):
+    """Logs before every checkpoint, so that a resumed run logs over the same intervals as one without interruption."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if control.should_evaluate or control.should_save:
+            control.should_log = True

@@ -1,0 +1,118 @@
+import pytest
+import torch
+
+from torchdsc.lab.tasks.adaptation.base import load_tokenizer
+from torchdsc.lab.tasks.adaptation.examples import load_data
+
+
+@pytest.fixture
+def load(settings):
+    def make(**changes):
+        chosen = settings(**changes)
+        return load_data(chosen, load_tokenizer(chosen))
+
+    return make
+
+
+def every(data):
+    return data.train + data.validation + data.evaluation
+
+
+@pytest.mark.parametrize(
+    ("name", "columns"),
+    [("train.tsv", None), ("train.csv", None), ("train.jsonl", None), ("bare.tsv", ["sentence", "label"])],
+)
+def test_formats_give_the_same_labels(load, reviews, name, columns):
+    source = str(reviews / name)
+    data = load(train=source, columns=columns)
+    assert (len(data.train), len(data.validation), len(data.evaluation)) == (48, 8, 8)
+    assert data.labels == ["0", "1"]
+    assert sorted(row["labels"] for row in every(data)) == [0] * 32 + [1] * 32
+    # The first word tells the label: rows and labels have stayed together.
+    assert {(row["input_ids"][0], row["labels"]) for row in data.train} == {(3, 1), (4, 0)}
+    assert list(data.hashes) == [source]
+
+
+def test_split_does_not_depend_on_anything_but_the_rows(load, reviews):
+    torch.manual_seed(1)
+    first = load()
+    torch.manual_seed(2)
+    second = load(train=str(reviews / "train.jsonl"), max_train=10)
+    assert first.train[:10] == second.train
+    assert first.validation == second.validation
+
+
+def test_evaluation_file_and_limits(load, reviews):
+    dev = str(reviews / "dev.tsv")
+    data = load(evaluation=dev, max_train=5, max_evaluation=2)
+    assert (len(data.train), len(data.evaluation), len(data.hashes)) == (5, 2, 2)
+    # What an evaluation file takes from train is what would be held out without one, less the part for the score.
+    alone, beside = load(), load(evaluation=dev)
+    assert alone.validation == beside.validation
+    assert alone.train == beside.train[8:]
+
+
+def test_regression_standardises_by_train(load, pairs):
+    data = load(**pairs)
+    values = torch.tensor([row["labels"] for row in data.train])
+    assert values.mean().abs() < 1e-6
+    assert values.std(unbiased=False) == pytest.approx(1.0)
+    assert data.labels == ["score"]
+    assert sorted({round(v * data.scale[1] + data.scale[0], 6) for v in values.tolist()}) == [0.0, 5.0]
+
+
+def test_text_in_blocks(load, prose, settings, reviews):
+    data = load(**prose, retain=str(reviews / "old.txt"))
+    chosen = settings(**prose)
+    ids = load_tokenizer(chosen)((reviews / "prose.txt").read_text())["input_ids"]
+    blocks = torch.tensor(ids)[: len(ids) // 16 * 16].view(-1, 16)
+    # In the order of the text, the end for the score.
+    assert torch.stack([row["input_ids"] for row in every(data)]).equal(blocks)
+    assert (len(data.validation), len(data.evaluation), len(data.retain)) == (4, 4, 200 // 16)
+    assert data.train[0]["labels"].equal(data.train[0]["input_ids"])
+    beside = load(**prose, evaluation=str(reviews / "old.txt"))
+    assert torch.stack([row["input_ids"] for row in beside.train + beside.validation]).equal(blocks)
+    assert beside.evaluation[0]["input_ids"].equal(data.retain[0]["input_ids"])
+
+
+def test_a_variable_in_a_source(load, reviews, monkeypatch):
+    monkeypatch.setenv("REVIEWS", str(reviews))
+    assert list(load(train="${REVIEWS}/train.tsv").hashes) == ["${REVIEWS}/train.tsv"]
+    monkeypatch.delenv("REVIEWS")
+    with pytest.raises(ValueError, match="the environment variable REVIEWS is not set"):
+        load(train="${REVIEWS}/train.tsv")
+
+
+class TestErrors:
+    @pytest.mark.parametrize(
+        ("rows", "changes", "message"),
+        [
+            ("good\ta\nbad\tb\nit\tc\n" * 8, {"metric": "f1"}, "metric must be accuracy where labels of train are not"),
+            ("good\t1\n" * 20, {}, "train .* must have two labels or more, got '1' alone"),
+            ("good\t1\n" * 20, {"kind": "regression"}, "train .* must have two labels or more, got '1.0' alone"),
+            (
+                "good\t1\nbad\t0\n" * 8,
+                {},
+                "train .* must hold more examples than the 16 that are .*, got 16",
+            ),
+        ],
+    )
+    def test_train(self, load, tmp_path, rows, changes, message):
+        (tmp_path / "a.tsv").write_text("sentence\tlabel\n" + rows)
+        with pytest.raises(ValueError, match=message):
+            load(train=str(tmp_path / "a.tsv"), **changes)
+
+    def test_label_not_in_train(self, load, tmp_path):
+        (tmp_path / "dev.tsv").write_text("sentence\tlabel\ngood\t7\n")
+        message = r"dev\.tsv, line 2, column 'label', must be a label of train, \['0', '1'\], got '7'"
+        with pytest.raises(ValueError, match=message):
+            load(evaluation=str(tmp_path / "dev.tsv"))
+
+    def test_too_few_blocks(self, load, prose):
+        with pytest.raises(ValueError, match="must hold at least 4096 tokens, got"):
+            load(**prose, max_length=4096)
+        with pytest.raises(
+            ValueError,
+            match=r"must hold more blocks of 16 tokens than the 600 that are held out for .* = 300, got",
+        ):
+            load(**{**prose, "validation_examples": 300})

@@ -1,0 +1,49 @@
+import pytest
+
+from torchdsc.lab.schema import SettingsError, build
+from torchdsc.lab.tasks.adaptation.base import resolve_base
+from torchdsc.lab.tasks.adaptation.settings import Settings
+
+CAUSAL = {"kind": "causal_lm"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"metric": "bleu"}, "^metric must be 'accuracy', .*, got 'bleu'$"),
+        ({"kind": "regression", "metric": "f1"}, "^metric must be one of .* for kind = 'regression', got 'f1'$"),
+        ({"retain": "b.txt"}, "^retain must be left out for kind = 'classification', got 'b.txt'$"),
+        ({**CAUSAL, "text": ["a", "b"]}, r"^text must be one column for kind = 'causal_lm', got \['a', 'b'\]$"),
+        ({**CAUSAL, "head": "embedding"}, "^head must be left out for kind = 'causal_lm', got 'embedding'$"),
+        (
+            {"method": "head", "options": {"r": 2}},
+            "^options must be left out for method = 'head', which has no adapter$",
+        ),
+        ({"warmup_steps": 500}, "^warmup_steps must be in 0 .. steps = 200, got 500$"),
+        ({"batch_size": 6, "accumulation": 4}, "^accumulation must divide batch_size = 6, got 4$"),
+        ({"text": []}, "^text must have at least 1 item"),
+        ({"text": "review"}, "^text must be a list, got 'review'$"),
+        ({"columns": ["a", "a"]}, r"^columns must be different values, got \['a', 'a'\]$"),
+        ({"max_train": 0}, "^max_train must be greater than or equal to 1, got 0$"),
+        ({"learning_rate": float("inf")}, "^learning_rate must be a finite number, got inf$"),
+        ({"colour": 1}, "^colour must be one of the fields base, .*, got 'colour'"),
+    ],
+)
+def test_errors_name_the_field(changes, message):
+    with pytest.raises(SettingsError, match=message):
+        build(Settings, {"base": "b", "train": "a.tsv", **changes})
+
+
+def test_metric_follows_the_kind():
+    kinds = ("classification", "regression", "causal_lm")
+    found = [Settings(base="b", train="a", kind=kind).scored_by for kind in kinds]
+    assert found == ["accuracy", "correlation", "loss"]
+
+
+def test_base_in_a_package():
+    assert resolve_base("package:torchdsc/configs").endswith("torchdsc/configs")
+    assert resolve_base("some/id") == "some/id"
+    with pytest.raises(ValueError, match="base must name an installed package, got 'package:no_such/x'"):
+        resolve_base("package:no_such/x")
+    with pytest.raises(ValueError, match=r"base must be llama2c:MODEL.bin:TOKENIZER.bin, got 'llama2c:a.bin'"):
+        resolve_base("llama2c:a.bin")
