@@ -13,25 +13,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from torchdsc.lab.data import tokenizers as lab_tokenizers
-from torchdsc.lab.data.corpora import Corpus, load_corpus
+from torchdsc.lab.data.corpora import Corpus
 from torchdsc.lab.data.tokenizers import END_OF_TEXT, content_hash, load_tokenizer, plain_backend
-
-
-@pytest.fixture(scope="module")
-def corpus():
-    return load_corpus(max_bytes=150_000)
-
-
-@pytest.fixture(scope="module")
-def bpe(corpus, tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TORCHDSC_CACHE", str(tmp_path_factory.mktemp("cache")))
-        return load_tokenizer("bpe", corpus, vocab_size=500)
-
-
-@pytest.fixture(scope="module")
-def byte_tokenizer(corpus):
-    return load_tokenizer("bytes", corpus)
 
 
 @pytest.fixture(autouse=True)
@@ -71,7 +54,7 @@ def test_bytes(byte_tokenizer):
 class TestBpe:
     def test_has_the_vocabulary_asked_for(self, bpe, corpus):
         assert isinstance(bpe, PreTrainedTokenizerFast)
-        assert len(bpe) == 500
+        assert len(bpe) == 600
         check_end_of_text(bpe)
         assert len(bpe.encode(corpus.valid[:20_000])) < 0.6 * len(corpus.valid[:20_000].encode())
         assert len(load_tokenizer("bpe", corpus, vocab_size=257).encode("plain text")) == 10
@@ -112,7 +95,7 @@ assert len(tokens.train) < len(text) / 500
 
     def test_longest_word_changes_nothing_where_all_are_shorter(self, corpus, bpe, monkeypatch):
         monkeypatch.setattr(lab_tokenizers, "_LONGEST_WORD", 10**9)
-        free = load_tokenizer("bpe", corpus, vocab_size=500)
+        free = load_tokenizer("bpe", corpus, vocab_size=600)
         assert free.backend_tokenizer.to_str() == bpe.backend_tokenizer.to_str()
         assert len(free.backend_tokenizer.pre_tokenizer.pre_tokenize_str("a" * 5000)) == 1
 

@@ -24,23 +24,6 @@ from torchdsc.lab.data.tokens import FixedWindows, RandomWindows, tokenize_corpu
 SPLITS = ("train", "valid", "test")
 
 
-@pytest.fixture(scope="module")
-def corpus():
-    return load_corpus(max_bytes=200_000)
-
-
-@pytest.fixture(scope="module")
-def bpe(corpus, tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TORCHDSC_CACHE", str(tmp_path_factory.mktemp("cache")))
-        return load_tokenizer("bpe", corpus, vocab_size=600)
-
-
-@pytest.fixture(scope="module")
-def byte_tokenizer(corpus):
-    return load_tokenizer("bytes", corpus)
-
-
 @pytest.fixture
 def small():
     return Corpus("small", "a" * 64, "training text\n" * 50, "validation text\n" * 50, "test text\n" * 50)

@@ -171,6 +171,10 @@ class Experiment(Model):
             values = merge(values, layer)
         return build(settings_type(self.task), values, f"settings of variant {job.variant!r}")
 
+    def leaves_test_alone(self, job: Job) -> bool:
+        """Whether a run ends without a look at the test part."""
+        return job.is_trial or not self.test
+
     def trial_jobs(self) -> Iterator[Job]:
         """The runs by which trials are chosen."""
         for variant in self.variants:

@@ -15,6 +15,7 @@ from torchdsc.lab.files import locked, read_json, write_json
 from torchdsc.lab.tasks.task import Record, Task
 from torchdsc.lab.training.checkpoints import checkpoint_step
 from torchdsc.lab.training.environment import peak_memory_bytes, provenance, reset_peak_memory
+from torchdsc.lab.training.runs import RECORD
 
 from .config import Experiment, Job
 from .results import RESULTS, Results
@@ -22,7 +23,7 @@ from .words import duration
 
 __all__ = ["Queue"]
 
-RECORD, ERROR = "record.json", "error.json"
+ERROR = "error.json"
 _POLL_SECONDS = 5.0
 
 _logger = logging.getLogger(__name__)
@@ -93,17 +94,17 @@ class Queue:
 
     def results(self) -> Results:
         """All that is there now."""
-        jobs = {json.dumps(job.key): job for job in self._experiment.possible_jobs()}.values()
-        records = [record for job in jobs if (record := self.record(job)) is not None]
-        failed = [read_json(f) for job in jobs if (f := self._folder / job.name / ERROR).is_file()]
-        file = self._folder / RESULTS
+        jobs = {job.name: job for job in self._experiment.possible_jobs()}
+        records = [record for job in jobs.values() if (record := self.record(job)) is not None]
+        errors = [file for name in jobs if (file := self._folder / name / ERROR).is_file()]
+        has_before = (self._folder / RESULTS).is_file()
         return Results(
             self._experiment,
             trials=[record for record in records if record["is_trial"]],
             runs=[record for record in records if not record["is_trial"]],
-            failed=list(failed),
+            failed=[read_json(file) for file in errors],
             # Another process may have measured meanwhile.
-            timing=dict(Results.read(self._folder).timing) if file.is_file() else {},
+            timing=Results.read(self._folder).timing if has_before else {},
         )
 
     def _is_settled(self, job: Job) -> bool:
@@ -123,7 +124,7 @@ class Queue:
         self._again.discard(job.name)
         with suppress(FileNotFoundError):
             (folder / ERROR).unlink()
-        is_trial = job.is_trial or not self._experiment.test
+        is_trial = self._experiment.leaves_test_alone(job)
         started = time.perf_counter()
         reset_peak_memory()
         try:

@@ -120,9 +120,10 @@ def dry_run(experiment: Experiment, folder: Path, *, console: Console | None = N
         measured: dict[str, float] = {}
         for job in todo:
             settings = experiment.settings_of(job)
-            key = settings.model_dump_json() + str(job.is_trial or not experiment.test)
+            is_trial = experiment.leaves_test_alone(job)
+            key = settings.model_dump_json() + str(is_trial)
             if key not in measured:
-                measured[key] = task.seconds(settings, is_trial=job.is_trial or not experiment.test)
+                measured[key] = task.seconds(settings, is_trial=is_trial)
             done = checkpoint_step(folder / job.name)
             seconds += measured[key] * (1 - done / settings.steps)
         total += seconds

@@ -19,7 +19,7 @@ from .checkpoints import last_checkpoint, remove_checkpoints
 from .environment import provenance, quiet_transformers
 from .trainer import DivergedError, LabTrainer
 
-__all__ = ["evaluations", "fit", "measure_pace", "recorded", "routing_of", "summary"]
+__all__ = ["RECORD", "evaluations", "fit", "measure_pace", "recorded", "routing_of", "summary"]
 
 RECORD = "record.json"
 # What tables and reports are made from, of runs of any task.
