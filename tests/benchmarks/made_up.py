@@ -61,9 +61,10 @@ def layer():
 def recommended():
     rows = []
     for d, kind in product((128, 384), ("forward", "forward+backward")):
-        times = {"dense": 2.0, "moe": 1.1, "moe, one shared": 1.2, "dsc": 0.8, "recommended": 1.0}
+        times = {"dense": 2.0, "moe (eager)": 1.25, "moe (grouped_mm)": 1.6, "dsc": 0.8, "recommended": 1.0}
+        times |= {"moe, one shared (eager)": 1.0, "moe, one shared (grouped_mm)": 0.5}
         rows.append(row({"tokens": 4096, "kind": kind, "d": d, "M": 4 * d, "K": 16}, "recommended", times))
-    return result("recommended", rows)
+    return result("recommended", rows, instructions="AVX2")
 
 
 def routers():

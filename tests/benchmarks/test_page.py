@@ -142,6 +142,26 @@ class TestTables:
         assert first["floor, computed"] == "50%"
         assert len(table) == 7
 
+    def test_recommended(self, put):
+        text = section(render(put(recommended=MADE_UP.recommended()))[0], "The layer as recommended")
+        [table] = tables(text)
+        first = dict(zip(table[0], table[1], strict=True))
+        assert first["over Dense"] == "0.50 [0.47, 0.54]"
+        # Each MoE by its own fastest kernel.
+        assert first["over MoE"] == "0.80 [0.76, 0.86] eager"
+        assert first["over MoE, one shared"] == "2.00 [1.90, 2.16] grouped_mm"
+        assert "*A processor, 2 threads;" in text
+        assert "Instructions that torch uses: AVX2." in text
+        assert "auto" not in text
+
+    def test_recommended_of_before_kernels_were_named(self, put):
+        times = {"dense": 2.0, "moe": 1.25, "moe, one shared": 1.0, "dsc": 0.8, "recommended": 1.0}
+        point = {"tokens": 64, "kind": "forward", "d": 128, "M": 575, "K": 32}
+        old = MADE_UP.result("recommended", [MADE_UP.row(point, "recommended", times)])
+        text = section(render(put(recommended=old))[0], "The layer as recommended")
+        assert tables(text)[0][1][3:5] == ["0.80 [0.76, 0.86] auto", "1.00 [0.95, 1.08] auto"]
+        assert "on a CPU the eager loop over experts" in text
+
     def test_ahead(self, put):
         ways, shares = tables(section(render(put(ahead=MADE_UP.ahead()))[0], "Routing ahead"))
         assert ways[0] == ["", "ahead, ms", "over in each block", "over one product", "over n-grams, half seen"]

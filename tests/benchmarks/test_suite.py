@@ -8,7 +8,7 @@ import torch
 import torchdsc
 from benchmarks import child, peak
 from benchmarks.case import MemoryCase, Settings
-from benchmarks.suite import NAMES, compose, crossover, layer, load, memory, older
+from benchmarks.suite import NAMES, compose, crossover, layer, load, memory, older, recommended
 from benchmarks.suite.published import published_compose
 from torchdsc import DSC, DSCFeedForward
 from torchdsc.ops import compose as library_compose
@@ -90,6 +90,31 @@ class TestLayer:
     def test_scaled_sizes_keep_the_proportions(self):
         sizes = layer.Sizes().scaled(768, 16)
         assert (sizes.width, sizes.num_atoms, sizes.top_k, sizes.dense) == (768, 3046, 16, 5222)
+
+
+class TestRecommended:
+    def test_each_moe_by_kernel(self):
+        for case in answered(load("recommended").cases(Settings(quick=True))):
+            for name in ("moe", "moe, one shared"):
+                timed = {call for call in case.calls if call.startswith(f"{name} (")}
+                assert timed == {f"{name} (eager)", f"{name} (grouped_mm)"}
+                assert f"{name} (batched_mm)" in case.left_out
+            assert not {"moe", "moe, one shared"} & set(case.calls)
+
+    def test_kernels_are_those_named(self):
+        layers = recommended._layers(*recommended.SMALL)
+        for name, moe in layers.items():
+            if name.startswith("moe"):
+                assert name.endswith(f"({moe.impl})")
+
+    def test_says_what_the_processor_does(self):
+        found = []
+
+        def drained():
+            found.append((yield from load("recommended").cases(Settings(quick=True))))
+
+        assert list(answered(drained()))
+        assert found == [{"instructions": torch.backends.cpu.get_cpu_capability()}]
 
 
 class TestOlder:
