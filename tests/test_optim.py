@@ -7,7 +7,7 @@ import torch
 
 import torchdsc
 from torchdsc import DSC, Residual, ShortConvolution, build_optimizer, decay_parameter_names, parameter_groups
-from torchdsc.optim import DenseAndSparseAdam
+from torchdsc.optim import JoinedOptimizer
 
 NOT_DECAYED = ("gamma", "router", "context", "embed", "norm", "bias")
 
@@ -82,7 +82,7 @@ def test_adapters():
 def test_row_sparse_banks_have_an_optimizer_of_their_own():
     model = Model(sparse_gradients=True, frame_samples=4)
     optimizer = build_optimizer(model, learning_rate=0.1, weight_decay=0.3, atom_lr_multiplier=2.0)
-    assert isinstance(optimizer, DenseAndSparseAdam)
+    assert isinstance(optimizer, JoinedOptimizer)
     last = optimizer.param_groups[-1]
     assert {id(p) for p in last["params"]} == {id(p) for p in model.layer.dsc.bank.parameters()}
     assert last["lr"] == 0.2
@@ -92,6 +92,109 @@ def test_row_sparse_banks_have_an_optimizer_of_their_own():
     assert model.layer.dsc.bank.u.grad.is_sparse
     optimizer.step()
     assert not torch.equal(model.layer.dsc.bank.u, before)
+
+
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch has no Muon")
+class TestMuon:
+    @staticmethod
+    def build(model, **options):
+        return build_optimizer(
+            model, learning_rate=0.01, weight_decay=0.3, router_lr_multiplier=5.0, optimizer="muon", **options
+        )
+
+    @pytest.mark.parametrize("tied", [True, False])
+    @pytest.mark.parametrize(
+        ("kind", "options", "hidden"),
+        [
+            ("dense", {}, {"up", "down"}),
+            ("gated", {"router_input": "embeddings", "router_context": 2}, {"gate", "up", "down"}),
+            ("moe", {"num_experts": 4, "shared_experts": 1}, {"up", "down"}),
+            ("mixture_of_loras", {"num_experts": 4, "rank": 2}, {"up", "down"}),
+            ("peer", {"num_experts": 16, "query_norm": "batch"}, {"up", "down"}),
+            ("dsc", {"num_atoms": 16, "top_k": 4, "input_context": 3, "attention_rank": 2}, {"up", "down"}),
+        ],
+    )
+    def test_has_the_hidden_matrices_and_nothing_else(self, kind, options, hidden, tied):
+        pytest.importorskip("transformers")
+        from torchdsc.models import DSCGPTConfig, DSCGPTForCausalLM
+
+        config = DSCGPTConfig(
+            vocab_size=20,
+            hidden_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            feed_forward=kind,
+            feed_forward_options=options,
+            intermediate_size=6,
+            tie_word_embeddings=tied,
+        )
+        model = DSCGPTForCausalLM(config)
+        optimizer = self.build(model, muon_learning_rate=0.05)
+        names = {id(parameter): name for name, parameter in model.named_parameters()}
+        found = {names[id(p)]: group for group in optimizer.param_groups for p in group["params"]}
+        assert len(found) == len(names) == sum(len(group["params"]) for group in optimizer.param_groups)
+        muon = {name: group for name, group in found.items() if "ns_steps" in group}
+        layer = {name.removeprefix("model.blocks.0.") for name in muon}
+        ends = {name.split(".")[-2] for name in layer if name.startswith("feed_forward.")}
+        assert {name for name in layer if name.startswith("attention")} == {
+            "attention.qkv_proj.weight", "attention.out_proj.weight"
+        }  # fmt: skip
+        assert ends == hidden
+        assert len(muon) == 2 + len(hidden)
+        assert {(group["lr"], group["weight_decay"]) for group in muon.values()} == {(0.05, 0.3)}
+        for name, group in found.items():
+            if name not in muon:
+                assert group["lr"] == pytest.approx(0.05 if "router." in name else 0.01), name
+
+    def test_steps_are_those_of_torch(self):
+        model = Model()
+        optimizer = self.build(model)
+        weight = torch.nn.Parameter(model.layer.base.weight.detach().clone())
+        known = torch.optim.Muon([weight], lr=0.02, weight_decay=0.3)
+        ids = torch.arange(6).view(2, 3)
+        for _ in range(3):
+            optimizer.zero_grad()
+            model(ids, ids)["loss"].backward()
+            weight.grad = model.layer.base.weight.grad.clone()
+            optimizer.step()
+            known.step()
+            assert torch.equal(weight, model.layer.base.weight)
+
+    def test_one_scheduler_moves_all_rates_and_a_state_goes_on(self):
+        model = Model(sparse_gradients=True, frame_samples=4)
+        ids = torch.arange(6).view(2, 3)
+        optimizer = self.build(model, muon_learning_rate=0.05)
+        assert [type(part).__name__ for part in optimizer._parts] == ["AdamW", "Muon", "SparseAdam"]
+
+        def steps(model, optimizer):
+            scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
+            for _ in range(2):
+                optimizer.zero_grad()
+                torch.manual_seed(0)
+                model(ids, ids)["loss"].backward()
+                optimizer.step()
+                scheduler.step()
+
+        steps(model, optimizer)
+        assert {group["lr"] for part in optimizer._parts for group in part.param_groups} == {
+            0.0025, 0.0125
+        }  # fmt: skip
+        again = copy.deepcopy(model)
+        other = self.build(again, muon_learning_rate=0.05)
+        other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        steps(model, optimizer)
+        steps(again, other)
+        for ours, theirs in zip(model.parameters(), again.parameters(), strict=True):
+            assert torch.equal(ours, theirs)
+
+    def test_errors(self, monkeypatch):
+        with pytest.raises(ValueError, match=r"optimizer must be one of \('adamw', 'muon'\), got 'sgd'"):
+            build_optimizer(Model(), learning_rate=0.1, weight_decay=0.0, optimizer="sgd")
+        with pytest.raises(ValueError, match="muon_learning_rate must be finite and >= 0, got -1"):
+            self.build(Model(), muon_learning_rate=-1.0)
+        monkeypatch.delattr(torch.optim, "Muon", raising=False)
+        with pytest.raises(ImportError, match=r"optimizer='muon' needs torch >= 2\.9, got "):
+            self.build(Model())
 
 
 @pytest.mark.parametrize("value", [-1.0, float("nan")])

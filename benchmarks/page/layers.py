@@ -31,7 +31,7 @@ def tables(result: Mapping[str, Any]) -> list[str]:
             [
                 f"{point['tokens']:,}, {drawing.pass_name(point['kind'])}",
                 *(ratio(row, "dense"), ratio(row, "floor"), ms(row, "dsc"), achieved(row)),
-                *(_fastest_moe(row, "moe"), ratio(row, "mixture_of_loras"), ratio(row, "published")),
+                *(fastest_kernel(row, "moe"), ratio(row, "mixture_of_loras"), ratio(row, "published")),
             ]
         )
     headings = [
@@ -49,7 +49,7 @@ def recommended_tables(result: Mapping[str, Any]) -> list[str]:
         [
             f"{row['point']['d']}, {row['point']['tokens']:,}, {drawing.pass_name(row['point']['kind'])}",
             *(ms(row, row["subject"]), ratio(row, "dense")),
-            *(_fastest_moe(row, name) for name in ("moe", "moe, one shared")),
+            *(fastest_kernel(row, name) for name in ("moe", "moe, one shared")),
             ratio(row, "dsc"),
         ]
         for row in rows
@@ -64,7 +64,7 @@ def recommended_tables(result: Mapping[str, Any]) -> list[str]:
     return [f"{table(headings, lines)}\n\n{' '.join([*notes, left_out(rows)])}".rstrip()]
 
 
-def _fastest_moe(row: Row, name: str) -> str:
+def fastest_kernel(row: Row, name: str) -> str:
     """The ratio to the quickest kernel of an MoE, and which that is; auto where no kernel was asked for."""
     found = name if name in row["calls"] else fastest(row, f"{name} (")
     if found is None:

@@ -15,6 +15,7 @@ _REGISTERED = {
     "routers": "routers:ROUTERS_BENCHMARK",
     "ahead": "ahead:AHEAD",
     "model": "model:MODEL",
+    "sparse": "sparse:SPARSE",
     "memory": "memory:MEMORY",
     "compose": "compose:COMPOSE",
     "select": "select:SELECT",

@@ -2,7 +2,7 @@
 
 import copy
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from functools import cache
 from math import isfinite
@@ -94,8 +94,8 @@ def _fits(value: Any, kind: Any) -> bool:
         return value in get_args(kind)
     if kind in (int, float):
         return isinstance(value, int | float if kind is float else int) and not isinstance(value, bool)
-    if origin in (list, set):
-        return isinstance(value, list | tuple if origin is list else set) and all(
+    if origin in (list, set, Sequence):
+        return isinstance(value, set if origin is set else list | tuple) and all(
             _fits(item, get_args(kind)[0]) for item in value
         )
     if origin is dict:
@@ -109,6 +109,7 @@ def _described(kind: Any) -> str:
         return " or ".join(map(_described, _parts(kind)))
     if get_origin(kind) is Literal:
         return f"one of {get_args(kind)}"
-    if get_origin(kind) in (list, set):
-        return f"a {get_origin(kind).__name__} of {getattr(get_args(kind)[0], '__name__', get_args(kind)[0])}"
+    if get_origin(kind) in (list, set, Sequence):
+        container, item = "set" if get_origin(kind) is set else "list", get_args(kind)[0]
+        return f"a {container} of {getattr(item, '__name__', item)}"
     return _NAMES.get(kind) or f"a {(get_origin(kind) or kind).__name__}"

@@ -10,7 +10,8 @@ __all__ = ["certified_spectral_bound", "frame_excess", "spectral_norm", "welch_b
 
 
 def certified_spectral_bound(layer: DSC) -> float:
-    """Bound on ``|dW|_2`` for every input: ``scale max_i |gamma_i|``, equations (7) and (8).
+    """Bound on ``|dW|_2`` for every input: ``scale max_i |gamma_i|``, equations (7) and (8); of thin atoms that times
+    ``|P|_2 |Q|_2``.
 
     It holds up to rounding, a few units in the last place, also for ``gate="none"``, as coefficients never sum to more
     than 1. It bounds the update for a fixed routing. It is not a Lipschitz constant of the whole map, because the
@@ -22,7 +23,11 @@ def certified_spectral_bound(layer: DSC) -> float:
     Returns:
         The bound; 0 for a layer without output features.
     """
-    return float(layer.output_scale.detach().abs().max())
+    bound = float(layer.output_scale.detach().abs().max())
+    for projection in (layer.reduce, layer.expand):
+        if projection is not None:
+            bound *= float(torch.linalg.matrix_norm(projection.weight.detach().double(), ord=2))
+    return bound
 
 
 @torch.no_grad()

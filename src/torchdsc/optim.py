@@ -1,7 +1,7 @@
 """Parameter groups and optimizers, also for banks with row-sparse gradients."""
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -9,9 +9,18 @@ from torch.nn.utils import get_total_norm
 from torch.optim import AdamW, Optimizer, SparseAdam
 
 from torchdsc.arguments import check_not_negative, check_positive
-from torchdsc.nn import BasisBank, Router, ShortConvolution
+from torchdsc.nn import BasisBank, RoutedLayer, Router, ShortConvolution
 
-__all__ = ["DenseAndSparseAdam", "build_optimizer", "clip_grad_norm", "decay_parameter_names", "parameter_groups"]
+__all__ = [
+    "JoinedOptimizer",
+    "OptimizerKind",
+    "build_optimizer",
+    "clip_grad_norm",
+    "decay_parameter_names",
+    "parameter_groups",
+]
+
+OptimizerKind = Literal["adamw", "muon"]
 
 
 def parameter_groups(
@@ -32,7 +41,7 @@ def parameter_groups(
         learning_rate: Base learning rate.
         weight_decay: Weight decay of matrices.
         router_lr_multiplier: Factor on the learning rate of routers.
-        atom_lr_multiplier: Factor on the learning rate of banks.
+        atom_lr_multiplier: Factor on the learning rate of banks, of the rows of PEER and of n-gram tables.
 
     Returns:
         Groups for an optimizer; every trainable parameter is in exactly one.
@@ -42,7 +51,8 @@ def parameter_groups(
     """
     check_positive(router_lr_multiplier=router_lr_multiplier, atom_lr_multiplier=atom_lr_multiplier)
     check_not_negative(learning_rate=learning_rate, weight_decay=weight_decay)
-    groups: dict[str, list[nn.Parameter]] = {"router": [], "atoms": [], "decay": [], "no_decay": [], "sparse": []}
+    kinds = ("router", "atoms", "decay", "no_decay", "tables", "sparse")
+    groups: dict[str, list[nn.Parameter]] = {kind: [] for kind in kinds}
     for _, parameter, kind in _kinds(model):
         if parameter.requires_grad:
             groups[kind].append(parameter)
@@ -51,6 +61,7 @@ def parameter_groups(
         "atoms": {"lr": learning_rate * atom_lr_multiplier, "weight_decay": weight_decay},
         "decay": {"lr": learning_rate, "weight_decay": weight_decay},
         "no_decay": {"lr": learning_rate, "weight_decay": 0.0},
+        "tables": {"lr": learning_rate * atom_lr_multiplier, "weight_decay": 0.0},
         "sparse": {"lr": learning_rate * atom_lr_multiplier, "weight_decay": 0.0},
     }
     return [{"params": members, **settings[name]} for name, members in groups.items() if members]
@@ -72,18 +83,21 @@ def decay_parameter_names(model: nn.Module) -> list[str]:
 
 def _kinds(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, str]]:
     """The name, parameter and group of every parameter."""
-    routers, atoms, without = (
+    routers, without = (
         {id(p) for module in model.modules() if isinstance(module, kind) for p in module.parameters()}
-        for kind in (Router, BasisBank, (nn.Embedding, ShortConvolution))
+        for kind in (Router, (nn.Embedding, ShortConvolution))
     )
+    rows = {
+        id(module.get_parameter(name)) for module in model.modules() for name in getattr(module, "row_parameters", ())
+    }
     sparse = _sparse_parameters(model)
     for name, parameter in model.named_parameters():
         if id(parameter) in routers:
             kind = "router"
         elif id(parameter) in sparse:
             kind = "sparse"
-        elif id(parameter) in atoms:
-            kind = "atoms"
+        elif id(parameter) in rows:
+            kind = "tables" if id(parameter) in without else "atoms"
         else:
             kind = "decay" if parameter.dim() >= 2 and id(parameter) not in without else "no_decay"
         yield name, parameter, kind
@@ -98,24 +112,41 @@ def build_optimizer(
     atom_lr_multiplier: float = 1.0,
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
+    optimizer: OptimizerKind = "adamw",
+    muon_learning_rate: float = 0.02,
 ) -> Optimizer:
     """AdamW over :func:`parameter_groups`, and SparseAdam for banks with row-sparse gradients, if there are any.
+
+    With ``optimizer="muon"``, ``torch.optim.Muon`` trains the hidden matrices in place of AdamW: weights of
+    ``nn.Linear``, as attention and feed-forward layers have them, but for routers and the output embedding of a Hugging
+    Face model. It takes matrices alone, so that the stacked experts of an MoE stay with AdamW, as do atoms, the rows of
+    PEER and Mixture-of-LoRAs, embeddings, short convolutions, norms, biases and gamma.
 
     Args:
         model: See :func:`parameter_groups`, as for the next four.
         learning_rate: See there.
-        weight_decay: See there.
+        weight_decay: See there; of Muon's matrices too.
         router_lr_multiplier: See there.
         atom_lr_multiplier: See there.
         betas: Of Adam.
         eps: Of Adam.
+        optimizer: "adamw" or "muon".
+        muon_learning_rate: Learning rate of Muon's matrices, whose steps are orthogonal: for a matrix of more rows than
+            columns it is multiplied by the root of their ratio, as Muon was published.
 
     Returns:
-        The optimizer. With row-sparse gradients, clip by :func:`clip_grad_norm` instead of torch's function.
+        The optimizer, which calls :meth:`torchdsc.nn.RoutedLayer.after_step` of the model's layers after each step.
+        With row-sparse gradients, clip by :func:`clip_grad_norm` instead of torch's function.
 
     Raises:
-        ValueError: As :func:`parameter_groups`.
+        ValueError: As :func:`parameter_groups`, or if ``muon_learning_rate`` is negative or ``optimizer`` unknown.
+        ImportError: If torch has no Muon, as before 2.9.
     """
+    check_not_negative(muon_learning_rate=muon_learning_rate)
+    if optimizer not in get_args(OptimizerKind):
+        raise ValueError(f"optimizer must be one of {get_args(OptimizerKind)}, got {optimizer!r}")
+    if optimizer == "muon" and not hasattr(torch.optim, "Muon"):
+        raise ImportError(f"optimizer='muon' needs torch >= 2.9, got {torch.__version__}")
     groups = parameter_groups(
         model,
         learning_rate=learning_rate,
@@ -123,49 +154,48 @@ def build_optimizer(
         router_lr_multiplier=router_lr_multiplier,
         atom_lr_multiplier=atom_lr_multiplier,
     )
-    held = _sparse_parameters(model)
-    sparse = [group for group in groups if id(group["params"][0]) in held]
-    dense = [group for group in groups if id(group["params"][0]) not in held]
+    sparse, groups = _split(groups, _sparse_parameters(model))
+    hidden, dense = _split(groups, _hidden_matrices(model) if optimizer == "muon" else set())
+    parts: list[Optimizer] = [AdamW(dense, betas=betas, eps=eps, fused=True)] if dense else []
+    if hidden:
+        parts.append(torch.optim.Muon([{**group, "lr": muon_learning_rate} for group in hidden]))
     if sparse:
-        return DenseAndSparseAdam(dense, sparse, betas=betas, eps=eps)
-    return AdamW(dense, betas=betas, eps=eps, fused=True)
+        parts.append(SparseAdam(sparse, betas=betas, eps=eps))
+    built = parts[0] if len(parts) == 1 else JoinedOptimizer(parts)
+    layers = [module for module in model.modules() if isinstance(module, RoutedLayer)]
+
+    def after_step(*_: object) -> None:
+        for layer in layers:
+            layer.after_step()
+
+    built.register_step_post_hook(after_step)
+    return built
 
 
-class DenseAndSparseAdam(Optimizer):
-    """``AdamW`` for dense gradients and ``SparseAdam`` for row-sparse ones, as one optimizer.
+class JoinedOptimizer(Optimizer):
+    """Several optimizers of different parameters as one, for schedulers, Trainer and checkpoints.
 
-    Rows without a gradient keep their moments, and sparse parameters are not decayed.
+    Its groups are theirs, in order. With ``SparseAdam``, rows without a gradient keep their moments, and sparse
+    parameters are not decayed.
 
     Args:
-        dense: Parameter groups of ``AdamW``.
-        sparse: Parameter groups of ``SparseAdam``.
-        betas: Of both.
-        eps: Of both.
+        parts: The optimizers.
     """
 
-    def __init__(
-        self,
-        dense: list[dict[str, Any]],
-        sparse: list[dict[str, Any]],
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-    ) -> None:
-        self._parts: tuple[Optimizer, ...] = (
-            AdamW(dense, betas=betas, eps=eps, fused=True),
-            SparseAdam(sparse, betas=betas, eps=eps),
-        )
+    def __init__(self, parts: Iterable[Optimizer]) -> None:
+        self._parts = tuple(parts)
         super().__init__([group for part in self._parts for group in part.param_groups], {})
         self._share_groups()
 
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """One step of both."""
+        """One step of each."""
         if closure is not None:
-            raise ValueError("closure must be None: both optimizers would call it")
+            raise ValueError("closure must be None: every optimizer would call it")
         for part in self._parts:
             part.step()
 
     def state_dict(self) -> dict[str, Any]:
-        """States of both, in order."""
+        """States of all, in order."""
         return {"parts": [part.state_dict() for part in self._parts]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -177,6 +207,24 @@ class DenseAndSparseAdam(Optimizer):
     def _share_groups(self) -> None:
         # The same dictionaries, so that a scheduler that changes a rate here changes it in the parts.
         self.param_groups = [group for part in self._parts for group in part.param_groups]
+
+
+def _split(groups: list[dict[str, Any]], held: set[int]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Groups of the parameters whose ``id`` is held, and groups of the others."""
+    found = tuple(
+        [{**group, "params": [p for p in group["params"] if (id(p) in held) == inside]} for group in groups]
+        for inside in (True, False)
+    )
+    inside, outside = ([group for group in side if group["params"]] for side in found)
+    return inside, outside
+
+
+def _hidden_matrices(model: nn.Module) -> set[int]:
+    """``id`` of every weight of a linear layer that :func:`parameter_groups` decays, but for the output embedding."""
+    find: Any = getattr(model, "get_output_embeddings", lambda: None)
+    head = find()
+    linear = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear) and m is not head}
+    return {id(parameter) for _, parameter, kind in _kinds(model) if kind == "decay"} & linear
 
 
 def _sparse_parameters(model: nn.Module) -> set[int]:

@@ -1,4 +1,4 @@
-"""DSC adapters that see the embeddings of the tokens, against updates computed by hand."""
+"""DSC adapters that see the tokens or their embeddings, against updates computed by hand."""
 
 import copy
 import json
@@ -17,6 +17,7 @@ import torchdsc
 from torchdsc import optim
 from torchdsc.adapters import AdapterLayer, DSCAdapterConfig
 from torchdsc.nn.broadcast import Broadcast
+from torchdsc.ops import ngram_codes, ngram_rows
 
 KINDS = ("llama", "gpt2")
 TARGETS = {"llama": ["q_proj", "mlp"], "gpt2": ["c_attn", "mlp"]}
@@ -27,7 +28,16 @@ CONTEXTS = {
     "router alone": {**SIZES, "router_input": "embeddings"},
     "router and the past": {**SIZES, "router_input": "embeddings", "router_context": 3},
     "layer alone": {**SIZES, "input_context": 2},
+    "n-grams": {**SEEN, "router": "ngram", "ngram_orders": (1, 4)},
+    "n-grams alone": {
+        **SIZES,
+        "router": "ngram",
+        "router_input": "hidden",
+        "router_context": 1,
+        "input_context": 1,
+    },
 }
+SEEING = ("recommended", "n-grams")
 DOUBLE = {"dtype": torch.float64, "peft": {"autocast_adapter_dtype": False}, "moved": True}
 UNWEIGHTED = dict.fromkeys(("aux_weight", "budget_weight", "frame_weight", "z_weight"), 0.0)
 
@@ -54,7 +64,7 @@ def stir(model):
     return model
 
 
-def by_hand(layer, x, embeddings):
+def by_hand(layer, x, embeddings, ids=None):
     """The update of one sequence, token by token: x of shape (T, d_in), embeddings (T, d_in) as they are looked up."""
     weights, options = dict(layer.named_parameters()), layer.options
     e = functional.layer_norm(embeddings, embeddings.shape[-1:])
@@ -67,8 +77,13 @@ def by_hand(layer, x, embeddings):
             routed = sum(a * e[t - i] for i, a in enumerate(weights["router_context.weight"]) if i <= t)
         elif layer.context.router_input == "hidden":
             routed = z
-        logits = weights["router.weight"] @ functional.layer_norm(routed, routed.shape)
-        top, chosen = logits.topk(options.top_k)
+        if options.router == "ngram":
+            codes = ngram_codes(ids, layer.context.ngram_orders)[t]
+            chosen = ngram_rows(codes, 1, options.num_atoms, salt=layer.router.salt)
+            top = torch.zeros(options.top_k, dtype=x.dtype)
+        else:
+            logits = weights["router.weight"] @ functional.layer_norm(routed, routed.shape)
+            top, chosen = logits.topk(options.top_k)
         scores = (1 + top.exp()).log()
         scores = scores * scores.sum().tanh() / (scores.sum() + options.eps)
         u, v = (functional.normalize(weights[f"bank.{side}"][chosen], dim=-1) for side in "uv")
@@ -88,7 +103,7 @@ def reference(make_base):
 
                 def add(_, args, kwargs, y, layer=layer.adapters[name]):
                     x = args[0] if args else kwargs["hidden_states"]
-                    return y + by_hand(layer, x[0], embeddings).unsqueeze(0)
+                    return y + by_hand(layer, x[0], embeddings, ids).unsqueeze(0)
 
                 base.get_submodule(target).register_forward_hook(add, with_kwargs=True)
         return base(ids.unsqueeze(0)).logits[0]
@@ -120,8 +135,9 @@ class TestNumbers:
         assert torch.equal(output(model.train(), batch), expected)
 
     @pytest.mark.parametrize("side", ["left", "right"])
-    def test_padding(self, kind, side, make, reference, ids):
-        model, mask = make(kind), torch.ones_like(ids)
+    @pytest.mark.parametrize("context", SEEING)
+    def test_padding(self, kind, context, side, make, reference, ids):
+        model, mask = make(kind, **CONTEXTS[context]), torch.ones_like(ids)
         lengths = [8, 5, 2]
         for row, length in zip(mask, lengths, strict=True):
             row[: 8 - length] = 0
@@ -131,8 +147,9 @@ class TestNumbers:
         for row, own, found in zip(ids, mask.bool(), logits, strict=True):
             close(found[own], reference(kind, model, row[own]))
 
-    def test_packed_sequences(self, kind, make, reference, ids):
-        model, row = make(kind), ids[0]
+    @pytest.mark.parametrize("context", SEEING)
+    def test_packed_sequences(self, kind, context, make, reference, ids):
+        model, row = make(kind, **CONTEXTS[context]), ids[0]
         places = torch.tensor([[0, 1, 2, 0, 1, 0, 1, 2]])
         found = model(row.unsqueeze(0), position_ids=places, use_cache=False).logits[0]
         for part, logits in zip(row.split([3, 2, 3]), found.split([3, 2, 3]), strict=True):
@@ -158,14 +175,37 @@ class TestNumbers:
     def test_embeddings_in_place_of_tokens(self, kind, make, ids):
         model = make(kind)
         close(model(inputs_embeds=model.get_input_embeddings()(ids)).logits, model(ids).logits)
+        model = make(kind, router="ngram")
+        embeddings = model.get_input_embeddings()(ids)
+        with pytest.raises(ValueError, match=r"input_ids must be given .* routed by n-grams, got inputs_embeds alone"):
+            model(inputs_embeds=embeddings)
+        with model.disable_adapter():
+            close(model(inputs_embeds=embeddings).logits, model(ids).logits)
+
+    def test_salts_are_indices_of_layers(self, kind, make, ids):
+        model, found = make(kind, **CONTEXTS["n-grams alone"]), []
+        for name, layer in model.named_modules():
+            if isinstance(layer, AdapterLayer):
+                router = layer.adapters["default"].router
+                assert router.salt == int(next(part for part in name.split(".") if part.isdigit()))
+                router.register_forward_hook(lambda _, args, y: found.append(y.indices))
+        model(ids)
+        assert torch.equal(found[0], found[1])
+        assert not torch.equal(found[0], found[-1])
+
+    def test_a_shared_router_has_one_salt(self, kind, make):
+        model = make(kind, **CONTEXTS["n-grams alone"], share_router=True)
+        layers = [layer.adapters["default"] for layer in model.modules() if isinstance(layer, AdapterLayer)]
+        assert {layer.router.salt for layer in layers if layer.out_features == 32} == {0}
 
 
 @pytest.mark.parametrize("kind", KINDS)
 class TestGeneration:
     @pytest.mark.parametrize("static", [False, True])
     @pytest.mark.parametrize("chunks", [[1] * 8, [3, 1, 4]], ids=["token by token", "in chunks"])
-    def test_a_cache_changes_nothing(self, kind, static, chunks, make, reference, ids):
-        model = make(kind)
+    @pytest.mark.parametrize("context", [*SEEING, "n-grams alone"])
+    def test_a_cache_changes_nothing(self, kind, context, static, chunks, make, reference, ids):
+        model = make(kind, **CONTEXTS[context])
         config = model.base_model.model.config
         cache = StaticCache(config, max_cache_len=8) if static else DynamicCache(config=config)
         with torch.no_grad():
@@ -173,8 +213,9 @@ class TestGeneration:
         close(torch.cat(parts, 1), torch.stack([reference(kind, model, row) for row in ids]))
 
     @pytest.mark.parametrize("options", [{}, {"cache_implementation": "static"}, {"num_beams": 3}])
-    def test_generates_what_it_does_without_a_cache(self, kind, options, make, ids):
-        model, prompts, mask = make(kind), ids[:, :5], torch.ones(3, 5, dtype=torch.int64)
+    @pytest.mark.parametrize("context", SEEING)
+    def test_generates_what_it_does_without_a_cache(self, kind, context, options, make, ids):
+        model, prompts, mask = make(kind, **CONTEXTS[context]), ids[:, :5], torch.ones(3, 5, dtype=torch.int64)
         mask[1, :3] = 0
         options = {"max_new_tokens": 5, "min_new_tokens": 5, "attention_mask": mask, **options}
         beams = {key: value for key, value in options.items() if key != "cache_implementation"}
@@ -202,8 +243,10 @@ class TestTraining:
         torch.testing.assert_close(actual, expected, rtol=1e-8, atol=1e-12)
 
     @pytest.mark.parametrize("step", [1, 2])
-    def test_checkpointing_changes_no_gradient(self, kind, step, make, make_batch):
-        model, batch = make(kind, z_weight=0.1, aux_weight=0.5).train(), make_batch(kind)
+    @pytest.mark.parametrize("context", SEEING)
+    def test_checkpointing_changes_no_gradient(self, kind, context, step, make, make_batch):
+        weights = {"z_weight": 0.1, "aux_weight": 0.5, "frame_weight": 0.1}
+        model, batch = make(kind, **{**CONTEXTS[context], **weights}).train(), make_batch(kind)
         model(**batch).loss.backward()
         expected = self.gradients(model)
         model.base_model.model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -211,6 +254,17 @@ class TestTraining:
             model.zero_grad()
             model(**batch).loss.backward()
         torch.testing.assert_close(self.gradients(model), expected, rtol=1e-11, atol=1e-14)
+
+    def test_the_frame_loss_of_an_ngram_adapter(self, kind, make, make_batch):
+        """Its router has nothing to train, but its bank has."""
+        model, batch = make(kind, router="ngram", frame_weight=0.1).train(), make_batch(kind)
+        loss = model(**batch).loss
+        terms = torchdsc.adapters.last_regularization(model)
+        assert terms["frame"] > 0
+        assert terms["aux"] == terms["budget"] == terms["z"] == 0
+        loss.backward()
+        model.requires_grad_(requires_grad=False)
+        assert loss > model(**batch).loss
 
     def test_several_calls_before_their_backward_pass(self, kind, make, make_batch):
         model, batch = make(kind).train(), make_batch(kind)
@@ -272,13 +326,13 @@ class TestCompiling:
 class TestSeveral:
     NAMES = ("default", "__base__", "other")
 
-    @pytest.fixture
-    def two(self, make, make_config, moved):
+    @pytest.fixture(params=["router alone", "n-grams"])
+    def two(self, request, make, make_config, moved):
         """Adapters that see different contexts, and one that sees none."""
 
         def build(kind):
             model = make(kind)
-            fields = {**CONTEXTS["router alone"], "target_modules": TARGETS[kind][:1]}
+            fields = {**CONTEXTS[request.param], "target_modules": TARGETS[kind][:1]}
             model.add_adapter("other", make_config(**fields))
             model.add_adapter("blind", make_config(target_modules=TARGETS[kind]))
             for name in ("other", "blind"):
@@ -407,9 +461,17 @@ class TestLeaving:
 
 @pytest.mark.parametrize("kind", KINDS)
 class TestFiles:
-    OPTIONS = ({}, {"share_bank": True, "share_router": True}, {"router": "low_rank", "router_rank": 4})
+    OPTIONS = (
+        {},
+        {"share_bank": True, "share_router": True},
+        {"router": "low_rank", "router_rank": 4},
+        {"router": "ngram"},
+        {"router": "ngram", "share_bank": True, "share_router": True},
+    )
 
-    @pytest.mark.parametrize("options", OPTIONS, ids=["private", "shared", "low rank"])
+    @pytest.mark.parametrize(
+        "options", OPTIONS, ids=["private", "shared", "low rank", "n-grams", "n-grams, shared router"]
+    )
     @pytest.mark.parametrize("through", ["peft", "transformers"])
     def test_saved_and_loaded(self, kind, options, through, adapt, make_base, make_batch, output, tmp_path):
         from safetensors.torch import load_file
@@ -418,7 +480,7 @@ class TestFiles:
         model.save_pretrained(tmp_path)
         saved, batch = load_file(tmp_path / "adapter_model.safetensors"), make_batch(kind)
         contexts = [key for key in saved if key.endswith(("dsc_layers.router_context.weight", "input_context.weight"))]
-        assert len(contexts) == 2 * 4
+        assert len(contexts) == 4 * (1 if "ngram" in options.values() else 2)
         loaded = make_base(kind)
         if through == "peft":
             loaded = PeftModel.from_pretrained(loaded, tmp_path, low_cpu_mem_usage=True)
@@ -575,6 +637,8 @@ class TestConfig:
             ({"router_context": 3}, ValueError, "router_input must be 'embeddings' for router_context > 1"),
             ({"router_input": "tokens"}, ValueError, "router_input must be one of"),
             ({"router_context": 0}, ValueError, "router_context must be >= 1, got 0"),
+            ({"router": "ngram", "top_k": 3}, ValueError, "top_k must be a multiple of the 2 orders of n-grams, got 3"),
+            ({"ngram_orders": []}, ValueError, "ngram_orders must be numbers of tokens"),
             ({"input_context": 1.5}, TypeError, "input_context must be an int, got 1.5"),
         ],
     )

@@ -25,8 +25,8 @@ def test_every_kind_has_an_entry_and_no_look_twice():
 @pytest.mark.parametrize("kind", METHODS)
 def test_options_of_the_model_are_kept_from_the_layer(kind):
     values = {"router_input": "embeddings", "router_context": 2, "input_context": 3, "share_bank": True}
-    values |= {"attention_rank": 4}
-    assert set(values) == {f.name for f in fields(ModelOptions)}
+    values |= {"attention_rank": 4, "static": "gated", "ngram_rows": 40, "ngram_orders": (2, 4), "ngram_heads": 3}
+    assert set(values) == {f.name for f in fields(ModelOptions)} - {"routes_by_ngrams"}
     names = METHODS[kind].model_options
     model, left = split_options(kind, {**values, "top_k": 3})
     assert {name: getattr(model, name) for name in names} == {name: values[name] for name in names}
@@ -45,11 +45,11 @@ def test_the_form_says_where_the_width_is(form, width):
         assert bool(list(wide.parameters())) == (width > 0)
 
 
-@pytest.mark.parametrize("kind", METHODS)
-def test_idle_parameters_get_no_gradient_from_a_token(kind):
+@pytest.mark.parametrize(("kind", "options"), [*((kind, {}) for kind in METHODS), ("moe", {"gated": True})])
+def test_idle_parameters_get_no_gradient_from_a_token(kind, options):
     """Counted where nothing is known of the layer: rows of experts or atoms that one token's loss does not touch."""
     values = dict(zip(METHODS[kind].widths, (9, 2, 3), strict=False))
-    layer = build_feed_forward(kind, 8, 5, values).eval()
+    layer = build_feed_forward(kind, 8, 5, values | options).eval()
     routed = getattr(layer, "dsc", layer)
     for parameter in routed.parameters():
         nn.init.normal_(parameter)
@@ -83,5 +83,5 @@ def test_one_entry_makes_a_method(monkeypatch, options):
 
 
 def test_an_unknown_method_has_no_counts():
-    with pytest.raises(ValueError, match=r"feed_forward must be one of \('dense', .*, got 'gated'"):
-        feed_forward_parameters("gated", 8, 4, {})
+    with pytest.raises(ValueError, match=r"feed_forward must be one of \('dense', .*, got 'none'"):
+        feed_forward_parameters("none", 8, 4, {})

@@ -2,9 +2,9 @@ import sys
 
 import pytest
 import torch
-from torch.nn.functional import gelu
+from torch.nn.functional import gelu, silu
 
-from torchdsc import regularization
+from torchdsc import build_optimizer, regularization
 from torchdsc.baselines import StandardMoE
 
 KERNELS = ("eager", "batched_mm", "grouped_mm", "auto")
@@ -22,13 +22,18 @@ def literal_loop(layer, literal_choice, x):
     for token in x.reshape(-1, x.shape[-1]):
         row = torch.zeros_like(token)
         for expert, weight in literal_choice(layer.router, token):
-            hidden = gelu(layer.experts.up_proj[expert] @ token)
+            if layer.experts.has_gate:
+                gate, up = (layer.experts.gate_up_proj[expert] @ token).chunk(2)
+                hidden = silu(gate) * up
+            else:
+                hidden = gelu(layer.experts.up_proj[expert] @ token)
             row = row + weight * (layer.experts.down_proj[expert] @ hidden)
         rows.append(row)
     return torch.stack(rows).view_as(x)
 
 
 # The grouped product has no float64 kernel.
+@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
 @pytest.mark.parametrize("normalize_weights", [True, False], ids=["renormalised", "raw"])
 @pytest.mark.parametrize("hidden", [8, 545, 1])
 @pytest.mark.parametrize(
@@ -36,8 +41,10 @@ def literal_loop(layer, literal_choice, x):
     [(kernel, torch.float64, 1e-12) for kernel in ("eager", "batched_mm", "auto")]
     + [("grouped_mm", torch.float32, 1e-5)],
 )
-def test_equals_literal_loop(impl, dtype, tolerance, hidden, normalize_weights, literal_choice, equal_with_gradients):
-    layer = make(hidden, impl, normalize_weights=normalize_weights, dtype=dtype).eval()
+def test_equals_literal_loop(
+    impl, dtype, tolerance, hidden, normalize_weights, gated, literal_choice, equal_with_gradients
+):
+    layer = make(hidden, impl, normalize_weights=normalize_weights, gated=gated, dtype=dtype).eval()
     x = torch.randn(2, 7, 8, dtype=dtype)
     equal_with_gradients(layer, lambda x: literal_loop(layer, literal_choice, x), layer.parameters(), x, tolerance)
 
@@ -51,6 +58,19 @@ def test_shared_experts_are_one_layer_beside(shared_experts, literal_choice, equ
         return (
             literal_loop(layer, literal_choice, x) + gelu(x @ layer.shared.up.weight.t()) @ layer.shared.down.weight.t()
         )
+
+    equal_with_gradients(layer, reference, layer.parameters(), torch.randn(2, 7, 8, dtype=torch.float64), 1e-12)
+
+
+def test_shared_experts_are_gated_if_the_others_are(literal_choice, equal_with_gradients):
+    layer = make(3, "eager", shared_experts=2, gated=True).eval()
+    assert sum(p.numel() for p in layer.shared.parameters()) == 3 * 8 * 3 * 2
+    routed = make(3, "eager", gated=True).eval()
+    routed.load_state_dict(layer.state_dict(), strict=False)
+
+    def reference(x):
+        hidden = silu(x @ layer.shared.gate.weight.t()) * (x @ layer.shared.up.weight.t())
+        return literal_loop(layer, literal_choice, x) + hidden @ layer.shared.down.weight.t()
 
     equal_with_gradients(layer, reference, layer.parameters(), torch.randn(2, 7, 8, dtype=torch.float64), 1e-12)
 
@@ -140,6 +160,80 @@ class TestRegularisers:
         assert layer.statistics_log.take() == []
 
 
+class TestBias:
+    """``balancing="bias"``, of five experts of which tokens like the first most."""
+
+    @staticmethod
+    def make(**options):
+        layer = make(balancing="bias", **options)
+        with torch.no_grad():
+            layer.router.linear.weight.mul_(0.1)[0] += 0.5
+        return layer
+
+    @staticmethod
+    def tokens(count=40):
+        return torch.randn(count, 8, dtype=torch.float64) + 1
+
+    def test_selects_by_it_and_weighs_without(self):
+        layer, x = self.make(bias_rate=0.25, normalize_weights=False).eval(), self.tokens()
+        layer.router.moves.copy_(torch.tensor([-3, 0, 1, 0, 2]))
+        probabilities = (x @ layer.router.linear.weight.t()).softmax(-1)
+        routing = layer.route(x)
+        scores = probabilities + torch.tensor([-0.75, 0.0, 0.25, 0.0, 0.5])
+        assert torch.equal(routing.indices, scores.topk(2).indices)
+        torch.testing.assert_close(routing.coefficients, probabilities.gather(1, routing.indices))
+
+    def test_moves_once_a_step_against_the_load_of_all_its_passes(self):
+        layer = self.make(bias_rate=0.25, z_weight=0.0)
+        optimizer = build_optimizer(layer, learning_rate=0.0, weight_decay=0.0)
+        load, moves = torch.zeros(5, dtype=torch.int64), torch.zeros(5, dtype=torch.int64)
+        for count in (40, 7, 1):
+            x = self.tokens(count)
+            mask = torch.arange(count) != 0
+            chosen = layer.route(x).indices
+            assert torch.equal(chosen, layer.eval().route(x).indices)
+            layer.train()(x, mask).sum().backward()
+            load += torch.bincount(chosen[mask].flatten(), minlength=5)
+            assert not layer.router.moves.any()
+        optimizer.step()
+        moves += torch.tensor([((total := sum(load.tolist())) > 5 * n) - (total < 5 * n) for n in load.tolist()])
+        assert layer.router.moves.tolist() == moves.tolist() != [0] * 5
+        # Without tokens, none moves.
+        optimizer.step()
+        assert torch.equal(layer.router.moves, moves)
+
+    def test_passes_without_gradients_do_not_count(self):
+        layer = self.make()
+        with torch.no_grad():
+            layer(self.tokens())
+        layer.eval()(self.tokens())
+        assert not layer.router.load.any()
+
+    def test_balances(self):
+        layer, x = self.make(bias_rate=0.002), self.tokens(400)
+        with torch.no_grad():
+            layer.router.linear.weight[0] -= 0.4
+        loads = []
+        for _ in range(200):
+            layer(x).sum()
+            loads.append((layer.router.load.double() / 800).tolist())
+            layer.after_step()
+        assert max(loads[0]) > 0.4
+        assert max(loads[-1]) < 0.27
+
+    @pytest.mark.parametrize(("options", "aux"), [({}, 0.0), ({"aux_weight": 0.1}, 0.1), ({"balancing": "loss"}, 0.01)])
+    def test_no_loss_acts_beside_it_unless_asked_for(self, options, aux):
+        layer = make(**{"balancing": "bias", **options})
+        assert (layer.regularizers.aux, layer.regularizers.z) == (aux, 1e-4)
+        assert ("router.moves" in layer.state_dict()) == ("balancing" not in options)
+
+    def test_survives_half_precision(self):
+        layer = self.make(dtype=torch.float32)
+        layer.router.moves.fill_(12345)
+        assert layer.bfloat16().router.moves.tolist() == [12345] * 5
+        assert layer(torch.randn(4, 8, dtype=torch.bfloat16)).isfinite().all()
+
+
 def test_missing_transformers_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers.integrations.moe", None)
     with pytest.raises(ImportError, match=r"impl='grouped_mm' needs transformers >= 5.*torchdsc\[models\]"):
@@ -156,6 +250,8 @@ def test_missing_transformers_names_the_extra(monkeypatch):
         ({"top_k": 6}, r"top_k must be in \[1, num_experts = 5\], got 6"),
         ({"aux_weight": -1.0}, "aux_weight must be finite and >= 0, got -1.0"),
         ({"z_weight": float("nan")}, "z_weight must be finite and >= 0"),
+        ({"balancing": "none"}, "balancing must be one of .*, got 'none'"),
+        ({"bias_rate": 0.0}, "bias_rate must be finite and > 0, got 0.0"),
         ({"shared_experts": -1}, "shared_experts must be >= 0, got -1"),
         ({"router_norm": "batch"}, "norm must be one of .*, got 'batch'"),
     ],

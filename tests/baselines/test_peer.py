@@ -22,7 +22,10 @@ def literal(layer, x):
         if layer.router.norm.__class__ is torch.nn.LayerNorm:
             seen = (token - token.mean()) / (token.var(correction=0) + 1e-5).sqrt()
         row = torch.zeros(layer.out_features, dtype=x.dtype)
-        for head, query in enumerate((layer.router.query @ seen).view(layer.router.heads, 2, -1)):
+        queries = layer.router.query @ seen
+        if (norm := layer.router.query_norm) is not None:
+            queries = (queries - norm.running_mean) / (norm.running_variance + 1e-5).sqrt() * norm.weight + norm.bias
+        for head, query in enumerate(queries.view(layer.router.heads, 2, -1)):
             left, right = (layer.router.keys[head, half] @ query[half] for half in (0, 1))
             scores = {i * side + j: left[i] + right[j] for i in range(side) for j in range(side)}
             best = sorted(scores, key=lambda expert: -scores[expert].item())[:each]
@@ -34,11 +37,16 @@ def literal(layer, x):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"heads": 1, "top_k": 1}, {"heads": 3, "query_features": 6}, {"router_norm": "none"}], ids=str
+    "options",
+    [{}, {"heads": 1, "top_k": 1}, {"heads": 3, "query_features": 6}, {"router_norm": "none"}, {"query_norm": "batch"}],
+    ids=str,
 )
 @pytest.mark.parametrize("impl", ["reference", "gather", "dense", "auto"])
 def test_equals_literal_loop(impl, options, equal_with_gradients):
     layer = make(impl=impl, **options).eval()
+    if layer.router.query_norm is not None:
+        for statistics in layer.router.query_norm.state_dict().values():
+            torch.nn.init.uniform_(statistics, 0.5, 1.5)
     x = torch.randn(2, 7, 6, dtype=torch.float64)
     equal_with_gradients(layer, lambda x: literal(layer, x), layer.parameters(), x, 1e-10)
 
@@ -64,6 +72,63 @@ def test_padding_does_not_count():
     assert padded == pytest.approx(regularization(layer).as_dict(), rel=1e-12)
 
 
+class TestQueryNorm:
+    def test_in_training_is_batchnorm_of_the_features_of_queries(self):
+        layer, x = make(query_norm="batch", router_norm="none"), torch.randn(9, 6, dtype=torch.float64)
+        norm, known = layer.router.query_norm, torch.nn.BatchNorm1d(8, dtype=torch.float64)
+        with torch.no_grad():
+            for ours, theirs in ((norm.weight, known.weight), (norm.bias, known.bias)):
+                torch.nn.init.uniform_(ours, 0.5, 1.5)
+                theirs.copy_(ours)
+        for training in (True, True, False):
+            halves = known.train(training)(x @ layer.router.query.t()).view(9, 2, 2, 2)
+            expected = torch.einsum("thsf,hsnf->thsn", halves, layer.router.keys)
+            actual = layer.train(training).router(x)
+            torch.testing.assert_close(actual, expected)
+            for parameter in (layer.router.query, layer.router.keys):
+                found = (
+                    torch.autograd.grad(scores.sin().sum(), parameter, retain_graph=True)[0]
+                    for scores in (actual, expected)
+                )
+                torch.testing.assert_close(*found)
+        torch.testing.assert_close(norm.running_mean, known.running_mean)
+        torch.testing.assert_close(norm.running_variance, known.running_var)
+
+    def test_padding_counts_in_nothing(self):
+        layer, x = make(query_norm="batch"), torch.randn(4, 6, dtype=torch.float64)
+        padded = torch.cat([x, torch.full((2, 6), torch.nan, dtype=torch.float64), 100 * x])
+        statistics = []
+        for tokens, mask in ((padded, torch.arange(10) < 4), (x, None)):
+            layer.router.reset_parameters()
+            torch.manual_seed(0)
+            torch.nn.init.normal_(layer.router.query)
+            torch.nn.init.normal_(layer.router.keys)
+            y = layer(tokens, mask)[:4]
+            norm = layer.router.query_norm
+            statistics.append((y.detach(), norm.running_mean.clone(), norm.running_variance.clone()))
+        torch.testing.assert_close(*statistics)
+
+    def test_a_pass_without_tokens_leaves_the_statistics(self):
+        layer = make(query_norm="batch")
+        layer(torch.zeros(0, 6, dtype=torch.float64))
+        assert not layer.router.query_norm.running_mean.any()
+        assert (layer.router.query_norm.running_variance == 1).all()
+
+    def test_half_precision_and_autocast(self):
+        layer = make(query_norm="batch", dtype=torch.float32)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert layer(torch.randn(4, 6)).isfinite().all()
+        assert layer.router.query_norm.running_mean.any()
+        assert layer.bfloat16()(torch.randn(4, 6, dtype=torch.bfloat16)).isfinite().all()
+
+
+@pytest.mark.parametrize(("init_std", "stds"), [(None, (200**-0.5, 100**-0.5)), (0.02, (0.02, 0.02))])
+def test_initial_rows(init_std, stds):
+    layer = PEER(200, 100, num_experts=256, init_std=init_std)
+    for rows, std in zip((layer.down, layer.up), stds, strict=True):
+        assert rows.std().item() == pytest.approx(std, rel=0.05)
+
+
 @pytest.mark.parametrize("heads", [1, 2])
 def test_one_expert_a_head_is_not_trained(heads):
     """Its weight would always be 1, and the queries get no gradient from the task."""
@@ -84,6 +149,8 @@ def test_one_expert_a_head_is_not_trained(heads):
         ({"num_experts": 15}, "num_experts must be a square, for product keys, got 15"),
         ({"num_experts": 1}, "top_k must be at most heads x num_experts = 2, got 6"),
         ({"query_features": 3}, "query_features must be even and >= 2, got 3"),
+        ({"query_norm": "layer"}, "query_norm must be one of .*, got 'layer'"),
+        ({"init_std": 0.0}, "init_std must be finite and > 0, got 0.0"),
         ({"z_weight": -1.0}, "z_weight must be finite and >= 0"),
     ],
 )

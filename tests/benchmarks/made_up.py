@@ -2,6 +2,7 @@
 
 from itertools import product
 
+GATHERS = {"MoE (batched_mm)": "gathers whole experts for every token"}
 CEILINGS = {"copy_bytes_per_second": 2.1e10, "product_operations_per_second": 1.5e11}
 
 
@@ -110,6 +111,19 @@ def model():
     return result("model", [*prefills, row(decoding, "dsc", times, floor=4.0, per=32, unit="ms per new token")])
 
 
+def sparse():
+    parameters = {
+        "DSC by n-grams": {"stored": 18_899_200, "active": 1_177_856},
+        "Gated dense": {"stored": 1_177_344, "active": 1_177_344},
+        "MoE": {"stored": 18_905_856, "active": 1_177_344},
+    }
+    times = {"DSC by n-grams": 60, "Gated dense": 30, "MoE (eager)": 50, "MoE (grouped_mm)": 75}
+    forward = row({"kind": "forward", "batch": 8, "tokens": 128}, "DSC by n-grams", times, left_out=GATHERS)
+    times |= {"DSC by n-grams": 240, "MoE (eager)": 2400, "MoE (grouped_mm)": 200}
+    training = row({"kind": "training", "batch": 8, "tokens": 128}, "DSC by n-grams", times, left_out=GATHERS)
+    return result("sparse", [forward, training], instructions="AVX2", parameters=parameters)
+
+
 def memory():
     def made(point, own, computed, measured):
         calls = {"dsc": {"bytes": own, "subject_over_it": 1.0}}
@@ -160,5 +174,5 @@ def crossover():
 
 ALL = {
     function.__name__: function
-    for function in (layer, recommended, routers, ahead, model, memory, compose, crossover, select, compiled)
+    for function in (layer, recommended, routers, ahead, model, sparse, memory, compose, crossover, select, compiled)
 }

@@ -190,6 +190,21 @@ class TestTables:
         assert shares[0][1] == "Dense"
         assert shares[0][-1] == "published"
 
+    def test_sparse(self, put):
+        text = section(render(put(sparse=MADE_UP.sparse()))[0], "A sparse bank in whole models")
+        [table] = tables(text)
+        assert table == [
+            ["variant", "stored, M", "active, M", "forward pass, 8 x 128", "training step, 8 x 128"],
+            ["DSC by n-grams", "18.90", "1.178", "-", "-"],
+            ["Gated dense", "1.18", "1.177", *self.spreads(2, 8)],
+            # By the fastest kernel of each point.
+            ["MoE", "18.91", "1.177", "1.20 [1.14, 1.30] eager", "1.20 [1.14, 1.30] grouped_mm"],
+        ]
+        assert "the time of DSC by n-grams over that of the variant" in text
+        assert "Instructions that torch uses: AVX2." in text
+        assert "Left out at some points: MoE (batched_mm) (gathers whole experts for every token)." in text
+        assert "*A processor, 2 threads;" in text
+
     def test_compose(self, put):
         [table] = tables(section(render(put(compose=MADE_UP.compose()))[0], "The composition"))
         assert table[0][5:9] == ["dense", "floor", "gather", "published"]

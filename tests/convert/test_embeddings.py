@@ -1,4 +1,4 @@
-"""Converted causal language models whose layers see embeddings of the tokens, against the same tokens in one pass."""
+"""Converted causal language models whose layers see tokens or their embeddings, against the same tokens in one pass."""
 
 import copy
 import json
@@ -9,8 +9,9 @@ import pytest
 import torch
 
 import torchdsc
-from torchdsc.nn import DSC, ContextOptions
-from torchdsc.nn.broadcast import broadcast_embeddings
+from torchdsc.nn import DSC, ContextOptions, GatedFFN
+from torchdsc.nn.broadcast import broadcast_tokens
+from torchdsc.ops import ngram_codes
 
 transformers = pytest.importorskip("transformers")
 
@@ -37,18 +38,23 @@ MODELS = {
     ),
     "qwen3_moe": ("Qwen3MoeForCausalLM", "Qwen3MoeConfig", {**SIZES, **HEADS, **MOE, "intermediate_size": 48}),
 }
+NGRAMS = {
+    "llama, n-grams": {"router": "ngram", "static": "gated"},
+    "gpt2, n-grams": {"router": "ngram", "static": "gated", "ngram_orders": (1, 5)},
+    "llama, n-grams alone": {"router": "ngram", "input_context": 1, "static": "dense"},
+}
 BESIDE_EXPERTS = ("mixtral", "qwen3_moe")
 
 
 def make_plain(kind, **changes):
-    model_class, config_class, sizes = MODELS[kind]
+    model_class, config_class, sizes = MODELS[kind.partition(",")[0]]
     torch.manual_seed(0)
     config = getattr(transformers, config_class)(**{**sizes, **changes})
     return getattr(transformers, model_class)(config)
 
 
 def convert(model, kind, **changes):
-    options = {**torchdsc.recommended(top_k=4), **changes}
+    options = {**torchdsc.recommended(top_k=4), **NGRAMS.get(kind, {}), **changes}
     if kind in BESIDE_EXPERTS:
         return torchdsc.convert(model, **{"num_atoms": 40, **options})
     return torchdsc.convert(model, **{"mode": "replace", "match": "parameters", **options})
@@ -71,7 +77,7 @@ def close(kind):
     return {"rtol": 1e-4, "atol": 1e-5} if kind in BESIDE_EXPERTS else {"rtol": 1e-10, "atol": 1e-12}
 
 
-@pytest.fixture(params=MODELS)
+@pytest.fixture(params=[*MODELS, *NGRAMS])
 def kind(request):
     return request.param
 
@@ -86,8 +92,13 @@ def gradients(model):
     return {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
 
 
-@torch.no_grad()
 class TestOnePass:
+    @pytest.fixture(autouse=True)
+    def without_gradients(self):
+        # Not a decorator of the class, which would make a function of it that is not collected.
+        with torch.no_grad():
+            yield
+
     def test_layers_are_those_of_a_model_wired_by_hand(self, ids):
         model = make("llama")
         x, normed = model.model.embed_tokens(ids), []
@@ -101,11 +112,78 @@ class TestOnePass:
             update = converted.module.dsc(z, router_input=routed)
             torch.testing.assert_close(y, converted.module.base(z) + update, **close("llama"))
 
+    @pytest.mark.parametrize("static", ["dense", "gated"])
+    def test_ngrams_are_those_of_a_model_wired_by_hand(self, static, ids):
+        model, caught = make("llama", router="ngram", static=static, ngram_orders=[3, 1]), []
+        seen = torch.nn.functional.layer_norm(model.model.embed_tokens(ids), (32,))
+        for layer in model.model.layers:
+            layer.mlp.register_forward_hook(lambda module, args, output: caught.append((module, args[0], output)))
+        model(ids)
+        for salt, (converted, z, y) in enumerate(caught):
+            z = converted.input_context(seen, onto=z)
+            base, dsc = converted.module.base, converted.module.dsc
+            assert dsc.router.salt == salt
+            assert isinstance(base, GatedFFN) == (static == "gated") == (converted.router_context is not None)
+            static_y = base(z, router_input=converted.router_context(seen)) if static == "gated" else base(z)
+            update = dsc(z, router_input=ngram_codes(ids, (3, 1)))
+            torch.testing.assert_close(y, static_y + update, **close("llama"))
+
+    def test_layers_with_ngrams_of_other_orders(self, ids):
+        model, found = make_plain("llama").double().eval(), []
+        for index, orders in enumerate([(2, 3), (5, 2)]):
+            options = {"num_atoms": 40, "top_k": 4, "router": "ngram", "ngram_orders": orders}
+            torchdsc.convert(model, target=rf"layers\.{index}\.mlp$", **options)
+            router = model.model.layers[index].mlp.dsc.router
+            router.register_forward_hook(lambda module, args, output: found.append(args[0]))
+        model(ids)
+        for codes, orders in zip(found, [(2, 3), (5, 2)], strict=True):
+            assert torch.equal(codes, ngram_codes(ids, orders).flatten(0, 1))
+
+    def test_ngrams_do_not_ask_for_a_size(self, ids):
+        model = make_plain("llama").eval()
+        plain = model(ids).logits
+        torchdsc.convert(model, target="down_proj", num_atoms=40, top_k=4, router="ngram", gamma_init=5.0)
+        assert model.model.layers[1].mlp.down_proj.dsc.in_features == 88
+        assert not torch.allclose(model(ids).logits, plain)
+
+    @pytest.mark.parametrize("options", [{}, {"router": "ngram"}], ids=str)
+    def test_dscgpt(self, options, ids):
+        """Its blocks hand routed layers a router's input, which the converted layer's own comes before."""
+        from torchdsc.models import DSCGPTConfig, DSCGPTForCausalLM
+
+        torch.manual_seed(0)
+        sizes = {**SIZES, "max_position_embeddings": 64, "intermediate_size": 48, "feed_forward": "dense"}
+        model = DSCGPTForCausalLM(DSCGPTConfig(**sizes)).double().eval()
+        torchdsc.convert(model, mode="replace", num_atoms=40, **torchdsc.recommended(top_k=4, **options))
+        found = []
+        for block in model.model.blocks:
+            block.feed_forward.dsc.router.register_forward_hook(lambda _, args, output: found.append(args[0]))
+        full = model(ids).logits
+        if options:
+            expected = [ngram_codes(ids, (2, 3))] * 2
+        else:
+            seen = torch.nn.functional.layer_norm(model.model.embed_tokens(ids), (32,))
+            expected = [block.feed_forward.router_context(seen) for block in model.model.blocks]
+        torch.testing.assert_close(found, [each.flatten(0, 1) for each in expected])
+        cache = transformers.DynamicCache(config=model.config)
+        parts = [model(part, past_key_values=cache).logits for part in ids.split(1, 1)]
+        torch.testing.assert_close(torch.cat(parts, 1), full, **close("llama"))
+
     def test_kept_modules_see_what_they_did(self, ids):
         """Beside a module that stays, the embeddings are mixed into what DSC sees alone."""
         plain, model = make_plain("llama").eval(), make_plain("llama").eval()
         torchdsc.convert(model, num_atoms=20, **torchdsc.recommended(top_k=4, gamma_init=0.0))
         assert torch.equal(model(ids).logits, plain(ids).logits)
+
+    def test_beside_a_kept_module(self, ids):
+        model = make_plain("gpt2").double().eval()
+        plain = model(ids).logits
+        torchdsc.convert(model, num_atoms=20, **torchdsc.recommended(top_k=4, router="ngram"))
+        assert model.transformer.h[1].mlp.router_context is None
+        full, cache = model(ids).logits, transformers.DynamicCache(config=model.config)
+        assert not torch.allclose(full, plain)
+        parts = [model(part, past_key_values=cache).logits for part in ids.split(1, 1)]
+        torch.testing.assert_close(torch.cat(parts, 1), full, **close("gpt2"))
 
     def test_cached_token_by_token(self, kind, ids):
         model = make(kind)
@@ -135,6 +213,9 @@ class TestOnePass:
         model = make("llama")
         embeddings = model.get_input_embeddings()(ids)
         torch.testing.assert_close(model(inputs_embeds=embeddings).logits, model(ids).logits)
+        model = make("llama, n-grams")
+        with pytest.raises(ValueError, match=r"input_ids must be given .* routed by n-grams, got inputs_embeds alone"):
+            model(inputs_embeds=embeddings)
 
     def test_the_part_without_a_head(self, ids):
         model = make("llama")
@@ -197,7 +278,7 @@ class TestTraining:
         model = self.model(kind)
         model(ids, labels=ids).loss.backward()
         expected = gradients(model)
-        assert any("router_context" in name for name in expected)
+        assert any("router_context" in name for name in expected) == ("alone" not in kind)
         model.zero_grad()
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model(ids, labels=ids).loss.backward()
@@ -236,8 +317,9 @@ class TestTraining:
             model(ids, labels=ids)
 
     @pytest.mark.slow
-    def test_compiles_to_one_graph(self, ids):
-        model = self.model("llama").float()
+    @pytest.mark.parametrize("kind", ["llama", "llama, n-grams"])
+    def test_compiles_to_one_graph(self, kind, ids):
+        model = self.model(kind).float()
         loss = model(ids, labels=ids).loss
         loss.backward()
         expected = gradients(model)
@@ -261,7 +343,16 @@ class TestTraining:
 class TestMatch:
     @pytest.mark.parametrize("kind", ["llama", "gpt2"])
     @pytest.mark.parametrize(
-        "options", [{}, {"router": "low_rank", "router_rank": 4}, {"router": "product_key"}], ids=str
+        "options",
+        [
+            {},
+            {"router": "low_rank", "router_rank": 4},
+            {"router": "product_key"},
+            {"static": "gated"},
+            {"router": "ngram"},
+            {"router": "ngram", "static": "gated"},
+        ],
+        ids=str,
     )
     def test_stores_no_more_and_wastes_less_than_an_atom(self, kind, options):
         model = make_plain(kind)
@@ -270,6 +361,9 @@ class TestMatch:
         spare = before - sum(parameter.numel() for parameter in model.parameters())
         side = int(model.get_submodule(names[0]).dsc.options.num_atoms ** 0.5)
         most = 3 * 32 + 2 * 32 if options.get("router") != "product_key" else (2 * side + 1) * 64 + 2 * 32 + 64
+        if options.get("router") == "ngram":
+            # An atom has no row in the router.
+            most = 2 * 32
         assert 0 <= spare < len(names) * most
         assert model.get_submodule(names[0]).module.base.up.out_features > 0
 
@@ -288,6 +382,11 @@ class TestMatch:
     ("changes", "message"),
     [
         ({"mode": "wrap", "num_atoms": 9}, "match must be None for mode = 'wrap'"),
+        (
+            {"mode": "wrap", "match": None, "num_atoms": 9, "static": "gated"},
+            "static must be 'dense' for mode = 'wrap'",
+        ),
+        ({"router": "ngram", "top_k": 3}, "top_k must be a multiple of the 2 orders of n-grams, got 3"),
         ({"share_bank": True}, "match must be None for share_bank = True"),
         ({"router_input": "hidden", "input_context": 1}, "router_input must be 'embeddings' for router_context > 1"),
         ({"in_features": 16, "out_features": 16}, "must have in_features = 32, theirs, got 16"),
@@ -311,7 +410,9 @@ def test_models_without_embeddings_are_refused():
         torchdsc.convert(Plain(), num_atoms=9, **torchdsc.recommended(top_k=4))
     config = transformers.T5Config(vocab_size=20, d_model=8, d_kv=4, d_ff=16, num_layers=1, num_heads=2)
     with pytest.raises(ValueError, match="got T5ForConditionalGeneration"):
-        broadcast_embeddings(transformers.T5ForConditionalGeneration(config), 8, 2)
+        broadcast_tokens(transformers.T5ForConditionalGeneration(config), 8, 2)
+    with pytest.raises(ValueError, match=r"and router n-grams, for a model that is no decoder .* got Plain"):
+        torchdsc.convert(Plain(), num_atoms=9, top_k=4, router="ngram")
 
 
 def test_a_layer_called_alone(ids):

@@ -3,6 +3,7 @@
 import itertools
 import math
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -39,7 +40,9 @@ def count_active(model, options):
             layers = model.config.num_hidden_layers if options.get("share_bank") else 1
             composed = options["top_k"] * (2 if options.get("attention_rank") else 1)
             active += layers * composed * parameter[0].numel()
-        elif name.endswith(("experts.up_proj", "experts.down_proj", "dsc.down", "dsc.up")):
+        elif name.endswith("ngram_tables.tables.weight"):
+            active += parameter[0].numel() * options["ngram_heads"] * len(options.get("ngram_orders", (2, 3)))
+        elif name.endswith(("experts.up_proj", "experts.gate_up_proj", "experts.down_proj", "dsc.down", "dsc.up")):
             active += parameter.numel() // options["num_experts"] * options["top_k"]
         else:
             active += parameter.numel()
@@ -71,6 +74,13 @@ class TestPaper:
         plan = solve("mixture_of_loras", PAPER, rank=4)
         assert (plan.options["num_experts"], plan.options["rank"], plan.intermediate_size) == (384, 4, 885)
 
+    @pytest.mark.parametrize(("method", "matrices"), [("dense", 2), ("gated", 3)])
+    def test_of_dense_layers_as_large_as_the_active_ones_of_others(self, method, matrices):
+        """Where their total is the active target."""
+        plan = solve(method, replace(SMALL, total=SMALL.active))
+        assert 0 <= SMALL.active - plan.params_active < matrices * SMALL.d_model * SMALL.n_layer
+        assert plan.params_total == plan.params_active
+
     def test_fixed_parameters(self):
         assert PAPER.fixed == (50304 + 256) * 384 + 6 * (4 * 384**2 + 4 * 384) + 2 * 384
 
@@ -88,19 +98,25 @@ class TestCounts:
             ("dsc", {"router_bias": True, "router_norm": "layer_affine"}),
             ("dsc", {"channelwise_gamma": False}),
             ("moe", {"router_norm": "layer_affine"}),
+            ("moe", {"gated": True}),
+            ("moe", {"gated": True, "shared_experts": 2, "balancing": "bias"}),
             ("mixture_of_loras", {"router_norm": "layer_affine"}),
             *((method, {"router_context": 4}) for method in METHODS if method != "dense"),
             *((method, {"input_context": 3}) for method in METHODS),
             ("moe", {"router_input": "embeddings"}),
+            ("gated", {"router_input": "embeddings", "router_context": 4, "gate_norm": "layer"}),
             ("dsc", {"router_input": "embeddings", "router_context": 4, "input_context": 3}),
             ("dsc", {"router_context": 4, "router": "low_rank", "share_bank": True}),
+            *((method, {"static": "gated"}) for method in ("dsc", "peer", "mixture_of_loras")),
+            ("dsc", {"router": "ngram", "static": "gated", "router_input": "embeddings", "router_context": 3}),
+            *((method, {"ngram_rows": 804, "ngram_heads": 2}) for method in METHODS),
         ],
     )
     def test_options_with_parameters_are_counted(self, method, options):
         plan = solve(method, SMALL, options=options)
         assert plan.options.items() >= options.items()
         check_counts(plan, SMALL)
-        if method in ("dense", "dsc"):
+        if method in ("dense", "gated", "dsc"):
             assert plan.params_total <= SMALL.total * 1.001
 
     @pytest.mark.parametrize(
@@ -113,6 +129,9 @@ class TestCounts:
             {"router": "low_rank", "router_rank": 16, "share_bank": True},
             {"router": "linear", "attention_rank": 16},
             {"router": "low_rank", "router_rank": 16, "share_bank": True, "attention_rank": 4},
+            {"router": "ngram"},
+            {"router": "ngram", "atom_features": 32},
+            {"router": "ngram", "atom_features": 32, "share_bank": True},
         ],
     )
     @pytest.mark.parametrize("budget", [PAPER, SMALL], ids=["paper", "small"])
@@ -121,7 +140,7 @@ class TestCounts:
         check_counts(plan, budget)
         check_is_next_to_a_target(plan, budget)
 
-    @pytest.mark.parametrize("options", [{}, {"heads": 2, "query_features": 20}])
+    @pytest.mark.parametrize("options", [{}, {"heads": 2, "query_features": 20}, {"query_norm": "batch"}])
     @pytest.mark.parametrize("budget", [PAPER, SMALL], ids=["paper", "small"])
     def test_peer_is_counted(self, budget, options):
         plan = solve("peer", budget, top_k=8, options=options)
@@ -166,12 +185,20 @@ class TestCounts:
         ("method", "options", "words"),
         [
             ("dense", {"input_context": 3}, "width 869, sees embeddings of 3 tokens"),
+            ("gated", {"router_input": "embeddings"}, "gated, width 580, routed by embeddings"),
             (
                 "moe",
                 {"shared_experts": 1, "router_context": 2},
                 "6 experts of 120, top-2, 1 shared, context of 2 tokens",
             ),
+            (
+                "moe",
+                {"gated": True, "balancing": "bias"},
+                "5 experts of 120, top-2, gated, balanced by a bias",
+            ),
             ("mixture_of_loras", {}, "257 experts of rank 2, top-4, static width 229"),
+            ("dense", {"ngram_rows": 80}, "width 737, n-gram tables of 80 rows"),
+            ("dsc", {"router": "ngram", "static": "gated"}, "M 509, K 4, gated width 240, ngram router"),
             ("peer", {}, "484 experts of one neuron, top-4, static width 323"),
             (
                 "dsc",
@@ -193,6 +220,17 @@ class TestCounts:
             else:
                 expected = (plan.params_active - SMALL.active) / (SMALL.active - SMALL.fixed)
                 assert plan.miss_active == pytest.approx(expected)
+
+    @pytest.mark.parametrize("options", [{}, {"gated": True}, {"gated": True, "shared_experts": 1}])
+    @pytest.mark.parametrize("total", [3e6, 8e6, 14e6, 20e6, 100e6])
+    def test_fine_grained_experts(self, total, options):
+        """More experts for a larger total, not ever narrower ones, of which routers are most."""
+        budget = replace(SMALL, total=total, active=2.2e6)
+        plan = solve("moe", budget, top_k=8, options=options)
+        check_counts(plan, budget)
+        assert max(abs(plan.miss_total), abs(plan.miss_active)) < 0.05
+        taken, matrices = 8 + options.get("shared_experts", 0), 3 if options else 2
+        assert plan.options["num_experts"] <= taken * matrices * plan.intermediate_size
 
     def test_match_takes_the_realised_numbers(self):
         moe = solve("moe", SMALL)
@@ -300,6 +338,7 @@ class TestInfeasible:
     @pytest.mark.parametrize(
         ("method", "total", "active", "message"),
         [
+            ("gated", 22e6, 28e6, "total must be at least 22,970,880 for width 1, got 22,000,000"),
             ("dense", 22e6, 28e6, "total must be at least 22,968,576 for width 1, got 22,000,000"),
             (
                 "moe",

@@ -6,6 +6,11 @@ from torchdsc.models import DSCGPTConfig, DSCGPTForCausalLM
 # The feed-forward layer, and after a comma what is special about it.
 KINDS = {
     "dense": (20, {}),
+    "gated": (13, {}),
+    "gated, embeddings": (
+        13,
+        {"gate_norm": "layer", "router_input": "embeddings", "router_context": 3, "input_context": 2},
+    ),
     "moe": (9, {"num_experts": 4, "top_k": 2}),
     "mixture_of_loras": (8, {"num_experts": 4, "rank": 2}),
     "peer": (8, {"num_experts": 16, "top_k": 4, "heads": 2}),
@@ -16,6 +21,17 @@ KINDS = {
     "dsc, context": (8, {"num_atoms": 20, "top_k": 3, "router_context": 3}),
     "dsc, embeddings": (8, {"num_atoms": 20, "top_k": 3, "router_input": "embeddings", "router_context": 3}),
     "dense, embeddings": (20, {"input_context": 3}),
+    "moe, gated": (9, {"num_experts": 4, "top_k": 2, "gated": True, "balancing": "bias", "shared_experts": 1}),
+    "dense, tables": (20, {"ngram_rows": 80, "ngram_heads": 2}),
+    "dsc, tables and a gated layer": (
+        8,
+        {"num_atoms": 20, "top_k": 3, "router_input": "embeddings", "static": "gated", "ngram_rows": 80},
+    ),
+    "dsc, n-grams": (
+        8,
+        {"num_atoms": 20, "top_k": 4, "router": "ngram", "static": "gated", "router_input": "embeddings"},
+    ),
+    "dsc, a gated layer": (8, {"num_atoms": 20, "top_k": 3, "static": "gated"}),
     "moe, context": (9, {"num_experts": 4, "top_k": 2, "router_context": 3}),
     "moe, embeddings": (
         9,
@@ -31,7 +47,7 @@ def kind(request):
     return request.param
 
 
-@pytest.fixture(params=[kind for kind in KINDS if not kind.startswith("dense")])
+@pytest.fixture(params=[kind for kind in KINDS if not kind.startswith(("dense", "gated"))])
 def routed_kind(request):
     """The kinds that route."""
     return request.param

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from torchdsc import DSC, Residual
-from torchdsc.baselines import DenseFFN, MixtureOfLoRAs, StandardMoE
+from torchdsc.baselines import DenseFFN, GatedFFN, MixtureOfLoRAs, StandardMoE
 from torchdsc.models.feed_forward import build_feed_forward, check_feed_forward
 
 
@@ -10,6 +10,7 @@ from torchdsc.models.feed_forward import build_feed_forward, check_feed_forward
     ("kind", "options", "expected"),
     [
         ("dense", {}, DenseFFN),
+        ("gated", {}, GatedFFN),
         ("moe", {"num_experts": 4, "top_k": 1, "jitter": 0.01}, StandardMoE),
         ("mixture_of_loras", {"num_experts": 4, "rank": 2, "scale": 2.0}, MixtureOfLoRAs),
         ("dsc", {"num_atoms": 12, "top_k": 3, "router_bias": True}, DSC),
@@ -34,8 +35,9 @@ def test_without_a_static_layer_only_the_update_is_left():
 @pytest.mark.parametrize(
     ("kind", "options", "match"),
     [
-        ("gated", {}, r"feed_forward must be one of \('dense', .*, got 'gated'"),
+        ("none", {}, r"feed_forward must be one of \('dense', .*, got 'none'"),
         ("dense", {"num_atoms": 3}, "feed_forward_options do not fit feed_forward='dense': .*num_atoms"),
+        ("gated", {"gate_norm": "batch"}, "gate_norm must be one of .*, got 'batch'"),
         ("moe", {}, "feed_forward_options do not fit feed_forward='moe': .*num_experts"),
         ("mixture_of_loras", {"num_experts": 4}, "feed_forward='mixture_of_loras': .*rank"),
         ("dsc", {"num_atoms": 12}, "feed_forward_options do not fit feed_forward='dsc': .*top_k"),

@@ -39,11 +39,15 @@ class TestResidualInit:
         assert deviation(model, "attention.out_proj.weight") == pytest.approx(attention, rel=0.05)
         assert deviation(model, "attention.qkv_proj.weight") == pytest.approx(STD, rel=0.05)
 
-    @pytest.mark.parametrize("static", ["dense", "dsc", "mixture_of_loras"])
+    @pytest.mark.parametrize("static", ["dense", "gated", "dsc", "mixture_of_loras"])
     def test_of_the_feed_forward_layer(self, residual_init, attention, feed_forward, experts, static, make):
-        model, prefix = make(static, residual_init=residual_init), "feed_forward." + "base." * (static != "dense")
+        model, prefix = (
+            make(static, residual_init=residual_init),
+            "feed_forward." + "base." * (static not in ("dense", "gated")),
+        )
         assert deviation(model, f"{prefix}down.weight") == pytest.approx(feed_forward, rel=0.05)
-        assert deviation(model, f"{prefix}up.weight") == pytest.approx(STD, rel=0.05)
+        for name in ("up", "gate") if static == "gated" else ("up",):
+            assert deviation(model, f"{prefix}{name}.weight") == pytest.approx(STD, rel=0.05)
 
     def test_of_shared_experts(self, residual_init, attention, feed_forward, experts, make):
         model = make("moe", residual_init=residual_init, feed_forward_options={"shared_experts": 2})
@@ -53,6 +57,11 @@ class TestResidualInit:
         model = make("moe", residual_init=residual_init)
         assert deviation(model, "feed_forward.experts.down_proj") == pytest.approx(experts, rel=0.05)
         assert deviation(model, "feed_forward.experts.up_proj") == pytest.approx(STD, rel=0.05)
+
+
+def test_of_gated_experts(make):
+    model = make("moe", feed_forward_options={"gated": True})
+    assert deviation(model, "feed_forward.experts.gate_up_proj") == pytest.approx(STD, rel=0.05)
 
 
 def test_embeddings_and_norms(kind, make):
@@ -111,6 +120,36 @@ def test_fills_only_what_a_checkpoint_leaves_out(dropped, make, tmp_path):
             assert value.abs().max() < (1.1 if dropped == "router_context.weight" else 0.5)
         else:
             assert torch.equal(value, model.state_dict()[name])
+
+
+def test_the_bias_for_selection_is_saved_and_starts_at_zero(make, tmp_path):
+    model = make("moe, gated")
+    for block in model.model.blocks:
+        block.routed_layer.router.moves.copy_(torch.arange(4))
+        block.routed_layer.router.load.fill_(7)
+    model.save_pretrained(tmp_path / "with")
+    state = {name: value for name, value in model.state_dict().items() if not name.endswith("moves")}
+    model.save_pretrained(tmp_path / "without", state_dict=state)
+    for folder, moves in (("with", [0, 1, 2, 3]), ("without", [0, 0, 0, 0])):
+        for block in DSCGPTForCausalLM.from_pretrained(tmp_path / folder).model.blocks:
+            assert block.routed_layer.router.moves.tolist() == moves
+            assert not block.routed_layer.router.load.any()
+
+
+def test_the_norm_of_queries_is_saved_and_starts_as_the_identity(make, tmp_path):
+    model = make("peer", feed_forward_options={"query_norm": "batch"})
+    for block in model.model.blocks:
+        torch.nn.init.uniform_(block.routed_layer.router.query_norm.running_mean, 2, 3)
+    model.save_pretrained(tmp_path / "with")
+    state = {name: value for name, value in model.state_dict().items() if "query_norm" not in name}
+    model.save_pretrained(tmp_path / "without", state_dict=state)
+    for folder in ("with", "without"):
+        loaded = DSCGPTForCausalLM.from_pretrained(tmp_path / folder)
+        for block, saved in zip(loaded.model.blocks, model.model.blocks, strict=True):
+            norm, expected = block.routed_layer.router.query_norm, saved.routed_layer.router.query_norm
+            if folder == "without":
+                expected.reset_parameters()
+            torch.testing.assert_close(norm.state_dict(), expected.state_dict(), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("kind", ["mixture_of_loras", "peer"])

@@ -39,9 +39,9 @@ def make_training(make_model):
         options = LINEAR if linear else WEIGHTS
         if kind.startswith("dsc"):
             options = {**options, **(DSC_LINEAR if linear else DSC_WEIGHTS)}
-        model = make_model(
-            kind, dtype=dtype, feed_forward_options=options if not kind.startswith("dense") else {}, **changes
-        )
+        if kind.startswith(("dense", "gated")):
+            options = {}
+        model = make_model(kind, dtype=dtype, feed_forward_options=options, **changes)
         if dtype is torch.float64:
             model.loss_function = precise_loss
         return model.train()
@@ -173,8 +173,28 @@ class TestCheckpointing:
         with pytest.raises(RuntimeError, match="reentrant checkpointing"):
             model(**step)
 
+    def test_counts_the_load_of_experts_once(self, make_training, step):
+        """By which the bias for selection moves."""
+        model = make_training("moe, gated")
+        routers = [block.routed_layer.router for block in model.model.blocks]
+        expected = []
+        for checkpointed in (False, True):
+            if checkpointed:
+                model.gradient_checkpointing_enable({"use_reentrant": False})
+            model(**step).loss.backward()
+            loads = [router.load.tolist() for router in routers]
+            assert [sum(load) for load in loads] == [2 * step["labels"].numel()] * 2
+            expected.append(loads)
+            for router in routers:
+                router.load.zero_()
+        assert expected[0] == expected[1]
+
     @pytest.mark.parametrize(
-        "kind", ["dense", "dense, embeddings", "dsc, embeddings", "moe, embeddings", "mixture_of_loras, own embedding"]
+        "kind",
+        [
+            *("dense", "dense, embeddings", "gated", "gated, embeddings"),
+            *("dsc, embeddings", "moe, embeddings", "mixture_of_loras, own embedding"),
+        ],
     )
     def test_reentrant_is_fine_where_no_block_routes(self, kind, make_training, step):
         model = make_training(kind)
@@ -190,8 +210,10 @@ class TestCheckpointing:
     ("kind", "checkpointed", "backend"),
     [
         ("dense", False, "aot_eager"),
+        ("gated, embeddings", True, "aot_eager"),
         ("moe", False, "aot_eager"),
         ("moe, embeddings", True, "aot_eager"),
+        ("moe, gated", True, "aot_eager"),
         ("mixture_of_loras", False, "aot_eager"),
         ("dsc", True, "aot_eager"),
         ("dsc", False, "inductor"),
@@ -236,7 +258,7 @@ class TestAccumulation:
         torch.testing.assert_close(counted.task_loss, plain.task_loss)
         if kind.startswith("dsc"):
             torch.testing.assert_close(counted.regularization["frame"], plain.regularization["frame"])
-        if not kind.startswith("dense"):
+        if not kind.startswith(("dense", "gated")):
             torch.testing.assert_close(counted.regularization["z"], plain.regularization["z"] * 36 / 33)
 
     def test_nonlinear_terms_are_the_token_weighted_mean(self, routed_kind, make_training, step):

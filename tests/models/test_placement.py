@@ -22,6 +22,7 @@ MODELS = {
     "mixture": ("mixture_of_loras", {"num_experts": 4, "rank": 2}),
     "peer": ("peer", {"num_experts": 25, "top_k": 4}),
     "dense": ("dense", {}),
+    "gated": ("gated", {"gate_norm": "layer", "router_input": "embeddings", "router_context": 2}),
 }
 LAYERS = {
     "dsc": lambda: DSC(8, 6, **DSC_OPTIONS, router_norm="layer_affine"),

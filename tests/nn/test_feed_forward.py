@@ -9,10 +9,12 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from torchdsc import DSC, BasisBank, DSCFeedForward, Residual, ShortConvolution, regularization
-from torchdsc.nn import DenseFFN
+from torchdsc.nn import DenseFFN, GatedFFN
+from torchdsc.ops import ngram_codes
 
 D = 8
 SIZES = {"num_atoms": 11, "top_k": 3}
+NGRAMS = {"num_atoms": 11, "top_k": 4, "router": "ngram"}
 # What a layer may see of a sequence, besides what is recommended.
 CONTEXTS = {
     "recommended": {},
@@ -21,6 +23,17 @@ CONTEXTS = {
     "mixed for the layer": {"router_input": "hidden", "router_context": 1, "input_context": 2},
     "hidden states mixed": {"router_input": "hidden", "router_context": 3, "input_context": 1},
     "hidden": {"router_input": "hidden", "router_context": 1, "input_context": 1},
+    "gated": {"static": "gated"},
+    "gated by hidden states": {"static": "gated", "router_input": "hidden", "router_context": 1},
+    "n-grams": NGRAMS,
+    "n-grams alone": {**NGRAMS, "input_context": 1, "ngram_orders": (1, 4)},
+    "n-grams, gated": {**NGRAMS, "static": "gated"},
+    "n-grams, gated by hidden states": {
+        **NGRAMS,
+        "static": "gated",
+        "router_input": "hidden",
+        "router_context": 1,
+    },
 }
 
 
@@ -34,6 +47,11 @@ def make_layer(hidden_features=6, *, dtype=torch.float64, **options):
 def tokens(*shape, dtype=torch.float64):
     """Hidden states and embeddings, which are not normalised."""
     return torch.randn(*shape, D, dtype=dtype), 3 * torch.randn(*shape, D, dtype=dtype) + 1
+
+
+def ids(*shape):
+    """Token ids that need all of their bytes."""
+    return torch.randint(2**32 - 3, 2**32 - 1, shape)
 
 
 def left_padded(*lengths):
@@ -107,55 +125,108 @@ def test_embeddings_that_are_normalised_already():
 @pytest.mark.parametrize("context", CONTEXTS)
 def test_in_chunks_with_state_equals_one_pass(context, shape, chunks):
     layer = make_layer(**CONTEXTS[context]).eval()
-    x, embeddings = tokens(*shape, 9)
+    (x, embeddings), seen = tokens(*shape, 9), ids(*shape, 9)
     state = layer.initial_state(*shape)
-    assert state.shape == (*shape, layer.context.past_tokens, D)
+    features = D + 4 if "n-grams" in context else D
+    assert state.shape == (*shape, layer.context.past_tokens, features)
     parts = []
-    for some_x, some_embeddings in zip(x.split(chunks, -2), embeddings.split(chunks, -2), strict=True):
-        y, state = layer(some_x, some_embeddings, state=state)
-        assert state.shape == (*shape, layer.context.past_tokens, D)
+    split = (x.split(chunks, -2), embeddings.split(chunks, -2), seen.split(chunks, -1))
+    for some_x, some_embeddings, some in zip(*split, strict=True):
+        y, state = layer(some_x, some_embeddings, tokens=some, state=state)
+        assert state.shape == (*shape, layer.context.past_tokens, features)
         parts.append(y)
-    torch.testing.assert_close(torch.cat(parts, -2), layer(x, embeddings), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(torch.cat(parts, -2), layer(x, embeddings, tokens=seen), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("chunks", [[1] * 9, [4, 5], [7, 2]], ids=str)
 @pytest.mark.parametrize("context", CONTEXTS)
 def test_left_padding_in_chunks_is_as_if_it_were_not_there(context, chunks):
     layer = make_layer(**CONTEXTS[context]).eval()
-    x, embeddings = tokens(3, 9)
+    (x, embeddings), seen = tokens(3, 9), ids(3, 9)
     lengths = [9, 5, 1]
     mask = left_padded(*lengths)
     # Padding may hold anything.
     x[~mask], embeddings[~mask] = torch.nan, torch.nan
     state, parts = layer.initial_state(3), []
-    for inputs in zip(x.split(chunks, 1), embeddings.split(chunks, 1), mask.split(chunks, 1), strict=True):
-        y, state = layer(*inputs, state=state)
+    for *inputs, some in zip(*(each.split(chunks, 1) for each in (x, embeddings, mask, seen)), strict=True):
+        y, state = layer(*inputs, tokens=some, state=state)
         parts.append(y)
-    y, whole = torch.cat(parts, 1), layer(x, embeddings, mask)
+    y, whole = torch.cat(parts, 1), layer(x, embeddings, mask, tokens=seen)
     torch.testing.assert_close(y[mask], whole[mask], rtol=1e-12, atol=1e-12)
     for row, length in enumerate(lengths):
-        alone = layer(x[row, -length:], embeddings[row, -length:])
+        alone = layer(x[row, -length:], embeddings[row, -length:], tokens=seen[row, -length:])
         torch.testing.assert_close(whole[row, -length:], alone, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("context", CONTEXTS)
 def test_packed_sequences_see_nothing_of_each_other(context):
     layer = make_layer(**CONTEXTS[context]).eval()
-    x, embeddings = tokens(1, 9)
+    (x, embeddings), seen = tokens(1, 9), ids(1, 9)
     positions = torch.tensor([[0, 1, 2, 3, 0, 1, 0, 1, 2]])
-    packed = layer(x, embeddings, positions=positions)
-    alone = [layer(a, b) for a, b in zip(x.split([4, 2, 3], 1), embeddings.split([4, 2, 3], 1), strict=True)]
+    packed = layer(x, embeddings, tokens=seen, positions=positions)
+    parts = zip(*(each.split([4, 2, 3], 1) for each in (x, embeddings, seen)), strict=True)
+    alone = [layer(a, b, tokens=c) for a, b, c in parts]
     torch.testing.assert_close(packed, torch.cat(alone, 1), rtol=1e-12, atol=1e-12)
     if layer.context.past_tokens:
-        assert not torch.allclose(packed[:, 4:], layer(x, embeddings)[:, 4:])
+        assert not torch.allclose(packed[:, 4:], layer(x, embeddings, tokens=seen)[:, 4:])
     # The second begins in the middle of a chunk, and the state is of another's tokens at the start of the third.
     state, parts = layer.initial_state(1), []
-    for inputs in zip(*(each.split([5, 1, 3], 1) for each in (x, embeddings, positions)), strict=True):
-        y, state = layer(*inputs[:2], positions=inputs[2], state=state)
+    for *inputs, some, places in zip(
+        *(each.split([5, 1, 3], 1) for each in (x, embeddings, seen, positions)), strict=True
+    ):
+        y, state = layer(*inputs, tokens=some, positions=places, state=state)
         parts.append(y)
     torch.testing.assert_close(torch.cat(parts, 1), packed, rtol=1e-12, atol=1e-12)
     x[:, :4], embeddings[:, :4] = torch.nan, torch.nan
-    assert torch.equal(layer(x, embeddings, positions=positions)[:, 4:], packed[:, 4:])
+    assert torch.equal(layer(x, embeddings, tokens=seen, positions=positions)[:, 4:], packed[:, 4:])
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("static", ["dense", "gated"])
+def test_ngrams_equal_parts_wired_by_hand(static, training):
+    layer = make_layer(**NGRAMS, static=static, salt=3, ngram_orders=(1, 3)).train(training)
+    (x, embeddings), seen, mask = tokens(2, 7), ids(2, 7), left_padded(7, 4)
+    e = functional.layer_norm(embeddings, (D,)).masked_fill(~mask.unsqueeze(-1), 0.0)
+    assert layer.dsc.router.salt == 3
+    routing = layer.dsc.route(ngram_codes(seen.masked_fill(~mask, -1), (1, 3)), mask)
+    mixed = layer.input_context(e, onto=x)
+    assert isinstance(layer.base, GatedFFN if static == "gated" else DenseFFN)
+    # The router's convolution is for the gate alone.
+    assert (layer.router_context is not None) == (static == "gated")
+    base = layer.base(mixed, router_input=layer.router_context(e)) if static == "gated" else layer.base(mixed)
+    expected = base + layer.dsc(mixed, mask, routing=routing)
+    y = layer(x, embeddings, mask, tokens=seen)
+    torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
+    if training:
+        y.square().sum().backward()
+        assert all(parameter.grad.any() for parameter in layer.parameters())
+
+
+def test_salt_gives_other_atoms():
+    layer, other = make_layer(**NGRAMS), make_layer(**NGRAMS, salt=1)
+    other.load_state_dict(layer.state_dict())
+    (x, embeddings), seen = tokens(2, 7), ids(2, 7)
+    assert not torch.allclose(other(x, embeddings, tokens=seen), layer(x, embeddings, tokens=seen))
+    other.dsc.router.salt = 0
+    assert torch.equal(other(x, embeddings, tokens=seen), layer(x, embeddings, tokens=seen))
+
+
+def test_a_bfloat16_state_holds_whole_ids():
+    layer = make_layer(dtype=torch.bfloat16, **NGRAMS).eval()
+    (x, embeddings), seen = tokens(2, 9, dtype=torch.bfloat16), ids(2, 9)
+    routed = []
+    layer.dsc.router.register_forward_hook(lambda module, args, found: routed.append(found.indices))
+    layer(x, embeddings, tokens=seen)
+    state = layer.initial_state(2)
+    for t in range(9):
+        _, state = layer(x[:, t : t + 1], embeddings[:, t : t + 1], tokens=seen[:, t : t + 1], state=state)
+    assert torch.equal(torch.stack(routed[1:], 1).flatten(0, 1), routed[0])
+
+
+def test_embeddings_that_nothing_sees_are_not_asked_for():
+    layer = make_layer(**NGRAMS, input_context=1)
+    (x, embeddings), seen = tokens(2, 5), ids(2, 5)
+    assert torch.equal(layer(x, tokens=seen), layer(x, embeddings, tokens=seen))
 
 
 def test_padding_that_is_not_finite_spoils_no_gradient():
@@ -321,6 +392,19 @@ def test_wrong_shapes(inputs, keywords, match):
     layer = make_layer(dtype=torch.float32)
     with pytest.raises(ValueError, match=match):
         layer(*inputs, **keywords)
+
+
+@pytest.mark.parametrize(
+    ("seen", "error", "match"),
+    [
+        (None, ValueError, r"tokens must have shape \(2, 5\) for router = 'ngram', got None"),
+        (torch.zeros(2, 4).long(), ValueError, r"tokens must have shape \(2, 5\) for router = 'ngram', got \(2, 4\)"),
+        (torch.zeros(2, 5), TypeError, r"tokens must be int64, got torch\.float32"),
+    ],
+)
+def test_wrong_tokens(seen, error, match):
+    with pytest.raises(error, match=match):
+        make_layer(dtype=torch.float32, **NGRAMS)(X, E, tokens=seen)
 
 
 def test_wrong_dtypes():

@@ -1,5 +1,6 @@
 """Options in parts, their keywords for editors, and the settings that are recommended."""
 
+import re
 from dataclasses import FrozenInstanceError, fields, replace
 from typing import get_type_hints
 
@@ -45,6 +46,7 @@ def test_keywords_are_the_fields(arguments, classes):
     for options in classes:
         types = get_type_hints(options)
         hints |= {field.name: types[field.name] for field in fields(options)}
+    hints.pop("routes_by_ngrams", None)
     assert get_type_hints(arguments) == hints
     assert not arguments.__required_keys__
 
@@ -68,9 +70,47 @@ def test_options_are_assigned_once():
         ({"router_context": 3}, False, 2, 3),
         ({"input_context": 2}, True, 1, 2),
         ({"router_input": "embeddings", "router_context": 3, "input_context": 4}, True, 3, 7),
+        ({"ngram_orders": [2, 6]}, False, 0, 0),
+        ({"ngram_orders": [2, 6], "routes_by_ngrams": True}, False, 5, 0),
+        ({"input_context": 4, "routes_by_ngrams": True}, True, 3, 4),
     ],
     ids=str,
 )
 def test_what_a_context_needs(options, seen, past, rows):
     context = ContextOptions(**options)
     assert (context.embeddings_are_seen, context.past_tokens, context.context_rows) == (seen, past, rows)
+    assert context.tokens_are_seen == (seen or "routes_by_ngrams" in options)
+    assert hash(context) == hash(ContextOptions(**options))
+
+
+def test_an_ngram_router_leaves_its_input_to_a_gate():
+    context, own = split_context(recommended(router="ngram", static="gated", ngram_orders=(1, 4)))
+    assert own == {"top_k": 32, "gamma_init": 1.0, "frame_weight": 0.0, "router": "ngram"}
+    assert context.routes_by_ngrams
+    assert context.beside(gate=True) == context
+    alone = context.beside(gate=False)
+    assert alone == replace(context, router_input="hidden", router_context=1)
+    assert (alone.past_tokens, alone.context_rows) == (3, 4)
+    other, _ = split_context(recommended())
+    assert other.beside(gate=False) == other
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"ngram_orders": ()}, r"ngram_orders must be numbers of tokens, each 1 or more, got \(\)"),
+        ({"ngram_orders": (2, 0)}, r"ngram_orders must be numbers of tokens, each 1 or more, got \(2, 0\)"),
+        ({"static": "thin"}, r"static must be one of \('dense', 'gated'\), got 'thin'"),
+        ({"router": "ngram", "top_k": 3}, "top_k must be a multiple of the 2 orders of n-grams, got 3"),
+        ({"router": "ngram", "router_context": 2}, "router_input must be 'embeddings' for a router_context beside"),
+    ],
+)
+def test_what_a_context_refuses(options, message):
+    with pytest.raises(ValueError, match=message):
+        split_context(options)
+
+
+@pytest.mark.parametrize("orders", [2, "23", (2, 2.5), [True], None], ids=repr)
+def test_orders_of_another_type(orders):
+    with pytest.raises(TypeError, match=f"ngram_orders must be a list of int, got {re.escape(repr(orders))}"):
+        ContextOptions(ngram_orders=orders)

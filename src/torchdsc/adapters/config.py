@@ -7,7 +7,7 @@ from peft import PeftConfig
 
 from torchdsc.arguments import check_at_least, check_positive, check_types, own_copies
 from torchdsc.nn import ContextOptions, DSCOptions, RegularizerWeights
-from torchdsc.nn.options import ContextFields, DSCFields, RouterNorm
+from torchdsc.nn.options import ContextFields, DSCFields, RouterNorm, split_context
 from torchdsc.ops.compose.api import Implementation
 
 from .files import refuse_pickle
@@ -86,7 +86,9 @@ class DSCAdapterConfig(AdapterConfig, DSCFields, ContextFields):
     Gamma starts at zero, so that a fresh adapter changes nothing. Hugging Face models add the regularisers to their
     loss. For other models, and for losses computed outside the model (as in TRL's trainers), add
     ``torchdsc.regularization(model).total`` or set their weights to 0. In language models, adapters can be routed by
-    token embeddings, for example with ``**torchdsc.recommended(num_atoms=64, gamma_init=0.0)``.
+    token embeddings, for example with ``**torchdsc.recommended(num_atoms=64, gamma_init=0.0)``, or with
+    ``router="ngram"`` by the last tokens: then the model must be called with token ids, and the salt of each target's
+    router is the first number in its name.
 
     Args:
         share_bank: One bank for all target modules of the same sizes, instead of one for each.
@@ -113,21 +115,23 @@ class DSCAdapterConfig(AdapterConfig, DSCFields, ContextFields):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.options()
-        self.context()
+        # A file holds a list.
+        self.ngram_orders = self.context().ngram_orders
 
     def options(self) -> DSCOptions:
         """The options of the layers."""
         return DSCOptions(**{f.name: getattr(self, f.name) for f in fields(DSCOptions)})
 
     def context(self) -> ContextOptions:
-        """The options of the layers' short convolutions."""
-        context = ContextOptions(**{f.name: getattr(self, f.name) for f in fields(ContextOptions)})
+        """The options of what the layers see of the tokens before."""
+        names = [f.name for f in (*fields(DSCFields), *fields(ContextFields))]
+        context, _ = split_context({name: getattr(self, name) for name in names})
         if context.router_context > 1 and context.router_input == "hidden":
             raise ValueError(
                 "router_input must be 'embeddings' for router_context > 1 in an adapter, got 'hidden': its model's "
                 "cache keeps no hidden states"
             )
-        return context
+        return context.beside(gate=False)
 
 
 @dataclass

@@ -11,7 +11,8 @@ from transformers import PreTrainedModel
 from torchdsc.baselines import MixtureOfLoRAs
 from torchdsc.nn import DSC, BasisBank, ContextOptions, DSCOptions, RoutedLayer
 from torchdsc.nn.broadcast import Broadcast, Listener
-from torchdsc.nn.host import TokenMasked, feature_sizes, is_linear, stream_width
+from torchdsc.nn.host import TokenMasked, feature_sizes, is_linear, layer_index, stream_width
+from torchdsc.nn.routers import set_salt
 
 from .config import AdapterConfig, DSCAdapterConfig, MixtureOfLoRAsConfig
 
@@ -50,8 +51,9 @@ def sizes_of(config: AdapterConfig, model: nn.Module, name: str) -> tuple[int, i
 
 
 def trains(layer: nn.Module) -> bool:
-    """Whether the router of an adapter is trained, so that regularisers make sense."""
-    return any(parameter.requires_grad for parameter in cast(RoutedLayer, layer).router.parameters())
+    """Whether an adapter's router, or all of it if that has no parameters, is trained: then regularisers make sense."""
+    routed = [*cast(RoutedLayer, layer).router.parameters()] or [*layer.parameters()]
+    return any(parameter.requires_grad for parameter in routed)
 
 
 class AdapterLayer(nn.Module, BaseTunerLayer, TokenMasked):
@@ -120,7 +122,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer, TokenMasked):
             self._silence(name)
 
     def listen(self, adapter_name: str, broadcast: Broadcast) -> None:
-        """Let an adapter of this layer, if it has that one, get its model's token embeddings."""
+        """Let an adapter of this layer, if it has that one, get its model's tokens."""
         if adapter_name in self.adapters:
             self._silence(adapter_name)
             cast(Listener, self.adapters[adapter_name]).listen(broadcast)
@@ -209,7 +211,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer, TokenMasked):
         layer = cast(RoutedLayer, self.adapters[name])
         x, routed = self._cast_input_dtype(x, next(layer.parameters()).dtype), None
         if isinstance(layer, Listener):
-            x, routed = layer.look(x, rows)
+            x, routed, _ = layer.look(x, rows)
         if self.training and not trains(layer):
             # A frozen adapter has no regularisers to collect.
             routing, _ = layer.route(x if routed is None else routed, mask).take_statistics()
@@ -306,6 +308,7 @@ class DSCAdapterLayer(AdapterLayer):
         assert isinstance(config, DSCAdapterConfig)
         bank = owner.bank if isinstance(owner, DSC) and config.share_bank else None
         layer = ContextualDSC(self.in_features, self.out_features, config.options(), config.context(), bank)
+        set_salt(layer.router, layer_index(self.target))
         if isinstance(owner, DSC) and config.share_router:
             layer.router = owner.router
         return layer

@@ -21,7 +21,7 @@ from transformers import GenerationConfig
 from transformers.pytorch_utils import Conv1D
 
 from torchdsc.losses import add_regularization, leave_regularization
-from torchdsc.nn.broadcast import broadcast_embeddings, decoder_of, embedding_size
+from torchdsc.nn.broadcast import broadcast_tokens, decoder_of, embedding_size
 from torchdsc.nn.host import leave_attention_mask, leave_fused_encoder, pass_attention_mask
 
 from .config import ALL_LINEAR, AdapterConfig, DSCAdapterConfig
@@ -58,7 +58,7 @@ class AdapterModel(BaseTuner):
         self._broadcast(adapter_name)
 
     def _broadcast(self, adapter_name: str) -> None:
-        """Give the adapter token embeddings, if its method uses them."""
+        """Give the adapter the tokens, if its method uses them."""
 
     def _prepare_model(self, peft_config: AdapterConfig, model: nn.Module) -> None:
         """Check all targets before the first is replaced."""
@@ -219,14 +219,16 @@ class DSCAdapterModel(AdapterModel):
         context = config.context()
         layers = [layer for layer in _layers(self.model) if isinstance(layer, DSCAdapterLayer)]
         layers = [layer for layer in layers if adapter_name in layer.adapters]
-        if context.embeddings_are_seen and layers:
-            source = broadcast_embeddings(self.model, layers[0].in_features, context.past_tokens)
+        if context.tokens_are_seen and layers:
+            features = layers[0].in_features if context.embeddings_are_seen else None
+            source = broadcast_tokens(self.model, features, context.past_tokens, context.orders_seen)
             for layer in layers:
                 layer.listen(adapter_name, source)
 
     def _check_targets(self, config: AdapterConfig, model: nn.Module, targets: dict[str, int]) -> None:
         assert isinstance(config, DSCAdapterConfig)
-        if not config.context().embeddings_are_seen:
+        context = config.context()
+        if not context.tokens_are_seen:
             return
         features = embedding_size(model) or next(iter(targets.values()), None)
         decoder = decoder_of(model)
@@ -235,9 +237,9 @@ class DSCAdapterModel(AdapterModel):
             if model.get_submodule(name) not in inside:
                 raise ValueError(
                     f"target_modules must match modules inside {type(decoder).__name__}, whose call tells the "
-                    f"embeddings that router_input and input_context ask for, got {name!r}"
+                    f"tokens that router, router_input and input_context ask for, got {name!r}"
                 )
-            if in_features != features:
+            if context.embeddings_are_seen and in_features != features:
                 raise ValueError(
                     f"target_modules must match modules of in_features = {features}, that of the embeddings which "
                     f"router_input and input_context ask for, got {name!r} of {in_features}"

@@ -4,15 +4,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from torchdsc.nn import DSC, DenseFFN
+from torchdsc.nn import DSC, DenseFFN, GatedFFN
 
 from .mixture_of_loras import MixtureOfLoRAs
 from .moe import StandardMoE
 from .peer import PEER
 
-FeedForwardKind = Literal["dense", "moe", "mixture_of_loras", "peer", "dsc"]
+FeedForwardKind = Literal["dense", "gated", "moe", "mixture_of_loras", "peer", "dsc"]
 Form = Literal["dense", "experts", "update"]
-_CONTEXT = frozenset({"router_input", "router_context", "input_context"})
+_TABLES = frozenset({"ngram_rows", "ngram_orders", "ngram_heads"})
+_CONTEXT = _TABLES | {"router_input", "router_context", "input_context"}
+_UPDATE = _CONTEXT | {"static"}
 
 
 @dataclass(frozen=True)
@@ -58,13 +60,25 @@ METHODS: dict[str, Method] = {
         color=("#2f3742", "#d9dfe7"),
         marker=("o", "\N{BLACK CIRCLE}"),
         widths=(),
-        model_options=frozenset({"input_context"}),
+        model_options=_TABLES | {"input_context"},
+    ),
+    "gated": Method(
+        label="Gated dense",
+        layer=GatedFFN,
+        form="dense",
+        idle=lambda layer: 0,
+        words="gated, width {width}",
+        color=("#5c3612", "#ffd600"),
+        marker=("p", "\N{BLACK PENTAGON}"),
+        widths=(),
     ),
     "moe": Method(
         label="Standard MoE",
         layer=StandardMoE,
         form="experts",
-        idle=lambda layer: (layer.num_experts - layer.router.top_k) * 2 * layer.experts.up_proj[0].numel(),
+        idle=lambda layer: (
+            (layer.num_experts - layer.router.top_k) * sum(each[0].numel() for each in layer.experts.parameters())
+        ),
         words="{num_experts} experts of {width}, top-{top_k}",
         color=("#bb5806", "#f2973a"),
         marker=("s", "\N{BLACK SQUARE}"),
@@ -79,6 +93,7 @@ METHODS: dict[str, Method] = {
         marker=("^", "\N{BLACK UP-POINTING TRIANGLE}"),
         widths=("num_experts", "top_k", "rank"),
         units="LoRAs",
+        model_options=_UPDATE,
     ),
     "peer": Method(
         label="PEER",
@@ -89,18 +104,21 @@ METHODS: dict[str, Method] = {
         color=("#a12a8c", "#e07fd0"),
         marker=("v", "\N{BLACK DOWN-POINTING TRIANGLE}"),
         router="product_key",
+        model_options=_UPDATE,
     ),
     "dsc": Method(
         label="DSC",
         layer=DSC,
         form="update",
-        idle=lambda layer: (layer.options.num_atoms - layer.options.top_k) * 2 * layer.in_features,
+        idle=lambda layer: (
+            (layer.options.num_atoms - layer.options.top_k) * (layer.bank.in_features + layer.bank.out_features)
+        ),
         words="M {num_atoms}{shared}, K {top_k}",
         color=("#2257e0", "#7d9dff"),
         marker=("D", "\N{BLACK DIAMOND}"),
         widths=("num_atoms", "top_k"),
         units="atoms",
-        model_options=_CONTEXT | {"share_bank", "attention_rank"},
+        model_options=_UPDATE | {"share_bank", "attention_rank"},
     ),
 }
 """The methods by name, in the order of tables and figures."""

@@ -8,11 +8,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from torchdsc.arguments import check_at_least, check_types
-from torchdsc.nn import DenseFFN, RegularizerWeights, RoutedLayer, Routing
+from torchdsc.nn import DenseFFN, GatedFFN, RegularizerWeights, RoutedLayer, Routing, RoutingStatistics
 from torchdsc.nn.options import RouterNorm
 from torchdsc.ops.export import is_exporting
 
-from .router import SoftmaxRouter
+from .router import Balancing, SoftmaxRouter
 
 ExpertKernel = Literal["auto", "eager", "batched_mm", "grouped_mm"]
 
@@ -24,8 +24,15 @@ _FEW_PAIRS = 4
 class StandardMoE(RoutedLayer):
     """``y = sum_{e in top-k} p_e gelu(x W_1e) W_2e``, with experts without biases, and optional shared experts.
 
-    The regularisers are the load balance N sum_j P_j f_j (k when uniform) and the router z-loss;
-    :func:`torchdsc.regularization` collects them, as those of DSC.
+    Gated experts are ``(silu(x W_ge) * (x W_ue)) W_2e``. The regularisers are the load balance N sum_j P_j f_j (k when
+    uniform) and the router z-loss; :func:`torchdsc.regularization` collects them, as those of DSC.
+
+    With ``balancing="bias"`` (arXiv 2408.15664) load is balanced without a loss: experts are selected by p + b, and
+    weighted by p alone. After each optimizer step, ``b += bias_rate sign(mean load - load)``, with the load of all
+    training passes with gradients since the step before. So b is the same throughout a step: in all its micro-batches,
+    and where activation checkpointing recomputes a pass. DSCGPT counts a recomputed pass once; a layer elsewhere counts
+    it twice, which changes no sign if all are recomputed. An optimizer of :func:`torchdsc.build_optimizer` moves b; in
+    a loop with another, call :meth:`after_step`. The load is that of its own process. b is saved with the weights.
 
     Args:
         in_features: d.
@@ -37,9 +44,13 @@ class StandardMoE(RoutedLayer):
             raises, evaluation works. The published run does not normalise.
         jitter: Standard deviation of noise on the router's logits in training.
         router_norm: LayerNorm before the router.
-        aux_weight: Weight of the load balance.
+        aux_weight: Weight of the load balance; by default 0.01, or 0 with ``balancing="bias"``.
         z_weight: Weight of the z-loss.
         shared_experts: Number of additional experts that every token uses, unweighted.
+        gated: Whether experts, shared ones too, are gated: three matrices each instead of two.
+        balancing: "loss" for the load balance alone, "bias" for a bias for selection; a given ``aux_weight`` acts
+            beside it.
+        bias_rate: How far a step moves b.
         impl: Expert kernel: "grouped_mm" and "batched_mm" are those of transformers, "eager" is a loop over experts;
             "auto" takes the fastest for the number of tokens and the device.
         device: Where the parameters live.
@@ -51,6 +62,8 @@ class StandardMoE(RoutedLayer):
             kernel.
     """
 
+    router: SoftmaxRouter
+
     def __init__(
         self,
         in_features: int,
@@ -61,9 +74,12 @@ class StandardMoE(RoutedLayer):
         normalize_weights: bool | None = None,
         jitter: float = 0.0,
         router_norm: RouterNorm = "none",
-        aux_weight: float = 0.01,
+        aux_weight: float | None = None,
         z_weight: float = 1e-4,
         shared_experts: int = 0,
+        gated: bool = False,
+        balancing: Balancing = "loss",
+        bias_rate: float = 0.001,
         impl: ExpertKernel = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -74,6 +90,8 @@ class StandardMoE(RoutedLayer):
         check_at_least(0, shared_experts=shared_experts)
         self.in_features = self.out_features = in_features
         self.num_experts, self.impl = num_experts, impl
+        if aux_weight is None:
+            aux_weight = 0.01 if balancing == "loss" else 0.0
         self.regularizers = RegularizerWeights(aux=aux_weight, z=z_weight)
         self.router = SoftmaxRouter(
             in_features,
@@ -82,16 +100,31 @@ class StandardMoE(RoutedLayer):
             normalize_weights=normalize_weights,
             jitter=jitter,
             norm=router_norm,
+            balancing=balancing,
+            bias_rate=bias_rate,
             device=device,
             dtype=dtype,
         )
-        self.experts = Experts(num_experts, in_features, hidden_features, device=device, dtype=dtype)
-        # Together they are one dense layer.
-        shared = shared_experts * hidden_features
-        self.shared = DenseFFN(in_features, shared, device=device, dtype=dtype) if shared else None
+        self.experts = Experts(num_experts, in_features, hidden_features, gated=gated, device=device, dtype=dtype)
+        # Together they are one layer.
+        shared, kind = shared_experts * hidden_features, GatedFFN if gated else DenseFFN
+        self.shared = kind(in_features, shared, device=device, dtype=dtype) if shared else None
+
+    def leave_statistics(self, statistics: RoutingStatistics | None, output: Tensor) -> None:
+        """See :class:`torchdsc.nn.RoutedLayer`; the load counts for :meth:`after_step` too."""
+        load = None if statistics is None else statistics.load
+        if self.router.balancing == "bias" and self.training and torch.is_grad_enabled() and load is not None:
+            self.router.count(load)
+        super().leave_statistics(statistics, output)
+
+    def after_step(self) -> None:
+        """Move the bias for selection by the load since the last call."""
+        if self.router.balancing == "bias":
+            self.router.balance()
 
     def _route(self, routed: Tensor, token_mask: Tensor | None) -> Routing:
-        found: Routing = self.router(routed, token_mask, self.training and self.regularizers.need_tokens)
+        collect = self.training and (self.regularizers.need_tokens or self.router.balancing == "bias")
+        found: Routing = self.router(routed, token_mask, collect)
         return found
 
     def _compose(self, flat: Tensor, routing: Routing) -> Tensor:
@@ -119,34 +152,53 @@ class StandardMoE(RoutedLayer):
 class _KernelInterface:
     """The attributes that transformers' expert kernels read."""
 
-    has_gate = False
+    has_gate: bool
     has_bias = False
     has_post_expert_norm = False
     is_transposed = False
     _is_expert_parallel = False
 
     def act_fn(self, x: Tensor) -> Tensor:
-        return functional.gelu(x)
+        return functional.silu(x) if self.has_gate else functional.gelu(x)
+
+    def _apply_gate(self, x: Tensor) -> Tensor:
+        gate, up = x.chunk(2, dim=-1)
+        return self.act_fn(gate) * up
 
 
 class _PaddedExperts(_KernelInterface):
-    def __init__(self, num_experts: int, up_proj: Tensor, down_proj: Tensor) -> None:
-        self.num_experts, self.up_proj, self.down_proj = num_experts, up_proj, down_proj
+    def __init__(self, num_experts: int, first: Tensor, down_proj: Tensor, has_gate: bool) -> None:
+        self.num_experts, self.down_proj, self.has_gate = num_experts, down_proj, has_gate
+        self.up_proj = self.gate_up_proj = first
 
 
 class Experts(_KernelInterface, nn.Module):
-    """Weights of N experts, laid out for transformers' kernels: ``up_proj`` (N, h, d) and ``down_proj`` (N, d, h)."""
+    """Weights of N experts, laid out for transformers' kernels: ``up_proj`` (N, h, d) and ``down_proj`` (N, d, h).
 
-    def __init__(self, num_experts: int, in_features: int, hidden_features: int, **factory: Any) -> None:
+    Gated experts have ``gate_up_proj`` (N, 2 h, d), W_g before W_u, in place of ``up_proj``.
+    """
+
+    up_proj: nn.Parameter
+    gate_up_proj: nn.Parameter
+
+    def __init__(
+        self, num_experts: int, in_features: int, hidden_features: int, *, gated: bool = False, **factory: Any
+    ) -> None:
         super().__init__()
-        self.num_experts = num_experts
-        self.up_proj = nn.Parameter(torch.empty(num_experts, hidden_features, in_features, **factory))
+        self.num_experts, self.has_gate = num_experts, gated
+        rows, name = (2 * hidden_features, "gate_up_proj") if gated else (hidden_features, "up_proj")
+        self.register_parameter(name, nn.Parameter(torch.empty(num_experts, rows, in_features, **factory)))
         self.down_proj = nn.Parameter(torch.empty(num_experts, in_features, hidden_features, **factory))
         self.reset_parameters()
 
+    @property
+    def first(self) -> Tensor:
+        """The weight that experts apply to tokens."""
+        return self.gate_up_proj if self.has_gate else self.up_proj
+
     def reset_parameters(self) -> None:
         """Uniform within +-1 / sqrt(fan in), as ``nn.Linear``."""
-        for weight in (self.up_proj, self.down_proj):
+        for weight in (self.first, self.down_proj):
             nn.init.uniform_(weight, -(weight.shape[-1] ** -0.5), weight.shape[-1] ** -0.5)
 
     def forward(self, x: Tensor, indices: Tensor, weights: Tensor, kernel: str) -> Tensor:
@@ -155,7 +207,7 @@ class Experts(_KernelInterface, nn.Module):
         Raises:
             TypeError: If the dtype of ``x`` is not that of the parameters, and autocast is off.
         """
-        dtype = self.up_proj.dtype
+        dtype = self.down_proj.dtype
         if x.dtype != dtype:
             if not torch.is_autocast_enabled(x.device.type) or not x.is_floating_point():
                 raise TypeError(f"x must have the dtype of the parameters, {dtype}, got {x.dtype}")
@@ -171,21 +223,25 @@ class Experts(_KernelInterface, nn.Module):
 
     def _aligned(self, run: Callable[..., Tensor], x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
         """Pad with zeros: the grouped product needs rows of multiples of 16 bytes, which a width such as 545 is not."""
-        _, hidden, features = self.up_proj.shape
-        unit = 16 // self.up_proj.element_size()
+        down_proj: Tensor = self.down_proj
+        _, features, hidden = down_proj.shape
+        unit = 16 // down_proj.element_size()
         more_hidden, more = -hidden % unit, -features % unit
         if not (more_hidden or more):
             return run(self, x, indices, weights)
-        up_proj = functional.pad(self.up_proj, (0, more, 0, more_hidden))
-        down_proj = functional.pad(self.down_proj, (0, more_hidden, 0, more))
-        padded = _PaddedExperts(self.num_experts, up_proj, down_proj)
+        # Gate and up are padded each.
+        halves = self.first.reshape(self.num_experts, -1, hidden, features)
+        first = functional.pad(halves, (0, more, 0, more_hidden)).flatten(1, 2)
+        down_proj = functional.pad(down_proj, (0, more_hidden, 0, more))
+        padded = _PaddedExperts(self.num_experts, first, down_proj, self.has_gate)
         return run(padded, functional.pad(x, (0, more)), indices, weights)[:, :features]
 
     def _eager(self, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
         y = torch.zeros_like(x)
+        first, activate = self.first, self._apply_gate if self.has_gate else self.act_fn
         for expert in range(self.num_experts):
             tokens, slot = torch.where(indices == expert)
-            hidden = functional.gelu(functional.linear(x[tokens], self.up_proj[expert]))
+            hidden = activate(functional.linear(x[tokens], first[expert]))
             output = functional.linear(hidden, self.down_proj[expert]) * weights[tokens, slot].unsqueeze(1)
             y = y.index_add(0, tokens, output.to(y.dtype))
         return y

@@ -6,9 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchdsc.arguments import check_at_least, check_types
+from torchdsc.arguments import check_at_least, check_positive, check_types
 from torchdsc.nn import ProductKeyRouter, RegularizerWeights, RoutedLayer, Routing
 from torchdsc.nn.options import RouterNorm
+from torchdsc.nn.routers.product_key import QueryNorm
 from torchdsc.nn.statistics import sum_statistics
 from torchdsc.ops import compose
 from torchdsc.ops.compose.api import Implementation
@@ -29,6 +30,8 @@ class PEER(RoutedLayer):
         heads: Number of heads, each with its own query and keys.
         query_features: Features of a head's query, even; by default d_in / 2, rounded down to an even number.
         router_norm: Normalisation before the queries: "layer" (LayerNorm without parameters), "layer_affine" or "none".
+        query_norm: "batch" for BatchNorm of the queries, as published, see :class:`torchdsc.nn.ProductKeyRouter`.
+        init_std: Standard deviation of initial rows u and v.
         aux_weight: Weight of L_aux, equation (9); PEER as published has no such term.
         z_weight: Weight of the router z-loss; likewise.
         impl: Implementation of the composition.
@@ -36,8 +39,8 @@ class PEER(RoutedLayer):
         dtype: Their dtype.
 
     Attributes:
-        down: Rows u, of shape (N, d_in), normal of standard deviation ``d_in^-1/2`` at the start.
-        up: Rows v, of shape (N, d_out), likewise.
+        down: Rows u, of shape (N, d_in), normal of standard deviation ``init_std``, or ``d_in^-1/2``, at the start.
+        up: Rows v, of shape (N, d_out), likewise with ``d_out^-1/2``.
 
     Raises:
         TypeError: If an argument has another type.
@@ -47,6 +50,7 @@ class PEER(RoutedLayer):
     router: ProductKeyRouter
     # PEER does not clamp logits: none comes near this bound.
     logit_clamp = 1e4
+    row_parameters = ("down", "up")
 
     def __init__(
         self,
@@ -58,6 +62,8 @@ class PEER(RoutedLayer):
         heads: int = 1,
         query_features: int | None = None,
         router_norm: RouterNorm = "layer",
+        query_norm: QueryNorm = "none",
+        init_std: float | None = None,
         aux_weight: float = 0.0,
         z_weight: float = 0.0,
         impl: Implementation = "auto",
@@ -70,8 +76,10 @@ class PEER(RoutedLayer):
         check_at_least(1, in_features=in_features, out_features=out_features)
         if heads < 1 or top_k < heads or top_k % heads:
             raise ValueError(f"top_k must be a multiple of heads = {heads}, got {top_k}")
+        check_positive(init_std=init_std)
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.in_features, self.out_features, self.impl = in_features, out_features, impl
+        self.init_std = init_std
         self.num_experts, self.top_k, self.heads = num_experts, top_k, heads
         self.regularizers = RegularizerWeights(aux=aux_weight, z=z_weight)
         if math.isqrt(max(num_experts, 0)) ** 2 != num_experts:
@@ -79,7 +87,9 @@ class PEER(RoutedLayer):
         rank = 2 * max(1, in_features // 4) if query_features is None else query_features
         if rank < 2 or rank % 2:
             raise ValueError(f"query_features must be even and >= 2, got {rank}")
-        self.router = ProductKeyRouter(in_features, num_experts, rank=rank, heads=heads, norm=router_norm, **factory)
+        self.router = ProductKeyRouter(
+            in_features, num_experts, rank=rank, heads=heads, norm=router_norm, query_norm=query_norm, **factory
+        )
         if top_k > heads * num_experts:
             raise ValueError(f"top_k must be at most heads x num_experts = {heads * num_experts}, got {top_k}")
         self.down = nn.Parameter(torch.empty(num_experts, in_features, **factory))
@@ -88,8 +98,8 @@ class PEER(RoutedLayer):
 
     def reset_parameters(self) -> None:
         """Normal rows."""
-        nn.init.normal_(self.down, std=self.in_features**-0.5)
-        nn.init.normal_(self.up, std=self.out_features**-0.5)
+        for rows in (self.down, self.up):
+            nn.init.normal_(rows, std=rows.shape[1] ** -0.5 if self.init_std is None else self.init_std)
 
     @property
     def parameter_dtype(self) -> torch.dtype:

@@ -9,17 +9,20 @@ from torch import Tensor, nn
 
 from torchdsc.arguments import check_at_least, check_types
 from torchdsc.losses import add_regularization
-from torchdsc.nn import DSC, BasisBank, ContextOptions, DenseFFN, Residual
-from torchdsc.nn.broadcast import Listener, broadcast_embeddings
+from torchdsc.nn import DSC, BasisBank, ContextOptions, Residual
+from torchdsc.nn.broadcast import Listener, broadcast_tokens
 from torchdsc.nn.host import (
     TokenMasked,
     feature_sizes,
+    layer_index,
     leave_fused_encoder,
     pass_attention_mask,
     stream_width,
     tied_keys,
 )
 from torchdsc.nn.options import FeedForwardArguments, split_context
+from torchdsc.nn.residual import build_static
+from torchdsc.nn.routers import set_salt
 
 from .matching import match_parameters
 from .saving import remember_conversion
@@ -44,11 +47,11 @@ def convert(
         torchdsc.convert(model, mode="replace", match="parameters", **torchdsc.recommended())
 
     The converted model hands its DSC layers the ``attention_mask`` it is called with, so that padding does not count in
-    the regularisers, and token embeddings if the options ask for them. This works in training, evaluation and cached
-    generation, with padding, and with sequences packed by ``position_ids``. A Hugging Face model adds the regularisers
-    to its loss in training; with other models add ``torchdsc.regularization(model).total``. A backward pass without
-    them raises. Save a converted model by ``save_pretrained`` and load it by :func:`torchdsc.load_converted`;
-    transformers' own ``from_pretrained`` refuses it.
+    the regularisers, and token embeddings or ids if the options ask for them. This works in training, evaluation and
+    cached generation, with padding, and with sequences packed by ``position_ids``. A Hugging Face model adds the
+    regularisers to its loss in training; with other models add ``torchdsc.regularization(model).total``. A backward
+    pass without them raises. Save a converted model by ``save_pretrained`` and load it by
+    :func:`torchdsc.load_converted`; transformers' own ``from_pretrained`` refuses it.
 
     Args:
         model: Any PyTorch or Hugging Face model whose targets map (..., d_in) to (..., d_out).
@@ -59,11 +62,13 @@ def convert(
             parameters than the module it replaces.
         in_features: d_in; by default read from each target, if possible.
         out_features: d_out; likewise.
-        hidden_features: With "replace", width of a static layer (:class:`torchdsc.nn.DenseFFN`) beside DSC; by default
-            none.
+        hidden_features: With "replace", width of a static layer beside DSC (:class:`torchdsc.nn.DenseFFN`, or
+            :class:`torchdsc.nn.GatedFFN` with ``static="gated"``); by default none.
         share_bank: One bank for all layers, which must then have the same sizes.
         **options: Fields of :class:`torchdsc.DSCOptions` and :class:`torchdsc.nn.ContextOptions`, for example those of
-            :func:`torchdsc.recommended`. ``top_k`` is required, and without ``match`` also ``num_atoms``.
+            :func:`torchdsc.recommended`. ``top_k`` is required, and without ``match`` also ``num_atoms``. With
+            ``router="ngram"`` the model must be called with token ids, and the salt of each layer's router is the first
+            number in its name.
 
     Returns:
         Names of the converted modules, in order.
@@ -71,7 +76,7 @@ def convert(
     Raises:
         TypeError: If an argument has another type, or an option is unknown or missing.
         ValueError: If nothing matches, an argument is out of its range or does not go with the others, sizes cannot be
-            read, a shared bank does not fit, or the options ask for token embeddings that the model does not have.
+            read, a shared bank does not fit, or the options ask for tokens or embeddings that the model does not have.
     """
     check_types(convert, locals())
     check_at_least(1, in_features=in_features, out_features=out_features, hidden_features=hidden_features)
@@ -95,12 +100,13 @@ def convert(
         bank: BasisBank | None = layers[0].dsc.bank if share_bank and layers else None
         changes = own if num_atoms is None else {**own, "num_atoms": num_atoms}
         layers.append(_build(base, mode, (first, last), width, context, changes, bank))
+        set_salt(layers[-1].dsc.router, layer_index(name))
         sizes.append((layers[-1].dsc.options.num_atoms, width or None))
-    if context.embeddings_are_seen:
-        seen_by = {layer.dsc.in_features for layer in layers}
+    if context.tokens_are_seen:
+        seen_by = {layer.dsc.in_features for layer in layers if layer.context.embeddings_are_seen}
         if len(seen_by) > 1:
             raise ValueError(f"in_features must be the same for layers that see embeddings, got {sorted(seen_by)}")
-        source = broadcast_embeddings(model, seen_by.pop(), context.past_tokens)
+        source = broadcast_tokens(model, next(iter(seen_by), None), context.past_tokens, context.orders_seen)
         for layer in layers:
             layer.listen(source)
     for name, layer in zip(names, layers, strict=True):
@@ -127,6 +133,8 @@ def _check_combination(
     for argument, value in (("match", match), ("hidden_features", hidden_features)):
         if mode == "wrap" and value is not None:
             raise ValueError(f"{argument} must be None for mode = 'wrap', which keeps the module, got {value!r}")
+    if mode == "wrap" and context.static != "dense":
+        raise ValueError(f"static must be 'dense' for mode = 'wrap', which keeps the module, got {context.static!r}")
     if match and share_bank:
         raise ValueError(
             "match must be None for share_bank = True, as one bank is in every layer's budget, got 'parameters'"
@@ -155,8 +163,8 @@ def _build(
     if mode == "wrap":
         layer = _Wrapped(Residual(base, dsc))
     else:
-        layer = _Replaced(Residual(DenseFFN(features[0], width, **placed), dsc) if width else dsc)
-    layer.add_contexts(features[0], context, **placed)
+        layer = _Replaced(Residual(build_static(context.static, features[0], width, **placed), dsc) if width else dsc)
+    layer.add_contexts(features[0], context.beside(gate=bool(width) and context.static == "gated"), **placed)
     kept = {*base.modules()} if mode == "wrap" else set()
     for part in {*layer.modules()} - kept:
         part.training = base.training
@@ -164,7 +172,7 @@ def _build(
 
 
 class _Converted(nn.Module, TokenMasked, Listener):
-    """A converted module: hands its DSC layer the model's attention mask and token embeddings.
+    """A converted module: hands its DSC layer the model's attention mask, token embeddings and codes of n-grams.
 
     Attributes:
         module: The DSC layer, alone or with a static layer or the original module.
@@ -192,7 +200,7 @@ class _Wrapped(_Converted):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         # The base gets exactly the arguments it got before, whatever their names.
         y: Tensor = self.module.base(x, *args, **kwargs)
-        z, routed = self.look(x)
+        z, routed, _ = self.look(x)
         update: Tensor = self.module.dsc(z, self.mask_of(x), routed)
         return self.kept(y + update)
 
@@ -201,8 +209,12 @@ class _Replaced(_Converted):
     takes_router_input = True
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        z, routed = self.look(x)
-        given = {"token_mask": self.mask_of(x), "router_input": routed, **kwargs}
+        z, routed, gate = self.look(x)
+        given = {"token_mask": self.mask_of(x), **kwargs}
+        if routed is not None:
+            given["router_input"] = routed
+        if isinstance(self.module, Residual):
+            given["gate_input"] = gate
         y: Tensor = self.module(z, *args, **given)
         return self.kept(y)
 

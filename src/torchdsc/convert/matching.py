@@ -36,8 +36,10 @@ def match_parameters(
     Raises:
         ValueError: If K atoms, or the sizes that are given, do not fit in the budget.
     """
-    room = budget - context.context_rows * in_features
-    each = in_features + out_features
+    is_gated = context.static == "gated" and hidden_features != 0 and in_features == out_features
+    room = budget - context.beside(gate=is_gated).context_rows * in_features
+    # Of a unit of width of the static layer.
+    each = 3 * in_features if is_gated else in_features + out_features
 
     def stored(num_atoms: int) -> int:
         with torch.device("meta"):

@@ -6,7 +6,8 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from torchdsc.nn import DSC, Contextual, Residual, RoutedLayer, Routing, RoutingStatistics, Seen
+from torchdsc.nn import DSC, Contextual, GatedFFN, NgramRouter, Residual, RoutedLayer, Routing, RoutingStatistics, Seen
+from torchdsc.nn.routers import set_salt
 
 from .attention import DSCGPTAttention
 from .configuration import DSCGPTConfig
@@ -26,10 +27,13 @@ class DSCGPTBlock(GradientCheckpointingLayer, Contextual):
             config.feed_forward, config.hidden_size, config.intermediate_size, config.feed_forward_options
         )
         self.add_contexts(config.hidden_size, config.model_options)
+        self.ngram_tables = config.model_options.build_tables(config.hidden_size, layer_idx)
         self.layer_idx = layer_idx
-        if isinstance(self.routed_layer, DSC):
-            bank = self.routed_layer.bank
-            self.attention.update = build_attention_update(config.feed_forward, config.feed_forward_options, bank)
+        layer = self.routed_layer
+        self.routes_by_ngrams = isinstance(layer, DSC) and isinstance(layer.router, NgramRouter)
+        if isinstance(layer, DSC):
+            set_salt(layer.router, layer_idx)
+            self.attention.update = build_attention_update(config.feed_forward, config.feed_forward_options, layer.bank)
         self.dropout = nn.Dropout(config.dropout)
         mark_residual_writers(self)
 
@@ -44,9 +48,24 @@ class DSCGPTBlock(GradientCheckpointingLayer, Contextual):
         """All routed layers, in the order of :meth:`forward`."""
         return [layer for layer in (self.attention.update, self.routed_layer) if layer is not None]
 
+    @property
+    def _static_is_gated(self) -> bool:
+        return isinstance(self.feed_forward, Residual) and isinstance(self.feed_forward.base, GatedFFN)
+
+    def _routed(self, x: Tensor, token_mask: Tensor | None, routing: Routing, routed: Tensor | None) -> Tensor:
+        """The feed-forward layer of tokens that are routed already; a gate sees what the router saw."""
+        gate = {"gate_input": routed} if self._static_is_gated else {}
+        y: Tensor = self.feed_forward(x, token_mask=token_mask, routing=routing, **gate)
+        return y
+
     def route(self, seen: Seen, token_mask: Tensor | None) -> Routing | None:
         """The feed-forward layer's routing, if its router sees nothing but token embeddings; else None."""
-        if self.routed_layer is None or self.context.router_input == "hidden":
+        if self.routed_layer is None:
+            return None
+        if self.routes_by_ngrams:
+            assert seen.codes is not None
+            return self.routed_layer.route(seen.codes, token_mask)
+        if self.context.router_input == "hidden":
             return None
         weight = next(self.routed_layer.router.parameters(), None)
         if weight is not None and not weight.is_meta and weight.device != seen.sequences.device:
@@ -67,6 +86,7 @@ class DSCGPTBlock(GradientCheckpointingLayer, Contextual):
         token_mask: Tensor | None = None,
         past_key_values: Cache | None = None,
         positions: Tensor | None = None,
+        codes: Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, list[RoutingStatistics | None]]:
         """Map hidden states (B, T, d) to (B, T, d).
@@ -80,6 +100,7 @@ class DSCGPTBlock(GradientCheckpointingLayer, Contextual):
             token_mask: Padding mask of shape (B, T), or None.
             past_key_values: Key-value cache, or None.
             positions: Positions of the tokens, if given to the model.
+            codes: Of n-grams, see :class:`torchdsc.nn.Seen`.
             **kwargs: For the attention function.
 
         Returns:
@@ -94,22 +115,26 @@ class DSCGPTBlock(GradientCheckpointingLayer, Contextual):
         sequences = embeddings
         if sequences is None:
             sequences = with_past(x, self.context.past_tokens, token_mask, past_key_values, self.layer_idx)
-        seen = Seen(sequences, x.shape[1], positions)
+        seen = Seen(sequences, x.shape[1], positions, codes)
+        remembered = None if self.ngram_tables is None else self.ngram_tables(x, codes)
         x = self.layer_sees(x, seen)
         if self.routed_layer is not None and indices is not None and coefficients is not None:
             routing = Routing(indices, coefficients, leaves_statistics=False)
-            update = self.feed_forward(x, token_mask=token_mask, routing=routing)
+            routed = self.router_sees(seen) if self._static_is_gated else None
+            update = self._routed(x, token_mask, routing, routed)
         elif self.routed_layer is not None and self.training:
             routed = self.router_sees(seen)
             routing, of_layer = self.routed_layer.route(x if routed is None else routed, token_mask).take_statistics()
             statistics.append(of_layer)
-            update = self.feed_forward(x, token_mask=token_mask, routing=routing)
+            update = self._routed(x, token_mask, routing, routed)
         elif getattr(self.feed_forward, "takes_router_input", False):
             # In evaluation no layer leaves statistics. A converted or adapted one leaves its own.
             update = self.feed_forward(x, token_mask=token_mask, router_input=self.router_sees(seen))
             statistics += [] if self.routed_layer is None else [None]
         else:
             update = self.feed_forward(x)
+        if remembered is not None:
+            update = update + remembered
         return hidden_states + self.dropout(update), statistics
 
 

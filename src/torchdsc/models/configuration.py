@@ -28,16 +28,17 @@ class DSCGPTConfig(PretrainedConfig):
         num_hidden_layers: Number of blocks.
         num_attention_heads: Number of heads; must divide ``hidden_size``.
         max_position_embeddings: Length of the longest sequence.
-        feed_forward: "dense", "moe", "mixture_of_loras", "peer" or "dsc".
-        intermediate_size: Width of the dense layer, of an MoE expert, or of the static layer beside the update of DSC,
-            PEER and Mixture-of-LoRAs (0 for none).
+        feed_forward: "dense", "gated", "moe", "mixture_of_loras", "peer" or "dsc".
+        intermediate_size: Width of the dense or gated layer, of an MoE expert, or of the static layer beside the update
+            of DSC, PEER and Mixture-of-LoRAs (0 for none).
         feed_forward_options: Arguments of the layer: :class:`torchdsc.DSC` (which requires "num_atoms" and "top_k"),
-            :class:`torchdsc.baselines.StandardMoE`, :class:`torchdsc.baselines.PEER` (both "num_experts"), or
-            :class:`torchdsc.baselines.MixtureOfLoRAs` ("num_experts" and "rank"). All of them also take
-            "router_input", "router_context" and "input_context" of :class:`torchdsc.nn.ContextOptions`; a dense layer
-            takes "input_context". DSC also takes "share_bank", true for one bank in all blocks, and "attention_rank",
-            the rank of an additional router by which the same bank updates the attention's output projection. The
-            config keeps a read-only copy; to change options, assign a new dictionary.
+            :class:`torchdsc.baselines.StandardMoE`, :class:`torchdsc.baselines.PEER` (both "num_experts"),
+            :class:`torchdsc.baselines.MixtureOfLoRAs` ("num_experts" and "rank"), or
+            :class:`torchdsc.baselines.GatedFFN`. All of them also take "router_input", "router_context" and
+            "input_context" of :class:`torchdsc.nn.ContextOptions`, which for a gated layer make the gate's input; a
+            dense layer takes "input_context". DSC also takes "share_bank", true for one bank in all blocks, and
+            "attention_rank", the rank of an additional router by which the same bank updates the attention's output
+            projection. The config keeps a read-only copy; to change options, assign a new dictionary.
         dropout: Of embeddings, attention weights and residual branches.
         layer_norm_eps: Of every LayerNorm.
         initializer_range: Standard deviation of initial weights.
@@ -102,7 +103,7 @@ class DSCGPTConfig(PretrainedConfig):
         if self.model_options.past_tokens > 0:
             # A "hybrid" cache layer also keeps the last inputs of the short convolutions: embeddings once, in the first
             # block's, but hidden states in each block's.
-            rest = "full_attention" if self.model_options.embeddings_are_seen else "hybrid"
+            rest = "full_attention" if self.model_options.tokens_are_seen else "hybrid"
             kwargs["layer_types"] = ["hybrid"] + [rest] * (num_hidden_layers - 1)
         super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
 

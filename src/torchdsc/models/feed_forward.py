@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchdsc.baselines import DenseFFN
 from torchdsc.baselines.methods import METHODS
 from torchdsc.nn import DSC, BasisBank, Residual
+from torchdsc.nn.residual import build_static
 
 from .options import FeedForwardKind, split_options
 
@@ -34,9 +34,11 @@ def build_feed_forward(
         raise ValueError(f"feed_forward must be one of {tuple(METHODS)}, got {kind!r}")
     method = METHODS[kind]
     try:
-        _, options = split_options(kind, options)
+        model, options = split_options(kind, options)
         if method.form == "update":
-            static = DenseFFN(hidden_size, intermediate_size) if intermediate_size > 0 else NoFeedForward()
+            static: nn.Module = NoFeedForward()
+            if intermediate_size:
+                static = build_static(model.static, hidden_size, intermediate_size)
             return Residual(static, method.layer(hidden_size, **options))
         layer: nn.Module = method.layer(hidden_size, intermediate_size, **options)
         return layer

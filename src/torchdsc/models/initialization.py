@@ -3,8 +3,11 @@
 from torch import nn
 from transformers import initialization as init
 
+from torchdsc.baselines import SoftmaxRouter
 from torchdsc.baselines.moe import Experts
 from torchdsc.nn import DSC, BasisBank, RoutedLayer, Router, ShortConvolution
+from torchdsc.nn.dsc import Projection
+from torchdsc.nn.routers.query_norm import QueryBatchNorm
 
 from .configuration import DSCGPTConfig
 
@@ -21,12 +24,14 @@ def initialize(module: nn.Module, config: DSCGPTConfig) -> None:
     """
     std = config.initializer_range
     residual_std = std if config.residual_init == "none" else std / (2 * config.num_hidden_layers) ** 0.5
-    if isinstance(module, nn.Linear | nn.Embedding):
+    if isinstance(module, Projection):
+        module.reset_parameters()
+    elif isinstance(module, nn.Linear | nn.Embedding):
         small = getattr(module, "_writes_residual", None)
         into_residual = small == "always" or (small == "feed_forward" and config.residual_init == "gpt2")
         init.normal_(module.weight, std=residual_std if into_residual else std)
     elif isinstance(module, Experts):
-        init.normal_(module.up_proj, std=std)
+        init.normal_(module.first, std=std)
         init.normal_(module.down_proj, std=residual_std)
     elif isinstance(module, nn.LayerNorm) and module.elementwise_affine:
         init.ones_(module.weight)
@@ -36,6 +41,13 @@ def initialize(module: nn.Module, config: DSCGPTConfig) -> None:
             init.normal_(parameter, std=deviation)
         if module.bias is not None:
             init.zeros_(module.bias)
+    elif isinstance(module, QueryBatchNorm):
+        for ones, zeros in ((module.weight, module.bias), (module.running_variance, module.running_mean)):
+            init.ones_(ones)
+            init.zeros_(zeros)
+    elif isinstance(module, SoftmaxRouter) and module.balancing == "bias":
+        init.zeros_(module.moves)
+        init.zeros_(module.load)
     elif isinstance(module, BasisBank):
         fresh = BasisBank(module.num_atoms, module.in_features, module.out_features, init_norm=module.init_norm)
         init.copy_(module.u, fresh.u)
@@ -55,5 +67,5 @@ def mark_residual_writers(block: nn.Module) -> None:
     for name, module in block.named_modules():
         if name == "attention.out_proj":
             module._writes_residual = "always"
-        elif name in ("feed_forward.down", "feed_forward.base.down", "feed_forward.shared.down"):
+        elif name in ("feed_forward.down", "feed_forward.base.down", "feed_forward.shared.down", "ngram_tables.value"):
             module._writes_residual = "feed_forward"

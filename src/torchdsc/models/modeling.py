@@ -16,6 +16,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from torchdsc.losses.host import regularized
 from torchdsc.nn import DSC, Seen
+from torchdsc.nn.context import with_ids
 from torchdsc.nn.host import tied_keys
 from torchdsc.nn.statistics_log import next_number
 
@@ -174,7 +175,7 @@ class DSCGPTModel(DSCGPTPreTrainedModel):
             self.config, inputs_embeds, attention_mask, past_key_values, given_positions
         )
         hidden_states = self.dropout(inputs_embeds + self.embed_positions(position_ids))
-        seen = self._look(inputs_embeds, token_mask, past_key_values, given_positions)
+        seen = self._look(inputs_embeds, input_ids, token_mask, past_key_values, given_positions)
         blocks = cast(list[DSCGPTBlock], list(self.blocks))
         # Before the first block, so that activation checkpointing does not recompute what depends on tokens alone.
         routings = [None if seen is None else block.route(seen, token_mask) for block in blocks]
@@ -188,6 +189,7 @@ class DSCGPTModel(DSCGPTPreTrainedModel):
                 token_mask=token_mask,
                 past_key_values=past_key_values,
                 positions=given_positions,
+                codes=None if seen is None else seen.codes,
                 **kwargs,
             )
             if routing is not None:
@@ -198,15 +200,28 @@ class DSCGPTModel(DSCGPTPreTrainedModel):
         return BaseModelOutputWithPast(last_hidden_state=hidden_states, **{_CACHE: past_key_values})
 
     def _look(
-        self, inputs_embeds: Tensor, token_mask: Tensor | None, cache: Cache | None, positions: Tensor | None
+        self,
+        inputs_embeds: Tensor,
+        input_ids: Tensor | None,
+        token_mask: Tensor | None,
+        cache: Cache | None,
+        positions: Tensor | None,
     ) -> Seen | None:
         """Token embeddings for layers and routers, normalised once for all blocks; None if the options use none."""
         options = self.model_options
-        if not options.embeddings_are_seen:
+        if not options.tokens_are_seen:
             return None
         embeddings = functional.layer_norm(inputs_embeds, (self.config.hidden_size,), eps=self.config.layer_norm_eps)
+        length = embeddings.shape[1]
+        if options.hashes_ngrams:
+            if input_ids is None:
+                raise ValueError(
+                    "input_ids must be given to a model that is addressed by n-grams, got inputs_embeds alone"
+                )
+            # The cache has one place for what came before.
+            embeddings = with_ids(embeddings, input_ids)
         sequences = with_past(embeddings, options.past_tokens, token_mask, cache, 0)
-        return Seen(sequences, inputs_embeds.shape[1], positions)
+        return Seen.of(sequences, length, positions, options.orders_seen)
 
     def _wants_cache(self, use_cache: bool | None) -> bool:
         if use_cache is None:

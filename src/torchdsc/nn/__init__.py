@@ -5,10 +5,11 @@ from .context import Contextual, Seen
 from .dense import DenseFFN
 from .dsc import DSC
 from .feed_forward import DSCFeedForward
+from .gated import GatedFFN
 from .options import ContextOptions, DSCOptions, recommended
 from .regularizers import RegularizerWeights
 from .residual import Residual
-from .routers import LinearRouter, LowRankRouter, ProductKeyRouter, Router
+from .routers import LinearRouter, LowRankRouter, NgramRouter, ProductKeyRouter, Router
 from .routing import Routing
 from .short_convolution import ShortConvolution
 from .statistics import RoutedLayer, forget_statistics
@@ -22,8 +23,10 @@ __all__ = [
     "DSCFeedForward",
     "DSCOptions",
     "DenseFFN",
+    "GatedFFN",
     "LinearRouter",
     "LowRankRouter",
+    "NgramRouter",
     "ProductKeyRouter",
     "RegularizerWeights",
     "Residual",

@@ -42,6 +42,9 @@ class BasisBank(nn.Module):
         ValueError: If a size is below 1 or ``init_norm`` is not positive.
     """
 
+    # Parameters of which a token uses few rows: torchdsc.parameter_groups gives them a learning rate of their own.
+    row_parameters = ("u", "v")
+
     def __init__(
         self,
         num_atoms: int,

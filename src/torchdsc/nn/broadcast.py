@@ -1,49 +1,57 @@
-"""Token embeddings for layers inside a model whose code does not pass them on.
+"""Token embeddings and ids for layers inside a model whose code does not pass them on.
 
 A forward pre-hook of the model records the attention mask, positions and cache of a call. A hook of its input embedding
-records the embeddings, before positions are added, and layers ask for them. In cached generation, the embeddings of the
-last tokens are kept in an additional layer of transformers' cache, which is reordered, repeated and reset with keys and
-values.
+records the ids that it is called with, and the embeddings, before positions are added. Layers ask for them. In cached
+generation, those of the last tokens are kept in an additional layer of transformers' cache, which is reordered,
+repeated and reset with keys and values.
 """
 
 import inspect
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .context import Contextual, Seen
+from .context import Contextual, Seen, with_ids
 from .packing import number_sequences
 from .past import after_past, cache_of, keep_past
 
 _OUTSIDE = (
-    "a layer that sees the embeddings of the tokens must be called by {model}, whose call tells them, got a call of "
+    "a layer that sees the tokens or their embeddings must be called by {model}, whose call tells them, got a call of "
     "the layer, or of a module around it, alone"
 )
 _SEVERAL = (
-    "gradient checkpointing recomputes a layer that sees the embeddings of the tokens, and {count} calls of {model} "
+    "gradient checkpointing recomputes a layer that sees the tokens or their embeddings, and {count} calls of {model} "
     "wait for their backward pass: it cannot be told whose. Call backward before the next forward pass, or switch "
     "gradient checkpointing off"
 )
 
 
 class Broadcast:
-    """Hands the embeddings of a model's current call to layers inside it.
+    """Hands the embeddings of a model's current call, and codes of its n-grams, to layers inside it.
 
     Args:
         model: A decoder whose call gets or embeds the tokens: ``model.get_input_embeddings()`` is its embedding.
+
+    Attributes:
+        past_tokens: How many earlier tokens a layer looks back to.
+        orders: Of all n-grams that a layer asks for, in the order of the codes.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.past_tokens = 0
+        self.orders: tuple[int, ...] = ()
         self._num_listeners = 0
         self._name = type(model).__name__
         self._accepted = tuple(inspect.signature(model.forward).parameters)
         self._is_open = False
         self._given: dict[str, Any] = {}
         self._seen: Seen | None = None
+        # What of it is kept in a cache: with ids.
+        self._sequences: Tensor | None = None
         # Calls whose backward pass may still recompute a layer: kept alive by the graphs of the layers' outputs.
         self._calls: weakref.WeakSet[_Call] = weakref.WeakSet()
         self._call: _Call | None = None
@@ -51,13 +59,13 @@ class Broadcast:
         self._handles = [
             model.register_forward_pre_hook(self._begin, with_kwargs=True),
             model.register_forward_hook(self._end, with_kwargs=True, always_call=True),
-            self._embedding.register_forward_hook(self._embedded),
+            self._embedding.register_forward_hook(self._embedded, with_kwargs=True),
         ]
 
     def __getstate__(self) -> dict[str, Any]:
         # A copied or saved model starts without the state of a call.
-        blank: dict[str, Any] = {"_seen": None, "_given": {}, "_call": None, "_is_open": False, "_calls": None}
-        return {**vars(self), **blank}
+        blank = dict.fromkeys(("_seen", "_sequences", "_call", "_calls"))
+        return {**vars(self), **blank, "_given": {}, "_is_open": False}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
@@ -75,7 +83,7 @@ class Broadcast:
                 handle.remove()
 
     def seen(self, x: Tensor, rows: Tensor | None = None) -> Seen:
-        """The token embeddings of the current call, on the device and in the dtype of ``x``.
+        """The tokens of the current call, on the device and in the dtype of ``x``.
 
         Args:
             x: The layer's input of shape (..., d), with every token of the call (or of ``rows``).
@@ -93,12 +101,13 @@ class Broadcast:
             positions = found.positions
             if positions is not None and positions.shape[0] > 1:
                 positions = positions[rows]
-            found = Seen(found.sequences[rows], found.length, positions)
+            codes = None if found.codes is None else found.codes[rows]
+            found = Seen(found.sequences[rows], found.length, positions, codes)
         batch, length = found.sequences.shape[0], found.length
         if x.shape[:-1].numel() != batch * length:
             raise ValueError(
-                f"a layer that sees the embeddings of the tokens must see every token once, got hidden states of shape "
-                f"{tuple(x.shape)} for {batch} sequences of {length}"
+                f"a layer that sees the tokens or their embeddings must see every token once, got hidden states of "
+                f"shape {tuple(x.shape)} for {batch} sequences of {length}"
             )
         return found.to(x.device, x.dtype)
 
@@ -124,16 +133,16 @@ class Broadcast:
             # The embedding was resized, or wrapped by an adapter.
             self._embedding = embedding
             self._handles[-1].remove()
-            self._handles[-1] = embedding.register_forward_hook(self._embedded)
+            self._handles[-1] = embedding.register_forward_hook(self._embedded, with_kwargs=True)
         given = self._given.get("inputs_embeds")
         if isinstance(given, Tensor):
             self._look(given)
 
-    def _embedded(self, embedding: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+    def _embedded(self, embedding: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
         if self._is_open and self._seen is None:
-            self._look(output)
+            self._look(output, next(iter((*args, *kwargs.values()))))
 
-    def _look(self, embeddings: Tensor) -> None:
+    def _look(self, embeddings: Tensor, tokens: Tensor | None = None) -> None:
         length, past = embeddings.shape[-2], self.past_tokens
         cache = self._given.get("past_key_values", self._given.get("cache"))
         positions = self._given.get("position_ids")
@@ -142,6 +151,8 @@ class Broadcast:
                 f"position_ids must have shape (B, T) for layers that see embeddings, got {tuple(positions.shape)}"
             )
         x = functional.layer_norm(embeddings, embeddings.shape[-1:])
+        if self.orders:
+            x = with_ids(x, tokens)
         if past:
             mask = _token_mask(self._given.get("attention_mask"), length, cache)
             if mask is not None:
@@ -151,19 +162,22 @@ class Broadcast:
                 # Positions matter if a row holds several packed sequences.
                 positions = None if number_sequences(positions, mask) is None else positions
             x = after_past(x, past, cache)
-        self._seen = Seen(x, length, positions if isinstance(positions, Tensor) else None)
+        self._sequences = x
+        self._seen = Seen.of(x, length, positions if isinstance(positions, Tensor) else None, self.orders)
+        if tokens is None:
+            self._seen = self._seen._replace(codes=None)
         if not torch.compiler.is_compiling() and torch.is_grad_enabled():
             self._call = _Call(self._seen)
             self._calls.add(self._call)
 
     def _end(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        seen, given = self._seen, self._given
-        self._is_open, self._seen, self._given, self._call = False, None, {}, None
+        sequences, given = self._sequences, self._given
+        self._is_open, self._seen, self._sequences, self._given, self._call = False, None, None, {}, None
         cache = given.get("past_key_values", given.get("cache"))
         if cache is None:
             cache = cache_of(output)
-        if seen is not None and cache is not None and self.past_tokens:
-            keep_past(seen.sequences, self.past_tokens, cache)
+        if sequences is not None and cache is not None and self.past_tokens:
+            keep_past(sequences, self.past_tokens, cache)
 
 
 class _Call:
@@ -178,10 +192,10 @@ class _Call:
 
 
 class Listener(Contextual):
-    """A layer inside a model that gets token embeddings from a :class:`Broadcast`.
+    """A layer inside a model that gets token embeddings, or codes of n-grams, from a :class:`Broadcast`.
 
     Attributes:
-        broadcast: Where the embeddings come from; None for a layer that uses none.
+        broadcast: Where they come from; None for a layer that uses none.
     """
 
     broadcast: Broadcast | None = None
@@ -197,24 +211,37 @@ class Listener(Contextual):
             self.broadcast.leave()
             self.broadcast = None
 
-    def look(self, x: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """The inputs of the layer and of its router.
+    def look(self, x: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """The inputs of the layer, of its router, and of the gate of a static layer beside it.
 
         Args:
             x: Hidden states of shape (..., d).
             rows: See :meth:`Broadcast.seen`.
 
         Returns:
-            Two tensors of the shape of ``x``; the second is None if the router sees the layer's input.
+            Three tensors of the shape of ``x``, the second of which is codes of shape (..., n) for an n-gram router.
+            Either of the last two is None if it is the layer's input.
+
+        Raises:
+            RuntimeError: See :meth:`Broadcast.seen`.
+            ValueError: See there; also if an n-gram router is not told the tokens.
         """
         if self.broadcast is None:
-            return x, None
+            return x, None, None
         seen = self.broadcast.seen(x, rows)
         # Some models flatten batch and sequence.
         sequences = x.reshape(*seen.sequences.shape[:-2], seen.length, x.shape[-1])
-        routed = self.router_sees(seen)
-        z = self.layer_sees(sequences, seen).reshape(x.shape)
-        return z, None if routed is None else routed.reshape(x.shape)
+        gate = self.router_sees(seen)
+        gate = None if gate is None else gate.reshape(x.shape)
+        routed = gate
+        if self.context.routes_by_ngrams:
+            if seen.codes is None:
+                raise ValueError(
+                    "input_ids must be given to a model that is routed by n-grams, got inputs_embeds alone"
+                )
+            places = [self.broadcast.orders.index(order) for order in self.context.ngram_orders]
+            routed = torch.stack([seen.codes[..., place] for place in places], -1).reshape(*x.shape[:-1], len(places))
+        return self.layer_sees(sequences, seen).reshape(x.shape), routed, gate
 
     def kept(self, y: Tensor) -> Tensor:
         """The output ``y``, after making sure that a checkpoint can recompute it."""
@@ -240,28 +267,29 @@ def embedding_size(model: nn.Module) -> int | None:
     embedding = decoder.get_input_embeddings() if hasattr(decoder, "get_input_embeddings") else None  # type: ignore[operator]
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False) or not isinstance(embedding, nn.Module):
         raise ValueError(
-            "router_input and input_context must leave embeddings out for a model that is no decoder with "
-            f"get_input_embeddings(), got {type(model).__name__}"
+            "router_input and input_context must leave embeddings out, and router n-grams, for a model that is no "
+            f"decoder with get_input_embeddings(), got {type(model).__name__}"
         )
     return getattr(embedding, "embedding_dim", None)
 
 
-def broadcast_embeddings(model: nn.Module, features: int, past_tokens: int) -> Broadcast:
-    """Let layers of ``model`` see the embeddings of the tokens it is called with.
+def broadcast_tokens(model: nn.Module, features: int | None, past_tokens: int, orders: Sequence[int] = ()) -> Broadcast:
+    """Let layers of ``model`` see the tokens it is called with, and their embeddings.
 
     Args:
         model: A causal language model with ``get_input_embeddings()``, from transformers or with the same interface.
-        features: d of the layers.
+        features: d of the layers that see embeddings; None if none does.
         past_tokens: How many earlier tokens a layer looks back to.
+        orders: Of the n-grams that layers are routed by.
 
     Returns:
-        The source of embeddings to give to :meth:`Listener.listen`; one for all layers of a model.
+        The source to give to :meth:`Listener.listen`; one for all layers of a model.
 
     Raises:
         ValueError: If the model has no input embedding, one of another size, or an encoder beside its decoder.
     """
     size = embedding_size(model)
-    if size is not None and size != features:
+    if None not in (size, features) and size != features:
         raise ValueError(
             f"layers that see the embeddings of the tokens must have in_features = {size}, theirs, got {features}"
         )
@@ -269,6 +297,7 @@ def broadcast_embeddings(model: nn.Module, features: int, past_tokens: int) -> B
     hooks = (getattr(hook, "__self__", None) for hook in decoder._forward_pre_hooks.values())
     found = next((owner for owner in hooks if isinstance(owner, Broadcast)), None) or Broadcast(decoder)
     found.past_tokens = max(found.past_tokens, past_tokens)
+    found.orders = tuple(dict.fromkeys((*found.orders, *orders)))
     return found
 
 

@@ -1,12 +1,18 @@
 """Short convolutions in front of a layer and its router, over hidden states or token embeddings."""
 
+from collections.abc import Sequence
 from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 
+from torchdsc.ops import ngram_codes
+
 from .options import ContextOptions
 from .short_convolution import ShortConvolution
+
+# An id is kept as its bytes, least first, which every floating dtype holds exactly.
+ID_FEATURES = 4
 
 
 class Seen(NamedTuple):
@@ -17,21 +23,53 @@ class Seen(NamedTuple):
         length: T, the number of tokens in this call, which come last.
         positions: Positions of these T tokens in their sequences, see :meth:`ShortConvolution.forward`; None if each
             row is one sequence.
+        codes: Of the n-grams that end at these T tokens, of shape (..., T, n), from
+            :func:`torchdsc.ops.ngram_codes`; None where nothing is addressed by n-grams.
     """
 
     sequences: Tensor
     length: int
     positions: Tensor | None = None
+    codes: Tensor | None = None
+
+    @classmethod
+    def of(cls, sequences: Tensor, length: int, positions: Tensor | None, orders: Sequence[int]) -> Self:
+        """From sequences that have token ids beside them if there are ``orders`` of n-grams, see :func:`with_ids`."""
+        if not orders:
+            return cls(sequences, length, positions)
+        features = sequences.shape[-1] - ID_FEATURES
+        digits = sequences[..., features:].long()
+        tokens = sum((digits[..., i] << 8 * i for i in range(1, ID_FEATURES)), digits[..., 0]) - 1
+        codes = ngram_codes(tokens, orders, length=length, positions=positions)
+        return cls(sequences[..., :features], length, positions, codes)
 
     def to(self, device: torch.device, dtype: torch.dtype | None = None) -> Self:
         """The same on another device, and in another dtype."""
         positions = None if self.positions is None else self.positions.to(device)
-        return self._replace(sequences=self.sequences.to(device, dtype), positions=positions)
+        codes = None if self.codes is None else self.codes.to(device)
+        return self._replace(sequences=self.sequences.to(device, dtype), positions=positions, codes=codes)
 
     def own(self) -> Tensor:
         """The tokens of this call, of shape (..., T, d)."""
         past = self.sequences.shape[-2] - self.length
         return self.sequences if past == 0 else self.sequences.narrow(-2, past, self.length)
+
+
+def with_ids(sequences: Tensor, tokens: Tensor | None) -> Tensor:
+    """Put token ids beside sequences, so that both are masked and kept as one; zeros mean no token.
+
+    Args:
+        sequences: Shape (..., T, d).
+        tokens: Integers below 2^32 - 1 of shape (..., T), -1 for no token; None for none at all.
+
+    Returns:
+        Tensor of shape (..., T, d + 4).
+    """
+    if tokens is None:
+        return nn.functional.pad(sequences, (0, ID_FEATURES))
+    numbers = tokens.to(sequences.device, torch.int64) + 1
+    digits = torch.stack([numbers >> 8 * i & 255 for i in range(ID_FEATURES)], dim=-1)
+    return torch.cat([sequences, digits.to(sequences.dtype)], dim=-1)
 
 
 class Contextual:

@@ -1,20 +1,30 @@
 """The DSC layer: ``x -> x dW(z(x))``."""
 
+import math
 from dataclasses import replace
 from typing import Any, Self, Unpack
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from torchdsc.arguments import check_at_least, check_types
 from torchdsc.ops import Selection, gate
 
 from .bank import BasisBank
 from .options import DSCArguments, DSCOptions
-from .routers import Router, build_router
+from .routers import NgramRouter, Router, build_router
 from .routing import Routing
 from .sharding import check_not_flattened, whole
 from .statistics import RoutedLayer, sum_statistics
+
+
+class Projection(nn.Linear):
+    """A linear map whose rows, or columns if these are fewer, are orthonormal at the start."""
+
+    def reset_parameters(self) -> None:
+        """Draw the weight again."""
+        nn.init.orthogonal_(self.weight)
 
 
 class DSC(RoutedLayer):
@@ -23,7 +33,10 @@ class DSC(RoutedLayer):
     It returns only the update x dW(z(x)); :class:`torchdsc.Residual` adds it to a base layer. The default is the
     paper's Algorithm 2, ``DSC.basic(...)`` its Algorithm 1. With ``activation="relu"`` the latent values x . u_k are
     rectified: ``y = scale gamma * (relu(x U_I^T) * z) V_I``. ``|dW|_2 < scale max |gamma|`` holds for every token,
-    equations (7) and (8).
+    equations (7) and (8). With ``atom_features=r`` atoms are thin, and
+    ``y = scale gamma * Q (((P x U_I^T) * z) V_I)``, with P and Q shared by all. The bound is then multiplied by
+    ``|P|_2 |Q|_2``, which is 1 at the start. With ``offset=True`` the layer is ``x dW + o``, with an offset o
+    composed from the same atoms, and ``|x dW + o| < scale max |gamma| sqrt(|x|^2 + d)``.
 
     Args:
         in_features: d_in.
@@ -39,6 +52,8 @@ class DSC(RoutedLayer):
     Attributes:
         bank: The atoms, a :class:`BasisBank`; raw rows ``bank.u`` (M, d_in) and ``bank.v`` (M, d_out).
         router: Selects atoms for each token; ``router.weight`` of the linear router has shape (M, d_in).
+        reduce: P, of shape (r, d_in), orthonormal at the start; None if atoms are not thin.
+        expand: Q, of shape (d_out, r), likewise.
         gamma: Learned output scale of shape (d_out,), or (1,) for Algorithm 1. Older checkpoints, where its shape is
             (), load too.
 
@@ -68,29 +83,33 @@ class DSC(RoutedLayer):
         self.regularizers = self.options.regularizers
         self.in_features = in_features
         self.out_features = in_features if out_features is None else out_features
-        num_atoms = self.options.num_atoms
+        num_atoms, thin = self.options.num_atoms, self.options.atom_features
+        features = (self.in_features, self.out_features) if thin is None else (thin, thin)
+        features = (features[0] + self.options.offset, features[1])
         if bank is None:
             norm = self.options.atom_init_norm
             bank = BasisBank(
                 num_atoms,
-                in_features,
-                self.out_features,
+                *features,
                 init_norm=norm,
                 sparse_gradients=self.options.sparse_gradients,
                 device=device,
                 dtype=dtype,
             )
         sizes = (bank.num_atoms, bank.in_features, bank.out_features)
-        if sizes != (num_atoms, self.in_features, self.out_features):
+        if sizes != (num_atoms, *features):
             raise ValueError(
-                "bank must have (num_atoms, in_features, out_features) = "
-                f"{(num_atoms, self.in_features, self.out_features)}, got {sizes}"
+                f"bank must have (num_atoms, in_features, out_features) = {(num_atoms, *features)}, got {sizes}"
             )
         if bank.sparse_gradients != self.options.sparse_gradients:
             raise ValueError(
                 f"bank must have sparse_gradients = {self.options.sparse_gradients}, got {bank.sparse_gradients}"
             )
         self.bank = bank
+        self.reduce = self.expand = None
+        if thin is not None:
+            self.reduce = Projection(in_features, thin, bias=False, device=device, dtype=dtype)
+            self.expand = Projection(thin, self.out_features, bias=False, device=device, dtype=dtype)
         self.router = build_router(in_features, self.options, device, dtype)
         # FSDP does not shard scalars, so the shape is (1,) rather than ().
         shape = (self.out_features if self.options.channelwise_gamma else 1,)
@@ -133,6 +152,9 @@ class DSC(RoutedLayer):
         """Initialise the bank (shared or not), the router and gamma again."""
         self.bank.reset_parameters()
         self.router.reset_parameters()
+        for projection in (self.reduce, self.expand):
+            if projection is not None:
+                projection.reset_parameters()
         nn.init.constant_(self.gamma, self.options.gamma_init)
 
     @property
@@ -142,6 +164,11 @@ class DSC(RoutedLayer):
 
     def _route(self, routed: Tensor, token_mask: Tensor | None) -> Routing:
         options = self.options
+        if isinstance(self.router, NgramRouter) and routed.dtype != torch.int64:
+            raise TypeError(
+                "router_input must be codes of torchdsc.ops.ngram_codes (torch.int64) for router = 'ngram', got "
+                f"{routed.dtype}"
+            )
         collect = self.training and self.regularizers.need_tokens
         found: Selection = self.router(
             routed,
@@ -151,11 +178,24 @@ class DSC(RoutedLayer):
             statistics=collect and self.regularizers.need_logits,
             raw_normalizer=options.z_loss_on_raw_logits and self.regularizers.z > 0,
         )
-        coefficients, strength = gate(found.logits, logit_clamp=options.logit_clamp, eps=options.eps, kind=options.gate)
+        logits = found.logits
+        if self.parameter_dtype == torch.float64:
+            # Codes of n-grams do not tell.
+            logits = logits.double()
+        coefficients, strength = gate(logits, logit_clamp=options.logit_clamp, eps=options.eps, kind=options.gate)
         statistics = None
         if collect:
             statistics = sum_statistics(strength, found.log_normalizer, found.probability_sum, token_mask)
         return Routing(found.indices, coefficients, strength, found.logits, statistics)
+
+    def _flatten_router_input(self, router_input: Tensor, x: Tensor | None = None) -> Tensor:
+        if not isinstance(self.router, NgramRouter):
+            return super()._flatten_router_input(router_input, x)
+        if x is not None and router_input.shape[:-1] != x.shape[:-1]:
+            raise ValueError(
+                f"router_input must be codes of shape {(*x.shape[:-1], 'n')}, got {tuple(router_input.shape)}"
+            )
+        return router_input.reshape(-1, router_input.shape[-1])
 
     def _compose(self, flat: Tensor, routing: Routing) -> Tensor:
         if self.training and torch.is_grad_enabled() and self.options.gate == "none" and self.options.top_k == 1:
@@ -163,13 +203,25 @@ class DSC(RoutedLayer):
                 "gate must be 'sum' or 'mean' to train with top_k = 1, got 'none': the coefficient would always be 1, "
                 "and the router get no gradient from the task"
             )
+        if self.reduce is not None:
+            # Autocast may have made it another dtype than the bank's.
+            flat = self.reduce(flat).to(flat.dtype)
+        flat = self._with_constant(flat)
         coefficients = self._rectified(flat, routing)
         composed: Tensor = self.bank(flat, routing.indices, coefficients, eps=self.options.eps, impl=self.options.impl)
+        if self.expand is not None:
+            composed = self.expand(composed)
         scale = self.output_scale
         # In place in inference: compose returned a new tensor.
         inference = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
         scaled: Tensor = composed.mul_(scale) if inference and composed.dtype == scale.dtype else composed * scale
         return scaled
+
+    def _with_constant(self, flat: Tensor) -> Tensor:
+        """Tokens (T, d) with sqrt(d) after their features if atoms have an offset."""
+        if not self.options.offset:
+            return flat
+        return functional.pad(flat, (0, 1), value=math.sqrt(flat.shape[-1]))
 
     def _rectified(self, flat: Tensor, routing: Routing) -> Tensor:
         """The coefficients, zero where the activation rectifies the latent value."""
@@ -197,7 +249,14 @@ class DSC(RoutedLayer):
         routing = self.route(x if router_input is None else router_input)
         u, v = self.bank(None, routing.indices, eps=self.options.eps)
         flat = self._cast(self._flatten(x), self.parameter_dtype)
+        if self.reduce is not None and self.expand is not None:
+            flat = self.reduce(flat).to(flat.dtype)
+            v = v @ whole(self.expand.weight).mT
+        flat = self._with_constant(flat)
         coefficients = self._rectified(flat, routing.reshape(flat.shape[0])).view_as(routing.coefficients)
+        u = u[..., : u.shape[-1] - 1] if self.options.offset else u
+        if self.reduce is not None:
+            u = u @ whole(self.reduce.weight)
         dtype = coefficients.dtype
         right = coefficients.unsqueeze(-1) * v.to(dtype) * self.output_scale.to(dtype)
         return u.to(dtype), right

@@ -132,6 +132,11 @@ def _is_norm(module: nn.Module) -> bool:
     return "norm" in type(module).__name__.lower() and isinstance(weight, Tensor) and weight.dim() == 1
 
 
+def layer_index(name: str) -> int:
+    """The first number in the name of a module: that of its layer, as in "model.layers.3.mlp"; 0 if there is none."""
+    return next((int(part) for part in name.split(".") if part.isdecimal()), 0)
+
+
 def is_linear(module: nn.Module) -> bool:
     """Whether a module is itself a linear layer."""
     return _linear_sizes(module) is not None

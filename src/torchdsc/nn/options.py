@@ -1,19 +1,21 @@
 """Options of a DSC layer and of its short convolutions, from which layers, models and adapters are configured."""
 
-from collections.abc import Mapping
-from dataclasses import FrozenInstanceError, dataclass, fields
-from typing import Any, Literal, TypedDict, Unpack
+from collections.abc import Mapping, Sequence
+from dataclasses import FrozenInstanceError, dataclass, fields, replace
+from typing import Any, Literal, Self, TypedDict, Unpack
 
 from torchdsc.arguments import check_at_least, check_finite, check_not_negative, check_positive, check_types
 from torchdsc.ops.compose.api import Implementation
 from torchdsc.ops.gate import GateKind
+from torchdsc.ops.ngrams import check_orders
 
 from .regularizers import RegularizerWeights
 
-RouterKind = Literal["linear", "low_rank", "product_key"]
+RouterKind = Literal["linear", "low_rank", "product_key", "ngram"]
 RouterInput = Literal["hidden", "embeddings"]
 RouterNorm = Literal["layer", "layer_affine", "none"]
 Activation = Literal["none", "relu"]
+StaticKind = Literal["dense", "gated"]
 
 
 class _AssignedOnce:
@@ -30,8 +32,9 @@ class RouterFields:
     """How atoms are scored.
 
     Attributes:
-        router: "linear" (d_in M parameters), "low_rank" (d_in r + r M) or "product_key" (two halves of sqrt(M) keys, so
-            that millions of atoms can be searched; M must be a square).
+        router: "linear" (d_in M parameters), "low_rank" (d_in r + r M), "product_key" (two halves of sqrt(M) keys, so
+            that millions of atoms can be searched; M must be a square) or "ngram" (no parameters: the last tokens are
+            hashed to K atoms, see :class:`torchdsc.nn.NgramRouter`; L_aux, L_budget and L_z do not apply).
         router_rank: For "low_rank" the rank r, by default d_in / 4; for "product_key" the features of a head's query,
             even, by default d_in / 2.
         router_heads: Number of queries of "product_key", each of which selects K / router_heads atoms.
@@ -92,6 +95,10 @@ class DSCFields(RouterFields, RegularizerFields):
         atom_init_norm: Root mean square norm of the raw rows at the start, which are orthogonal. Outputs do not depend
             on it, but training does: the larger the norm, the less a step turns an atom.
         eps: Stability constant of norms and of the gate, > 0.
+        atom_features: r, for thin atoms: they act on r features, to which x is projected by a matrix P, and from which
+            the composed output is projected by Q. At equal bytes there are d / r times as many. None for none.
+        offset: Whether atoms also see a constant, so that each can add a vector whatever x is: (x, sqrt(d)) in place of
+            x, and unit rows u of d + 1 features.
         activation: Of the latent values x . u_k: "none", equation (14), or "relu", which drops atoms whose latent value
             is negative. The bound on dW holds for both.
         gate: "sum" for tanh(S), equation (5); "mean" for tanh(S / K); "none", which cannot be trained with top_k = 1.
@@ -107,6 +114,8 @@ class DSCFields(RouterFields, RegularizerFields):
     scale: float = 1.0
     atom_init_norm: float = 0.01
     eps: float = 1e-6
+    atom_features: int | None = None
+    offset: bool = False
     activation: Activation = "none"
     gate: GateKind = "sum"
     sparse_gradients: bool = False
@@ -128,7 +137,7 @@ class DSCOptions(_AssignedOnce, DSCFields):
     def __post_init__(self) -> None:
         check_types(DSCOptions, vars(self))
         check_at_least(1, num_atoms=self.num_atoms, top_k=self.top_k, router_heads=self.router_heads)
-        check_at_least(1, router_rank=self.router_rank)
+        check_at_least(1, router_rank=self.router_rank, atom_features=self.atom_features)
         check_at_least(2, frame_samples=self.frame_samples)
         if self.top_k > self.num_atoms:
             raise ValueError(f"top_k must be at most num_atoms = {self.num_atoms}, got {self.top_k}")
@@ -142,8 +151,10 @@ class DSCOptions(_AssignedOnce, DSCFields):
         self._check_router()
 
     def _check_router(self) -> None:
-        if self.router == "linear" and self.router_rank is not None:
-            raise ValueError(f"router_rank must be None for router = 'linear', got {self.router_rank}")
+        if self.router in ("linear", "ngram") and self.router_rank is not None:
+            raise ValueError(f"router_rank must be None for router = {self.router!r}, got {self.router_rank}")
+        if self.router == "ngram" and self.router_bias:
+            raise ValueError("router_bias must be False for router = 'ngram', got True")
         if self.router != "product_key":
             if self.router_heads != 1:
                 raise ValueError(f"router_heads must be 1 for router = {self.router!r}, got {self.router_heads}")
@@ -158,11 +169,13 @@ class DSCOptions(_AssignedOnce, DSCFields):
     @property
     def regularizers(self) -> RegularizerWeights:
         """Weights and constants of equation (13)."""
+        # No logit of an n-gram router can be trained.
+        routes = self.router != "ngram"
         return RegularizerWeights(
-            aux=self.aux_weight,
-            budget=self.budget_weight,
+            aux=self.aux_weight * routes,
+            budget=self.budget_weight * routes,
             frame=self.frame_weight,
-            z=self.z_weight,
+            z=self.z_weight * routes,
             budget_target=self.budget,
             frame_normalized=self.frame_normalized,
             frame_samples=self.frame_samples,
@@ -172,7 +185,7 @@ class DSCOptions(_AssignedOnce, DSCFields):
 
 @dataclass(kw_only=True)
 class ContextFields:
-    """Short convolutions of a layer and its router.
+    """What a layer and its router see of the tokens before: short convolutions and n-grams.
 
     Attributes:
         router_input: "hidden" if the router sees the layer's input, "embeddings" if it sees the token embeddings,
@@ -181,27 +194,58 @@ class ContextFields:
             none.
         input_context: Width of the short convolution over the token embeddings that is added to the layer's input. 1
             for none.
+        ngram_orders: The numbers of tokens n that ``router="ngram"`` hashes. It selects as many atoms by each.
     """
 
     router_input: RouterInput = "hidden"
     router_context: int = 1
     input_context: int = 1
+    ngram_orders: Sequence[int] = (2, 3)
 
 
 @dataclass(kw_only=True, unsafe_hash=True)
 class ContextOptions(_AssignedOnce, ContextFields):
-    """:class:`ContextFields`, checked.
+    """:class:`ContextFields`, checked, and what they depend on.
+
+    Attributes:
+        static: Kind of the static layer, where one is built: "dense", or "gated" for a :class:`torchdsc.nn.GatedFFN`
+            whose gate sees what the router sees, normalised. With ``router="ngram"`` the gate sees what another router
+            would.
+        routes_by_ngrams: Whether the router is of the kind "ngram"; not an option itself.
 
     Raises:
         TypeError: If an option has another type.
         ValueError: If one is out of its range, or does not go with the others.
     """
 
+    static: StaticKind = "dense"
+    routes_by_ngrams: bool = False
+
     def __post_init__(self) -> None:
         check_types(type(self), vars(self))
+        check_orders(self.ngram_orders)
+        # Files hold lists, which have no hash.
+        vars(self)["ngram_orders"] = tuple(self.ngram_orders)
         check_at_least(1, router_context=self.router_context, input_context=self.input_context)
         if self.input_context > 1 and self.router_context > 1 and self.router_input == "hidden":
             raise ValueError("router_input must be 'embeddings' for contexts of layer and router, got 'hidden'")
+        if self.hashes_ngrams and self.router_input == "hidden" and self.router_context > 1:
+            raise ValueError("router_input must be 'embeddings' for a router_context beside n-grams, got 'hidden'")
+
+    def beside(self, *, gate: bool) -> Self:
+        """These options without what nobody sees: beside an n-gram router, ``router_input`` is for a ``gate`` alone."""
+        unseen = self.routes_by_ngrams and not gate
+        return replace(self, router_input="hidden", router_context=1) if unseen else self
+
+    @property
+    def hashes_ngrams(self) -> bool:
+        """Whether anything is addressed by n-grams, and so needs token ids."""
+        return self.routes_by_ngrams
+
+    @property
+    def orders_seen(self) -> Sequence[int]:
+        """``ngram_orders``, or none where nothing is addressed by n-grams."""
+        return self.ngram_orders if self.hashes_ngrams else ()
 
     @property
     def embeddings_are_seen(self) -> bool:
@@ -209,9 +253,14 @@ class ContextOptions(_AssignedOnce, ContextFields):
         return self.router_input == "embeddings" or self.input_context > 1
 
     @property
+    def tokens_are_seen(self) -> bool:
+        """Whether anything sees token embeddings or ids."""
+        return self.embeddings_are_seen or self.hashes_ngrams
+
+    @property
     def past_tokens(self) -> int:
-        """How many earlier tokens the wider of the two short convolutions sees."""
-        return max(self.router_context, self.input_context) - 1
+        """How many earlier tokens the widest short convolution or n-gram sees."""
+        return max(self.router_context, self.input_context, *self.orders_seen) - 1
 
     @property
     def context_rows(self) -> int:
@@ -244,6 +293,8 @@ class DSCArguments(TypedDict, total=False):
     scale: float
     atom_init_norm: float
     eps: float
+    atom_features: int | None
+    offset: bool
     activation: Activation
     gate: GateKind
     sparse_gradients: bool
@@ -256,6 +307,8 @@ class FeedForwardArguments(DSCArguments, total=False):
     router_input: RouterInput
     router_context: int
     input_context: int
+    ngram_orders: Sequence[int]
+    static: StaticKind
 
 
 def recommended(**changes: Unpack[FeedForwardArguments]) -> FeedForwardArguments:
@@ -291,7 +344,16 @@ def recommended(**changes: Unpack[FeedForwardArguments]) -> FeedForwardArguments
 
 
 def split_context(options: Mapping[str, Any]) -> tuple[ContextOptions, dict[str, Any]]:
-    """Split options into those of the short convolutions and those of the layer."""
-    names = {field.name for field in fields(ContextFields)}
+    """Split options into those of the contexts and those of the layer.
+
+    Raises:
+        TypeError: If an option of the contexts has another type.
+        ValueError: If one is out of its range, or does not go with the others.
+    """
+    names = {"static", *(field.name for field in fields(ContextFields))}
     own = {name: value for name, value in options.items() if name in names}
-    return ContextOptions(**own), {name: value for name, value in options.items() if name not in names}
+    context = ContextOptions(**own, routes_by_ngrams=options.get("router") == "ngram")
+    orders, top_k = len(context.ngram_orders), options.get("top_k")
+    if context.routes_by_ngrams and isinstance(top_k, int) and top_k % orders:
+        raise ValueError(f"top_k must be a multiple of the {orders} orders of n-grams, got {top_k}")
+    return context, {name: value for name, value in options.items() if name not in names}

@@ -2,8 +2,12 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from .dense import DenseFFN
+from .gated import GatedFFN
+from .options import StaticKind
 from .routing import Routing
 from .statistics import RoutedLayer
 
@@ -12,7 +16,8 @@ class Residual(nn.Module):
     """``y = base(x) + dsc(x)``, equation (1): the paper's feed-forward layer is ``Residual(MLP, DSC)``.
 
     Args:
-        base: Any module from (..., d_in) to (..., d_out), with x as its first positional argument.
+        base: Any module from (..., d_in) to (..., d_out), with x as its first positional argument. The gate of a
+            :class:`torchdsc.nn.GatedFFN` sees what the router sees; x beside an n-gram router.
         dsc: The update: a :class:`torchdsc.DSC`, or another routed layer of the same sizes.
     """
 
@@ -30,9 +35,39 @@ class Residual(nn.Module):
         token_mask: Tensor | None = None,
         router_input: Tensor | None = None,
         routing: Routing | None = None,
+        gate_input: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        """Map tokens (..., d_in) to (..., d_out), see :meth:`RoutedLayer.forward`; other arguments go to the base."""
-        y: Tensor = self.base(x, *args, **kwargs)
+        """Map tokens (..., d_in) to (..., d_out).
+
+        Args:
+            x: Tokens.
+            *args: For the base.
+            token_mask: See :meth:`RoutedLayer.forward`, as for the next two.
+            router_input: See there.
+            routing: See there.
+            gate_input: What the gate of a :class:`torchdsc.nn.GatedFFN` sees instead of ``router_input``, of the shape
+                of ``x``.
+            **kwargs: For the base.
+        """
+        if isinstance(self.base, GatedFFN):
+            if gate_input is None and router_input is not None and router_input.is_floating_point():
+                gate_input = router_input
+            y: Tensor = self.base(x, token_mask, gate_input)
+        else:
+            y = self.base(x, *args, **kwargs)
         update: Tensor = self.dsc(x, token_mask, router_input, routing=routing)
         return y + update
+
+
+def build_static(
+    kind: StaticKind,
+    features: int,
+    width: int,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> DenseFFN | GatedFFN:
+    """Build a static layer over d = ``features`` for beside a routed one, see :class:`torchdsc.nn.ContextOptions`."""
+    if kind == "gated":
+        return GatedFFN(features, width, gate_norm="layer", device=device, dtype=dtype)
+    return DenseFFN(features, width, device=device, dtype=dtype)

@@ -11,7 +11,8 @@ class Routing(NamedTuple):
     """The selected atoms or experts of each token, from ``layer.route(...)`` and for ``layer(x, routing=...)``.
 
     Attributes:
-        indices: Selected atoms I(x) or experts, int64 of shape (..., K), in descending order of logits (per head).
+        indices: Selected atoms I(x) or experts, int64 of shape (..., K), in descending order of logits (per head), or
+            of what the router selects by, where it has a bias for that.
         coefficients: Their coefficients z, equation (5), or expert weights, of shape (..., K).
         strength: Signal strength S, or the sum of the softmax weights, of shape (...). Composition does not need it.
         logits: Raw logits of the selected, of shape (..., K); None for routers that only keep weights. Composition does

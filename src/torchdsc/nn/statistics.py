@@ -67,7 +67,7 @@ class RoutedLayer(nn.Module):
         """
         flat, mask = self._cast(self._flatten(x), self.parameter_dtype), check_token_mask(token_mask, x)
         if routing is None:
-            routed = flat if router_input is None else self._flatten_router_input(router_input, x, flat.dtype)
+            routed = flat if router_input is None else self._flatten_router_input(router_input, x)
             flat, routed, with_lost = self._shut_out(flat, routed, mask)
             routing = self._route(routed, mask)
         else:
@@ -99,7 +99,7 @@ class RoutedLayer(nn.Module):
             ValueError: If ``router_input`` or ``token_mask`` has another shape.
             TypeError: If the dtype of ``router_input`` is not that of the parameters.
         """
-        flat = self._cast(self._flatten(router_input, "router_input"), self.parameter_dtype, "router_input")
+        flat = self._flatten_router_input(router_input)
         mask = check_token_mask(token_mask, router_input)
         flat, _, with_lost = self._shut_out(flat, flat, mask)
         routing = self._route(flat, mask)
@@ -138,6 +138,9 @@ class RoutedLayer(nn.Module):
         if self.training and self.regularizers.any:
             self.statistics_log.leave(statistics, output, is_wanted=self._trains_regularizers())
 
+    def after_step(self) -> None:
+        """What the layer does after each step of an optimizer of :func:`torchdsc.build_optimizer`: here, nothing."""
+
     def _trains_regularizers(self) -> bool:
         parts = [self.router] if self.regularizers.need_tokens else []
         bank = getattr(self, "bank", None)
@@ -157,13 +160,13 @@ class RoutedLayer(nn.Module):
             raise ValueError(f"{name} must have shape (..., in_features = {self.in_features}), got {tuple(x.shape)}")
         return x if x.dim() == 2 else x.reshape(-1, self.in_features)
 
-    def _flatten_router_input(self, router_input: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """Check the router's input against ``x``, and flatten it to (T, d_in)."""
-        if router_input.shape != x.shape:
+    def _flatten_router_input(self, router_input: Tensor, x: Tensor | None = None) -> Tensor:
+        """Check the router's input, also against ``x``, and flatten it to (T, d_in)."""
+        if x is not None and router_input.shape != x.shape:
             raise ValueError(
                 f"router_input must have the shape of x, {tuple(x.shape)}, got {tuple(router_input.shape)}"
             )
-        return self._cast(self._flatten(router_input), dtype, "router_input")
+        return self._cast(self._flatten(router_input, "router_input"), self.parameter_dtype, "router_input")
 
     @property
     def parameter_dtype(self) -> torch.dtype | None:

@@ -4,6 +4,7 @@ from .compose import compose
 from .frame import frame_potential
 from .gate import gate
 from .latents import latents
+from .ngrams import ngram_codes, ngram_rows
 from .product_key import select_product_key
 from .route import route
 from .select import Selection, select
@@ -15,6 +16,8 @@ __all__ = [
     "frame_potential",
     "gate",
     "latents",
+    "ngram_codes",
+    "ngram_rows",
     "route",
     "select",
     "select_product_key",

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerFast
 from torchdsc.lab.data import tokens as lab_tokens
 from torchdsc.lab.data.corpora import Corpus, load_corpus
 from torchdsc.lab.data.tokenizers import END_OF_TEXT, load_tokenizer, plain_backend
-from torchdsc.lab.data.tokens import FixedWindows, RandomWindows, tokenize_corpus
+from torchdsc.lab.data.tokens import FixedWindows, RandomWindows, ShuffledWindows, tokenize_corpus
 
 SPLITS = ("train", "valid", "test")
 
@@ -236,6 +236,23 @@ class TestRandomWindows:
         windows = RandomWindows(TOKENS, 20, 5, seed=0)
         copy = pickle.loads(pickle.dumps(windows))  # noqa: S301
         assert torch.equal(copy[3]["input_ids"], windows[3]["input_ids"])
+
+
+class TestShuffledWindows:
+    def test_no_token_is_predicted_twice(self):
+        starts = [int(item["input_ids"][0]) for item in ShuffledWindows(TOKENS, 16, 62, seed=3)]
+        assert sorted(starts) == list(range(0, 62 * 16, 16))
+        assert starts != sorted(starts)
+
+    def test_depends_on_the_seed(self):
+        order = {seed: [int(item["input_ids"][0]) for item in ShuffledWindows(TOKENS, 16, 9, seed)] for seed in (0, 1)}
+        assert order[0] != order[1]
+        # A longer training begins with the same windows.
+        assert [int(item["input_ids"][0]) for item in ShuffledWindows(TOKENS, 16, 12, 0)][:9] == order[0]
+
+    def test_too_few(self):
+        with pytest.raises(ValueError, match=r"must hold 63 windows of length 16 .* of 1,000 tokens, which holds 62"):
+            ShuffledWindows(TOKENS, 16, 63, seed=0)
 
 
 class TestFixedWindows:

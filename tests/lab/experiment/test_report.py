@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from torchdsc.baselines.methods import METHODS
+from torchdsc.lab.experiment import report
 from torchdsc.lab.experiment.config import Experiment
 from torchdsc.lab.experiment.intervals import DASH, MINUS, TIMES
 from torchdsc.lab.experiment.provenance import provenance_tables
@@ -70,6 +72,12 @@ def small():
         for point in run["train_curve"]:
             point["grad_norm"] = 1.0 + 1 / point["step"]
     return results
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_methods_marker_has_a_shape(method):
+    page = (Path(report.__file__).parent / "page.html.j2").read_text()
+    assert f'"{METHODS[method].marker[0]}": "M' in page
 
 
 @pytest.mark.parametrize("name", ["glue", "levers", "opponents", "scaling", "small", "stories"])

@@ -126,6 +126,24 @@ class TestEndToEnd:
             shutil.copy(finished[0] / name, tmp_path / "out")
         assert run(make_experiment(), tmp_path / "out") == finished[1]
 
+    @pytest.mark.usefixtures("no_training")
+    def test_records_from_before_there_was_a_setting(self, copied, finished, make_experiment):
+        """They are of runs as its default makes them, and of no others."""
+        for file in copied.glob("*/record.json"):
+            record = json.loads(file.read_text())
+            assert record["config"].pop("initializer_range") == 0.02
+            file.write_text(json.dumps(record))
+        key = "val_loss_final"
+        found = run(make_experiment(), copied)
+        assert [each[key] for each in found.trials] == [each[key] for each in finished[1].trials]
+        values = {
+            **make_experiment().model_dump(),
+            "settings": {**make_experiment().settings, "initializer_range": 0.1},
+        }
+        (copied / "config.yaml").write_text(yaml.safe_dump(values))
+        with pytest.raises(ValueError, match=r"must be of this experiment, got .* with initializer_range 0\.02"):
+            run(make_experiment(settings=values["settings"]), copied)
+
     def test_one_to_choose_by_leaves_the_test_part_alone(self, make_experiment, tmp_path):
         results = run(make_experiment(variants=[{"name": "DSC"}], seeds=[1], test=False), tmp_path / "out")
         assert [record["test_loss"] for record in results.runs] == [None]

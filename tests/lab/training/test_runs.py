@@ -54,9 +54,21 @@ def assert_same_run(folder, record, other):
 
 class TestResume:
     @pytest.mark.parametrize(
-        "changes", [{"method": "dense"}, {"method": "moe"}, {"precision": "bf16"}, {"feed_forward": SPARSE}]
+        "changes",
+        [
+            {"method": "dense"},
+            {"method": "moe"},
+            {"method": "moe", "feed_forward": {"gated": True, "balancing": "bias"}},
+            {"method": "peer", "feed_forward": {"query_norm": "batch"}},
+            {"precision": "bf16"},
+            {"feed_forward": SPARSE},
+            {"optimizer": "muon"},
+            {"optimizer": "muon", "feed_forward": SPARSE},
+        ],
     )
     def test_between_checkpoints(self, train, tmp_path, changes):
+        if "optimizer" in changes and not hasattr(torch.optim, "Muon"):
+            pytest.skip("torch has no Muon")
         whole = tmp_path / "whole", train(tmp_path / "whole", **changes)
         with pytest.raises(KeyboardInterrupt):
             train(tmp_path / "cut", StopAt(5), **changes)

@@ -37,8 +37,26 @@ class Targets:
 
     @property
     def fixed(self) -> int:
-        """Parameters outside the feed-forward layers, and those of short convolutions."""
-        return self.budget.fixed + self.model.context_rows * self.unit
+        """Parameters outside the feed-forward layers, and those of short convolutions and n-gram tables."""
+        return self.budget.fixed + self.model.context_rows * self.unit + self._tables[0]
+
+    @property
+    def fixed_active(self) -> int:
+        """The active ones of them."""
+        return self.fixed - self._tables[1]
+
+    @cached_property
+    def _tables(self) -> tuple[int, int]:
+        """Stored and idle parameters of all n-gram tables."""
+        if not self.model.ngram_rows:
+            return 0, 0
+        import torch
+
+        with torch.device("meta"):
+            tables = self.model.build_tables(self.budget.d_model, 0)
+        assert tables is not None
+        layers = self.budget.n_layer
+        return layers * sum(parameter.numel() for parameter in tables.parameters()), layers * tables.idle
 
     @property
     def stored(self) -> int:
@@ -48,12 +66,17 @@ class Targets:
     @property
     def used(self) -> int:
         """Parameters that the active target leaves to them."""
-        return self.active - self.fixed
+        return self.active - self.fixed_active
 
     @property
     def unit(self) -> int:
         """D parameters in every layer, the unit in which widths and numbers of atoms or experts are counted."""
         return self.budget.d_model * self.budget.n_layer
+
+    @property
+    def each_width(self) -> int:
+        """Parameters of a unit of width of the static layers: in each two matrices, or three if it is gated."""
+        return (3 if self.model.static == "gated" else 2) * self.unit
 
     @property
     def count_name(self) -> str:
@@ -64,14 +87,14 @@ class Targets:
         """The plan of a width and a count of atoms or experts, and by how much it misses."""
         method = METHODS[self.method]
         options = {**self.options, **dict(zip(method.widths, (count, self.top_k, self.rank), strict=False))}
-        d_model, layers, fixed = self.budget.d_model, self.budget.n_layer, self.fixed
+        d_model, layers = self.budget.d_model, self.budget.n_layer
         stored, used = feed_forward_parameters(self.method, d_model, width, options, layers)
         return Plan(
             method=self.method,
             intermediate_size=width,
             options=options,
-            params_total=fixed + stored,
-            params_active=fixed + used,
+            params_total=self.fixed + stored,
+            params_active=self.fixed_active + used,
             miss_total=stored / self.stored - 1,
             miss_active=None if method.form == "dense" else used / self.used - 1,
             description=self._describe(width, options),
@@ -92,7 +115,7 @@ class Targets:
     def check_active(self, least: int, why: str) -> None:
         """Raise unless the active target leaves ``least`` parameters to the feed-forward layers."""
         if self.used < least:
-            nearest = self.fixed + least
+            nearest = self.fixed_active + least
             raise ValueError(f"active must be at least {nearest:,} for {why}, got {self.active:,}{self.source}")
 
     def _describe(self, width: int, options: dict[str, Any]) -> str:
@@ -103,11 +126,14 @@ class Targets:
         words = {
             method.words.format(width=width, shared=shared, **options): True,
             f"{options.get('shared_experts')} shared": options.get("shared_experts"),
-            f"static width {width}": method.form == "update",
+            "gated": options.get("gated"),
+            "balanced by a bias": options.get("balancing") == "bias",
+            f"{'gated' if model.static == 'gated' else 'static'} width {width}": method.form == "update",
             f"{router} router": router != "linear",
             f"attention by rank {model.attention_rank}": model.attention_rank > 0,
             f"routed by embeddings{mixed}": by_embeddings,
             f"context{mixed}": mixed and not by_embeddings,
             f"sees embeddings of {model.input_context} tokens": model.input_context > 1,
+            f"n-gram tables of {model.ngram_rows} rows": model.ngram_rows > 0,
         }
         return ", ".join(text for text, holds in words.items() if holds)

@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, GPT2TokenizerFast, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from torchdsc.lab.files import cache_folder, made_once, write_text
+from torchdsc.lab.files import cache_folder, expand, made_once, write_text
 
 from .corpora import Corpus
 
@@ -33,7 +33,8 @@ def load_tokenizer(spec: str | os.PathLike[str], corpus: Corpus, *, vocab_size: 
             * "bytes": the token of a byte is its value, and 256 is the end of text.
             * "bpe": byte-level BPE trained on the corpus's training part, and cached by corpus and vocabulary size.
             * "gpt2" or any other name on the Hugging Face hub.
-            * a local folder, as by ``save_pretrained``, or with GPT-2's ``vocab.json`` and ``merges.txt`` alone.
+            * a local folder, as by ``save_pretrained``, or with GPT-2's ``vocab.json`` and ``merges.txt`` alone. Paths
+              may hold variables of the environment.
 
             The first two decode what they encoded to the same text. They are byte-level, so they know every text.
         corpus: What "bpe" is trained on; the others do not read it.
@@ -48,7 +49,7 @@ def load_tokenizer(spec: str | os.PathLike[str], corpus: Corpus, *, vocab_size: 
         ValueError: If ``spec`` is not a folder with a fast tokenizer, or ``vocab_size`` is too small.
         OSError: If ``spec`` is a path that does not exist, or the hub has no such tokenizer or cannot be reached.
     """
-    spec = os.fspath(spec)
+    spec = expand(os.fspath(spec))
     if spec in ("bytes", "bpe"):
         backend = _byte_tokenizer() if spec == "bytes" else _trained_bpe(corpus, vocab_size)
         ends = {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT}

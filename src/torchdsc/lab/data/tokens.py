@@ -22,7 +22,7 @@ from torchdsc.lab.files import cache_folder, made_once, read_json, whole_folder,
 from .corpora import Corpus
 from .tokenizers import content_hash, plain_backend
 
-__all__ = ["FixedWindows", "RandomWindows", "TokenSplits", "tokenize_corpus"]
+__all__ = ["FixedWindows", "RandomWindows", "ShuffledWindows", "TokenSplits", "tokenize_corpus"]
 
 TokenArray = npt.NDArray[np.uint16] | npt.NDArray[np.uint32]
 
@@ -200,6 +200,34 @@ class RandomWindows(_Windows):
     def _start(self, index: int) -> int:
         # The high half of draw * places is uniform over the places; its bias is below places / 2**64.
         return (_mix(self._key + index * _GOLDEN) * self._places) >> 64
+
+
+class ShuffledWindows(_Windows):
+    """Windows side by side in random order: no token is predicted twice.
+
+    Args:
+        tokens: Token ids of shape (num_tokens,), any integer dtype.
+        length: Tokens in a window, 1 or more.
+        num_samples: Windows in the dataset, 1 or more.
+        seed: Of the order.
+
+    Raises:
+        ValueError: If an argument is none of these, or ``tokens`` has fewer such windows.
+    """
+
+    def __init__(self, tokens: npt.NDArray[Any], length: int, num_samples: int, seed: int) -> None:
+        _check(tokens, length, num_samples=num_samples)
+        super().__init__(tokens, length, num_samples)
+        fitting = (len(tokens) - 1) // length
+        if num_samples > fitting:
+            raise ValueError(
+                f"tokens must hold {num_samples:,} windows of length {length} that share none, got a split of "
+                f"{len(tokens):,} tokens, which holds {fitting:,}"
+            )
+        self._order = torch.randperm(fitting, generator=torch.Generator().manual_seed(seed))[:num_samples].numpy()
+
+    def _start(self, index: int) -> int:
+        return int(self._order[index]) * self._length
 
 
 class FixedWindows(_Windows):

@@ -11,7 +11,10 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from pydantic_core import to_jsonable_python
+
 from torchdsc.lab.files import locked, read_json, write_json
+from torchdsc.lab.schema import Model
 from torchdsc.lab.tasks.task import Record, Task
 from torchdsc.lab.training.checkpoints import checkpoint_step
 from torchdsc.lab.training.environment import peak_memory_bytes, provenance, reset_peak_memory
@@ -87,9 +90,11 @@ class Queue:
         """A record under a run's name must be that of this very run."""
         settings = self._experiment.settings_of(job)
         wanted = json.loads(settings.model_dump_json())
-        different = [name for name in wanted if found["config"].get(name) != wanted[name]]
+        # A record from before there was a setting is of a run as its default still makes it.
+        config = {**_defaults(type(settings)), **found["config"]}
+        different = [name for name in wanted if config.get(name) != wanted[name]]
         if different or found["data"] != self._task.data(settings):
-            what = f"{different[0]} {found['config'].get(different[0])!r}" if different else "other data"
+            what = f"{different[0]} {config.get(different[0])!r}" if different else "other data"
             raise ValueError(f"{file} must be of this experiment, got {job.name} with {what}: delete it to run it anew")
 
     def results(self) -> Results:
@@ -164,3 +169,9 @@ class Queue:
         other = fmean(means.values())
         seconds = sum(self._experiment.settings_of(job).steps * means.get(job.variant, other) for job in jobs)
         return f"; about {duration(seconds)} left" if seconds else ""
+
+
+def _defaults(kind: type[Model]) -> dict[str, Any]:
+    """The defaults of settings, as JSON has them."""
+    fields = {name: field for name, field in kind.model_fields.items() if not field.is_required()}
+    return {name: to_jsonable_python(field.get_default(call_default_factory=True)) for name, field in fields.items()}

@@ -18,7 +18,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from torchdsc.diagnostics import RoutingMonitor
 from torchdsc.lab.files import naming_writes
 from torchdsc.losses import last_regularization
-from torchdsc.optim import DenseAndSparseAdam, clip_grad_norm
+from torchdsc.optim import clip_grad_norm
 
 from .environment import peak_memory_bytes
 from .progress import QuietProgress
@@ -235,7 +235,7 @@ class LabTrainer(Trainer):
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         """Trainer's clipping, which knows dense gradients alone."""
-        if not isinstance(getattr(self.optimizer, "optimizer", self.optimizer), DenseAndSparseAdam):
+        if not any(p.grad is not None and p.grad.is_sparse for p in model.parameters()):
             return super()._clip_grad_norm(model)
         return clip_grad_norm(model.parameters(), self.args.max_grad_norm)
 

@@ -8,9 +8,10 @@ from torchdsc.nn.options import DSCOptions
 
 from .base import Router
 from .linear import LinearRouter, LowRankRouter
+from .ngram import NgramRouter, set_salt
 from .product_key import ProductKeyRouter
 
-__all__ = ["LinearRouter", "LowRankRouter", "ProductKeyRouter", "Router", "build_router"]
+__all__ = ["LinearRouter", "LowRankRouter", "NgramRouter", "ProductKeyRouter", "Router", "build_router", "set_salt"]
 
 
 def build_router(
@@ -30,6 +31,8 @@ def build_router(
     Returns:
         A new router.
     """
+    if options.router == "ngram":
+        return NgramRouter(options.num_atoms)
     placed: dict[str, Any] = {"norm": options.router_norm, "init_std": options.router_init_std}
     placed |= {"device": device, "dtype": dtype}
     if options.router == "product_key":

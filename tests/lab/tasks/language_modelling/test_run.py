@@ -17,7 +17,7 @@ from torchdsc.lab.tasks.language_modelling.run import build_model, make_plan, tr
 from torchdsc.lab.training import runs
 from torchdsc.lab.training.generation import generate
 from torchdsc.models import DSCGPTForCausalLM
-from torchdsc.optim import DenseAndSparseAdam, clip_grad_norm, parameter_groups
+from torchdsc.optim import JoinedOptimizer, clip_grad_norm, parameter_groups
 
 
 class TestParameterGroups:
@@ -25,7 +25,9 @@ class TestParameterGroups:
     def test_every_parameter_is_in_its_group(self, tiny, method):
         options = {"input_context": 2}
         if method != "dense":
-            options |= {"router_input": "embeddings", "router_context": 2, "router_norm": "layer_affine"}
+            options |= {"router_input": "embeddings", "router_context": 2}
+        if method not in ("dense", "gated"):
+            options |= {"router_norm": "layer_affine"}
         settings = tiny.model_copy(update={"method": method, "feed_forward": options})
         model = build_model(settings, make_plan(settings, 320), 320)
         groups = parameter_groups(
@@ -78,6 +80,14 @@ class TestParameterGroups:
         assert max(rates[False][0] for rates in seen) == pytest.approx(4e-3)
 
 
+def test_the_initial_scale_is_a_setting(tiny):
+    for std in (0.02, 0.3):
+        settings = tiny.model_copy(update={"method": "dense", "residual_init": "none", "initializer_range": std})
+        model = build_model(settings, make_plan(settings, 320), 320)
+        for weight in (model.model.embed_tokens.weight, model.model.blocks[0].feed_forward.up.weight):
+            assert weight.std().item() == pytest.approx(std, rel=0.05)
+
+
 class TestRecord:
     @pytest.mark.parametrize("method", METHODS)
     def test_is_complete(self, whole, tiny, tiny_data, method):
@@ -91,7 +101,7 @@ class TestRecord:
         assert record["bytes_per_token"] == 1.0
         # A window of 16 tokens has no room for a sample of text.
         assert record["sample"] is None
-        assert (record["routing"] is None) == (method == "dense")
+        assert (record["routing"] is None) == (method in ("dense", "gated"))
         assert not list(folder.glob("checkpoint-*"))
 
     @pytest.mark.parametrize("method", METHODS)
@@ -196,7 +206,7 @@ class TestSparseBanks:
         model = torch.nn.ModuleList([torch.nn.Embedding(3, 2, sparse=True), torch.nn.Linear(2, 2)])
         groups = [{"params": list(module.parameters()), "lr": 0.1} for module in model]
         with pytest.raises(ValueError, match="closure must be None"):
-            DenseAndSparseAdam(groups[1:], groups[:1]).step(lambda: 0.0)
+            JoinedOptimizer(torch.optim.SGD([group]) for group in groups).step(lambda: 0.0)
 
 
 def test_model_of_a_killed_run_is_replaced(train, tmp_path):

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase, set_seed
 
 from torchdsc.baselines.methods import METHODS, FeedForwardKind
 from torchdsc.lab.budget import Plan, solve
-from torchdsc.lab.data.tokens import RandomWindows
+from torchdsc.lab.data.tokens import RandomWindows, ShuffledWindows
 from torchdsc.lab.files import naming_writes, whole_folder
 from torchdsc.lab.training.environment import reset_peak_memory
 from torchdsc.lab.training.generation import continue_text
@@ -68,6 +68,7 @@ def build_model(settings: Settings, plan: Plan, vocab_size: int) -> DSCGPTForCau
         intermediate_size=plan.intermediate_size,
         feed_forward_options=plan.options,
         dropout=settings.dropout,
+        initializer_range=settings.initializer_range,
         residual_init=settings.residual_init,
     )
     return DSCGPTForCausalLM(model_config)
@@ -226,11 +227,12 @@ def build_trainer(
         torch_compile=settings.compile,
         prediction_loss_only=True,
     )
+    windows = RandomWindows if settings.order == "random" else ShuffledWindows
     trainer = LabTrainer(
         label=label,
         model=model,
         args=arguments,
-        train_dataset=RandomWindows(data.tokens.train, settings.window, settings.steps * settings.batch_size, seed),
+        train_dataset=windows(data.tokens.train, settings.window, settings.steps * settings.batch_size, seed),
         eval_dataset=data.windows("valid", settings.window, settings.eval_windows),
     )
     # Now that the model is on its device.
@@ -242,5 +244,7 @@ def build_trainer(
         atom_lr_multiplier=settings.atom_lr_multiplier,
         betas=(settings.beta1, settings.beta2),
         eps=arguments.adam_epsilon,
+        optimizer=settings.optimizer,
+        muon_learning_rate=settings.muon_learning_rate,
     )
     return trainer

@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 from torchdsc.baselines.methods import FeedForwardKind
 from torchdsc.lab.budget import Budget
 from torchdsc.lab.schema import Count, Model, Name, Rate
+from torchdsc.optim import OptimizerKind
 
 __all__ = ["Settings"]
 
@@ -46,10 +47,14 @@ class Settings(Model):
     """Attention heads."""
     window: Count = 128
     """Tokens of a training sequence T."""
+    order: Literal["random", "once"] = "random"
+    """Of training windows: at random places, or side by side in random order, so that no token is seen twice."""
     dropout: _Share = 0.0
     """Of the model."""
     residual_init: Literal["gpt2", "published", "none"] = "gpt2"
     """See DSCGPTConfig."""
+    initializer_range: Rate = 0.02
+    """Standard deviation of initial weights, see DSCGPTConfig."""
     top_k: Count = 4
     """K, atoms a token composes; experts a token takes for Mixture-of-LoRAs and PEER."""
     rank: Count = 1
@@ -74,6 +79,10 @@ class Settings(Model):
     """Factor on that of DSC's atoms."""
     weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.02
     """Of matrices; routers, embeddings, norms and gamma have none."""
+    optimizer: OptimizerKind = "adamw"
+    """"muon" for Muon on matrices of attention and feed-forward layers, AdamW on the rest; see build_optimizer."""
+    muon_learning_rate: Rate = 0.02
+    """Peak of the schedule for Muon's matrices."""
     beta1: _Share = 0.9
     """Of AdamW."""
     beta2: _Share = 0.95

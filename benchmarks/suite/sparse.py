@@ -1,0 +1,151 @@
+"""Whole models of the preset ``sparse``, as the first trial of each variant has them: equal active parameters, timed.
+
+A forward pass in evaluation, and a whole step of training. Tokens are random and weights new: what a corpus would
+change is how often n-grams, and so rows of banks and tables, come again.
+"""
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.case import Benchmark, Case, Cases, Settings
+from torchdsc.lab.experiment.config import Experiment, Job, read_experiment
+from torchdsc.lab.schema import build
+from torchdsc.lab.tasks.language_modelling.run import build_model, make_plan
+from torchdsc.lab.tasks.language_modelling.settings import Settings as RunSettings
+from torchdsc.lab.training.environment import quiet_transformers
+from torchdsc.optim import build_optimizer, clip_grad_norm
+
+from .layer import EXPERT_KERNELS, GATHERS_EXPERTS
+
+PRESET, SUBJECT = "sparse", "DSC by n-grams"
+BATCH = 8
+KINDS = ("forward", "training")
+
+
+class Run:
+    """A model of a run, and the optimizer that would train it.
+
+    Args:
+        settings: Of the run.
+        device: Where.
+        training: Whether it is to be trained; evaluated otherwise.
+    """
+
+    def __init__(self, settings: RunSettings, device: str, *, training: bool) -> None:
+        plan = make_plan(settings, settings.vocab_size)
+        self.model: Any = build_model(settings, plan, settings.vocab_size).to(device).train(training)
+        self.max_norm = settings.max_grad_norm
+        self.optimizer = build_optimizer(
+            self.model,
+            learning_rate=settings.learning_rate,
+            weight_decay=settings.weight_decay,
+            router_lr_multiplier=settings.router_lr_multiplier,
+            atom_lr_multiplier=settings.atom_lr_multiplier,
+            betas=(settings.beta1, settings.beta2),
+            optimizer=settings.optimizer,
+            muon_learning_rate=settings.muon_learning_rate,
+        )
+
+    @torch.no_grad()
+    def forward(self, ids: Tensor) -> Tensor:
+        """Logits of tokens (B, T)."""
+        logits: Tensor = self.model(ids, use_cache=False).logits
+        return logits
+
+    def train(self, ids: Tensor) -> Tensor:
+        """One step on tokens (B, T) at the peak of the schedule, and its loss with the regularisers."""
+        loss: Tensor = self.model(ids, labels=ids).loss
+        loss.backward()
+        clip_grad_norm(self.model.parameters(), self.max_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return loss.detach()
+
+
+def run_settings(*, quick: bool) -> dict[str, RunSettings]:
+    """Settings of each variant's run, by name, as its first trial has them.
+
+    Args:
+        quick: Half of every width and count, and half the layers: the same shapes, at an eighth of the parameters.
+    """
+    experiment = build(Experiment, read_experiment(PRESET))
+    found = {}
+    for variant in experiment.variants:
+        job = Job(variant.name, variant.trials[0], next(iter(experiment.cases)), seed=0, is_trial=False)
+        settings = experiment.settings_of(job)
+        found[variant.name] = _small(settings) if quick else settings
+    return found
+
+
+def _small(settings: RunSettings) -> RunSettings:
+    options = dict(settings.feed_forward)
+    if "ngram_rows" in options:
+        options["ngram_rows"] //= 2
+    return settings.model_copy(
+        update={
+            "d_model": settings.d_model // 2,
+            "n_layer": settings.n_layer // 2,
+            "vocab_size": settings.vocab_size // 4,
+            "window": settings.window // 8,
+            "total": settings.total / 8,
+            "active": settings.active / 8,
+            "feed_forward": options,
+        }
+    )
+
+
+def by_kernel(settings: Mapping[str, RunSettings]) -> tuple[dict[str, RunSettings], dict[str, str]]:
+    """Settings by call: those of MoE once for each expert kernel. And the kernels left out, with the reason."""
+    calls, left_out = {}, {}
+    for name, each in settings.items():
+        if each.method != "moe":
+            calls[name] = each
+            continue
+        for kernel in EXPERT_KERNELS:
+            call = f"{name} ({kernel})"
+            if kernel == "batched_mm":
+                left_out[call] = GATHERS_EXPERTS
+            else:
+                calls[call] = each.model_copy(update={"feed_forward": {**each.feed_forward, "impl": kernel}})
+    return calls, left_out
+
+
+def _cases(settings: Settings) -> Cases:
+    variants = run_settings(quick=settings.quick)
+    calls, left_out = by_kernel(variants)
+    torch.manual_seed(0)
+    common = variants[SUBJECT]
+    ids = torch.randint(common.vocab_size, (BATCH, common.window), device=settings.device)
+    for kind in KINDS:
+        training = kind == "training"
+        with quiet_transformers():
+            runs = {name: Run(each, settings.device, training=training) for name, each in calls.items()}
+        point: dict[str, int | str] = {"kind": kind, "batch": BATCH, "tokens": common.window}
+        steps = {name: partial(run.train if training else run.forward, ids) for name, run in runs.items()}
+        yield Case(point, steps, subject=SUBJECT, left_out=left_out)
+        for name, run in runs.items():
+            # A model that has diverged takes other ways than one that trains.
+            assert all(parameter.isfinite().all() for parameter in run.model.parameters()), name
+    # Ratios of kernels depend on the instructions, and the processor's name alone does not tell.
+    return {"instructions": torch.backends.cpu.get_cpu_capability(), "parameters": _parameters(variants)}
+
+
+def _parameters(variants: Mapping[str, RunSettings]) -> dict[str, dict[str, int]]:
+    """Stored and active parameters of each variant's model."""
+    plans = {name: make_plan(settings, settings.vocab_size) for name, settings in variants.items()}
+    return {name: {"stored": plan.params_total, "active": plan.params_active} for name, plan in plans.items()}
+
+
+SPARSE = Benchmark(
+    "sparse",
+    "whole models of the preset sparse, at equal active parameters: a forward pass, and a step of training",
+    (
+        *("tests/ops", "tests/nn", "tests/baselines", "tests/models", "tests/test_optim.py"),
+        "tests/benchmarks/test_sparse.py",
+    ),
+    _cases,
+)
