@@ -132,6 +132,7 @@ class TestCounts:
             {"router": "ngram"},
             {"router": "ngram", "atom_features": 32},
             {"router": "ngram", "atom_features": 32, "share_bank": True},
+            {"router": "product_key", "offset": True},
         ],
     )
     @pytest.mark.parametrize("budget", [PAPER, SMALL], ids=["paper", "small"])

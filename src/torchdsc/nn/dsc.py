@@ -188,9 +188,9 @@ class DSC(RoutedLayer):
             statistics = sum_statistics(strength, found.log_normalizer, found.probability_sum, token_mask)
         return Routing(found.indices, coefficients, strength, found.logits, statistics)
 
-    def _flatten_router_input(self, router_input: Tensor, x: Tensor | None = None) -> Tensor:
+    def _flatten_router_input(self, router_input: Tensor, dtype: torch.dtype | None, x: Tensor | None = None) -> Tensor:
         if not isinstance(self.router, NgramRouter):
-            return super()._flatten_router_input(router_input, x)
+            return super()._flatten_router_input(router_input, dtype, x)
         if x is not None and router_input.shape[:-1] != x.shape[:-1]:
             raise ValueError(
                 f"router_input must be codes of shape {(*x.shape[:-1], 'n')}, got {tuple(router_input.shape)}"

@@ -67,7 +67,7 @@ class RoutedLayer(nn.Module):
         """
         flat, mask = self._cast(self._flatten(x), self.parameter_dtype), check_token_mask(token_mask, x)
         if routing is None:
-            routed = flat if router_input is None else self._flatten_router_input(router_input, x)
+            routed = flat if router_input is None else self._flatten_router_input(router_input, flat.dtype, x)
             flat, routed, with_lost = self._shut_out(flat, routed, mask)
             routing = self._route(routed, mask)
         else:
@@ -99,7 +99,7 @@ class RoutedLayer(nn.Module):
             ValueError: If ``router_input`` or ``token_mask`` has another shape.
             TypeError: If the dtype of ``router_input`` is not that of the parameters.
         """
-        flat = self._flatten_router_input(router_input)
+        flat = self._flatten_router_input(router_input, self.parameter_dtype)
         mask = check_token_mask(token_mask, router_input)
         flat, _, with_lost = self._shut_out(flat, flat, mask)
         routing = self._route(flat, mask)
@@ -160,13 +160,13 @@ class RoutedLayer(nn.Module):
             raise ValueError(f"{name} must have shape (..., in_features = {self.in_features}), got {tuple(x.shape)}")
         return x if x.dim() == 2 else x.reshape(-1, self.in_features)
 
-    def _flatten_router_input(self, router_input: Tensor, x: Tensor | None = None) -> Tensor:
+    def _flatten_router_input(self, router_input: Tensor, dtype: torch.dtype | None, x: Tensor | None = None) -> Tensor:
         """Check the router's input, also against ``x``, and flatten it to (T, d_in)."""
         if x is not None and router_input.shape != x.shape:
             raise ValueError(
                 f"router_input must have the shape of x, {tuple(x.shape)}, got {tuple(router_input.shape)}"
             )
-        return self._cast(self._flatten(router_input, "router_input"), self.parameter_dtype, "router_input")
+        return self._cast(self._flatten(router_input, "router_input"), dtype, "router_input")
 
     @property
     def parameter_dtype(self) -> torch.dtype | None:
