@@ -5,6 +5,7 @@ from dataclasses import FrozenInstanceError, fields, replace
 from typing import get_type_hints
 
 import pytest
+import torch
 
 from torchdsc import DSCFeedForward, DSCOptions, recommended
 from torchdsc.nn.options import ContextOptions, DSCArguments, FeedForwardArguments, split_context
@@ -18,6 +19,13 @@ RECOMMENDED = {
     "router_context": 3,
     "input_context": 4,
 }
+BY_NGRAMS = RECOMMENDED | {
+    "router": "ngram",
+    "ngram_orders": (1, 2, 3),
+    "top_k": 18,
+    "gamma_init": 4.0,
+    "static": "gated",
+}
 
 
 def test_recommended_settings():
@@ -27,6 +35,16 @@ def test_recommended_settings():
     assert recommended() == RECOMMENDED
     with pytest.raises(TypeError, match=r"got \['num_atom', 'topk'\]"):
         recommended(topk=8, num_atom=90, top_k=4)
+
+
+def test_recommended_by_ngrams():
+    assert recommended("ngrams") == BY_NGRAMS
+    assert recommended("ngrams", top_k=6) == BY_NGRAMS | {"top_k": 6}
+    layer = DSCFeedForward(8, 16, **recommended("ngrams", num_atoms=90))
+    x = torch.randn(2, 5, 8)
+    assert layer(x, torch.randn(2, 5, 8), tokens=torch.randint(9, (2, 5))).shape == x.shape
+    with pytest.raises(ValueError, match="by must be 'embeddings' or 'ngrams', got 'ngram'"):
+        recommended("ngram")
 
 
 def test_the_layer_has_them_by_default():

@@ -55,6 +55,12 @@ class TestPresets:
         settings = build(Experiment, read_experiment(name)).variant("DSC as recommended").settings
         assert {"top_k": settings["top_k"], **settings["feed_forward"]} == recommended()
 
+    @pytest.mark.parametrize("name", ["sparse", "sparse-small", "paper-enwiki"])
+    def test_recommended_by_ngrams_is_what_was_measured(self, name):
+        settings = build(Experiment, read_experiment(name)).variant("DSC by n-grams").settings
+        options = {"top_k": settings["top_k"], **settings["feed_forward"]}
+        assert options | {"ngram_orders": tuple(options["ngram_orders"])} == recommended("ngrams")
+
 
 class TestReading:
     def test_extends(self, tmp_path):
