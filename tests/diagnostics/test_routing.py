@@ -8,6 +8,7 @@ from torch import nn
 from torchdsc import DSC, Residual
 from torchdsc.baselines import DenseFFN, MixtureOfLoRAs, StandardMoE
 from torchdsc.diagnostics import RoutingMonitor
+from torchdsc.ops import ngram_codes
 
 
 def only(monitor):
@@ -56,6 +57,15 @@ class TestDSC:
         assert only(monitor).strength == pytest.approx(routing.strength.mean().item(), rel=1e-5)
         assert only(monitor).gate == pytest.approx(routing.strength.tanh().mean().item(), rel=1e-5)
         assert only(monitor).utilization == len(routing.indices.unique()) / 11
+
+
+def test_where_atoms_are_hashed_there_is_no_gate_to_watch():
+    layer = DSC(6, num_atoms=10, top_k=4, router="ngram", frame_weight=0.0)
+    with RoutingMonitor(layer) as monitor:
+        layer(torch.randn(50, 6), router_input=ngram_codes(torch.arange(50), (1, 2)))
+    routing = only(monitor)
+    assert (routing.num_atoms, routing.strength, routing.gate) == (10, None, None)
+    assert routing.utilization == 1.0
 
 
 @pytest.mark.parametrize(

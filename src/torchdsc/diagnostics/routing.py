@@ -7,7 +7,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from torchdsc.nn import DSC, RoutedLayer
+from torchdsc.nn import DSC, NgramRouter, RoutedLayer
 from torchdsc.ops import gate
 
 # Most points of a load curve that are kept.
@@ -22,7 +22,8 @@ class LayerRouting:
         num_atoms: M, the number of atoms or experts.
         utilization: Share of them that were selected at least once.
         effective_atoms: ``exp`` of the entropy of the load; M if it is uniform.
-        strength: Mean signal strength S; None for layers without a gate.
+        strength: Mean signal strength S; None for layers without a gate, and where
+            atoms are hashed, as S is constant then.
         gate: Mean tanh(S); None likewise.
         load: Each atom's share of all selections, in descending order, thinned to at most 200 evenly spaced points.
     """
@@ -75,6 +76,8 @@ class RoutingMonitor:
 class _Counter:
     def __init__(self, layer: RoutedLayer) -> None:
         self.layer = layer
+        # Where atoms are hashed, S is a constant, and there is nothing to watch.
+        self.has_gate = isinstance(layer, DSC) and not isinstance(layer.router, NgramRouter)
         self.tokens = 0
         self.counts: Tensor | None = None
         self.strength_sum, self.gate_sum = 0.0, 0.0
@@ -82,13 +85,12 @@ class _Counter:
     @torch.no_grad()
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         layer: Any = self.layer
-        if isinstance(layer, DSC):
-            num_atoms, options = layer.options.num_atoms, layer.options
+        num_atoms = layer.options.num_atoms if isinstance(layer, DSC) else layer.num_experts
+        if self.has_gate:
+            options = layer.options
             strength = gate(output.logits, logit_clamp=options.logit_clamp, eps=options.eps).strength
             self.strength_sum += float(strength.sum())
             self.gate_sum += float(strength.tanh().sum())
-        else:
-            num_atoms = layer.num_experts
         counts = torch.bincount(output.indices.reshape(-1), minlength=num_atoms).cpu()
         self.counts = counts if self.counts is None else self.counts + counts
         self.tokens += output.indices.shape[0]
@@ -98,12 +100,11 @@ class _Counter:
         share = self.counts.double() / self.counts.sum()
         load = share.sort(descending=True).values
         points = torch.linspace(0, len(load) - 1, min(_LOAD_POINTS, len(load))).round().long()
-        has_gate = isinstance(self.layer, DSC)
         return LayerRouting(
             num_atoms=len(share),
             utilization=float((share > 0).double().mean()),
             effective_atoms=float(torch.special.entr(share).sum().exp()),
-            strength=self.strength_sum / self.tokens if has_gate else None,
-            gate=self.gate_sum / self.tokens if has_gate else None,
+            strength=self.strength_sum / self.tokens if self.has_gate else None,
+            gate=self.gate_sum / self.tokens if self.has_gate else None,
             load=load[points].tolist(),
         )
