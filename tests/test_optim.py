@@ -95,6 +95,38 @@ def test_row_sparse_banks_have_an_optimizer_of_their_own():
 
 
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch has no Muon")
+def test_rows_of_parametrized_banks_are_atoms():
+    model = Model()
+    torch.nn.utils.parametrize.register_parametrization(model.layer.dsc.bank, "u", torch.nn.Identity())
+    groups = parameter_groups(model, learning_rate=1.0, weight_decay=0.0, atom_lr_multiplier=3.0)
+    (atoms,) = [group["params"] for group in groups if group["lr"] == 3.0]
+    assert len(atoms) == 2
+
+
+class TestJoined:
+    @staticmethod
+    def make():
+        model = Model(sparse_gradients=True, frame_weight=0.0)
+        return model, build_optimizer(model, learning_rate=0.1, weight_decay=0.0)
+
+    def test_refuses_groups_that_no_part_would_train(self):
+        _, optimizer = self.make()
+        with pytest.raises(ValueError, match="param_group must be given to one of the joined optimizers"):
+            optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(2))]})
+
+    def test_a_copy_of_model_and_optimizer_trains(self):
+        model, optimizer = copy.deepcopy(self.make())
+        before = {name: value.clone() for name, value in model.named_parameters()}
+        ids = torch.randint(20, (2, 5))
+        model.train()(ids, ids)["loss"].backward()
+        optimizer.param_groups[0]["lr"] = 0.0
+        optimizer.step()
+        moved = {id(p) for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+        held, *others = optimizer.param_groups
+        assert not moved & {id(p) for p in held["params"]}
+        assert moved & {id(p) for group in others for p in group["params"]}
+
+
 class TestMuon:
     @staticmethod
     def build(model, **options):

@@ -40,7 +40,7 @@ def spectral_norm(layer: DSC, x: Tensor, router_input: Tensor | None = None) -> 
     Args:
         layer: The layer.
         x: Tokens of shape (..., d_in).
-        router_input: What the router sees instead of ``x``, of the same shape.
+        router_input: What the router sees instead of ``x``, see :meth:`torchdsc.nn.RoutedLayer.forward`.
 
     Returns:
         Tensor of shape (...), in the dtype of the coefficients.

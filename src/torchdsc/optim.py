@@ -87,8 +87,12 @@ def _kinds(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, str]]:
         {id(p) for module in model.modules() if isinstance(module, kind) for p in module.parameters()}
         for kind in (Router, (nn.Embedding, ShortConvolution))
     )
+    # All of a bank's: parametrized or flattened, they have other names.
     rows = {
-        id(module.get_parameter(name)) for module in model.modules() for name in getattr(module, "row_parameters", ())
+        id(parameter)
+        for module in model.modules()
+        for name, parameter in module.named_parameters()
+        if isinstance(module, BasisBank) or name in getattr(module, "row_parameters", ())
     }
     sparse = _sparse_parameters(model)
     for name, parameter in model.named_parameters():
@@ -186,6 +190,20 @@ class JoinedOptimizer(Optimizer):
         self._parts = tuple(parts)
         super().__init__([group for part in self._parts for group in part.param_groups], {})
         self._share_groups()
+        self._joined = True
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Refused once the optimizer is made, as no part would train the group.
+
+        Raises:
+            ValueError: Always, by then.
+        """
+        if hasattr(self, "_joined"):
+            raise ValueError("param_group must be given to one of the joined optimizers, before they are joined")
+        super().add_param_group(param_group)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_parts": self._parts, "_joined": True}
 
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """One step of each."""

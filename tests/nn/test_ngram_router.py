@@ -107,3 +107,39 @@ def test_errors(layer, codes):
         DSC(6, num_atoms=4, top_k=2, router="ngram", router_bias=True)
     with pytest.raises(ValueError, match="router_rank must be None for router = 'ngram', got 3"):
         DSC(6, num_atoms=4, top_k=2, router="ngram", router_rank=3)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("router_norm", "layer_affine"), ("router_init_std", 0.1), ("z_loss_on_raw_logits", True)]
+)
+def test_options_without_effect_are_refused(option, value):
+    with pytest.raises(ValueError, match=f"{option} must be .* for router = 'ngram', got {value!r}"):
+        DSC(6, num_atoms=4, top_k=2, router="ngram", **{option: value})
+
+
+def test_a_single_atom_without_a_gate_trains():
+    layer = DSC(6, num_atoms=4, top_k=1, router="ngram", gate="none", frame_weight=0.0).train()
+    layer(torch.randn(5, 6), router_input=ngram_codes(torch.arange(5), (2,))).sum().backward()
+    assert layer.bank.v.grad.abs().sum() > 0
+
+
+def test_coefficients_are_float32_whatever_the_default(layer, codes):
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert layer.float().route(codes).coefficients.dtype == torch.float32
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_compiled():
+    # Compiled code does not wrap the product of an index and a large constant.
+    layers = torch.nn.ModuleList(DSC(6, num_atoms=11, top_k=4, router="ngram", frame_weight=0.0) for _ in range(3))
+    for salt, layer in enumerate(layers):
+        layer.router.salt = salt
+
+    def run(x, tokens):
+        seen = ngram_codes(tokens, (1, 3))
+        return sum(layer(x, router_input=seen) for layer in layers)
+
+    x, tokens = torch.randn(2, 7, 6), torch.randint(500, (2, 7))
+    torch.testing.assert_close(torch.compile(run, fullgraph=True)(x, tokens), run(x, tokens))

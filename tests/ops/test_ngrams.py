@@ -79,3 +79,18 @@ def test_dtype():
 def test_orders(orders):
     with pytest.raises(ValueError, match=r"ngram_orders must be numbers of tokens, each 1 or more, got \("):
         ngram_codes(torch.zeros(3, dtype=torch.int64), orders)
+
+
+@pytest.mark.parametrize("rows", [0, (5,), (5, 0), (5, 5, 5)])
+def test_rows(rows):
+    with pytest.raises(ValueError, match=r"rows must be a number >= 1, or one for each of 2 orders, got "):
+        ngram_rows(torch.zeros(3, 2, dtype=torch.int64), 2, rows)
+
+
+def test_codes_and_tables_and_length():
+    with pytest.raises(TypeError, match=r"codes must be int64, got torch\.float32"):
+        ngram_rows(torch.zeros(3, 2), 2, 5)
+    with pytest.raises(ValueError, match="tables must be >= 1, got 0"):
+        ngram_rows(torch.zeros(3, 2, dtype=torch.int64), 0, 5)
+    with pytest.raises(ValueError, match=r"length must be in \[0, 5\], got 9"):
+        ngram_codes(torch.arange(5), (2,), length=9)

@@ -198,7 +198,8 @@ class DSC(RoutedLayer):
         return router_input.reshape(-1, router_input.shape[-1])
 
     def _compose(self, flat: Tensor, routing: Routing) -> Tensor:
-        if self.training and torch.is_grad_enabled() and self.options.gate == "none" and self.options.top_k == 1:
+        constant = self.options.gate == "none" and self.options.top_k == 1 and not isinstance(self.router, NgramRouter)
+        if constant and self.training and torch.is_grad_enabled():
             raise ValueError(
                 "gate must be 'sum' or 'mean' to train with top_k = 1, got 'none': the coefficient would always be 1, "
                 "and the router get no gradient from the task"
@@ -236,10 +237,10 @@ class DSC(RoutedLayer):
 
         Args:
             x: Tokens of shape (..., d_in).
-            router_input: What the router sees in place of ``x``, of its shape.
+            router_input: What the router sees in place of ``x``, see :meth:`RoutedLayer.forward`.
 
         Returns:
-            Tensor of shape (..., d_in, d_out) with ``y = x dW``, in the dtype of ``x``.
+            Tensor of shape (..., d_in, d_out) with ``y = x dW``, or ``x dW + o`` with an offset, in the dtype of ``x``.
         """
         left, right = self.factors(x, router_input)
         return torch.einsum("...ki,...ko->...io", left, right).to(x.dtype)

@@ -11,6 +11,7 @@ from torchdsc.arguments import check_at_least, check_types
 from .bank import BasisBank
 from .context import ID_FEATURES, Contextual, Seen, with_ids
 from .dsc import DSC
+from .gated import GatedFFN
 from .options import FeedForwardArguments, recommended, split_context
 from .residual import build_static
 from .routers import set_salt
@@ -59,7 +60,8 @@ class DSCFeedForward(nn.Module, Contextual):
 
     Raises:
         TypeError: If an argument has another type, or an option is unknown or missing.
-        ValueError: On an option out of its range, or if both ``hidden_features`` and ``base`` are given.
+        ValueError: On an option out of its range, or if both ``hidden_features`` and ``base`` are given, or
+            ``static="gated"`` and a ``base`` that has no gate.
     """
 
     def __init__(
@@ -82,9 +84,12 @@ class DSCFeedForward(nn.Module, Contextual):
         if base is not None and hidden_features:
             raise ValueError(f"hidden_features must be 0 where base is given, got {hidden_features}")
         context, own = split_context(recommended(**options))
-        self.has_gate = bool(hidden_features) and context.static == "gated"
+        if base is not None and context.static == "gated" and not isinstance(base, GatedFFN):
+            raise ValueError(f"base must be a GatedFFN for static = 'gated', got a {type(base).__name__}")
         if hidden_features:
             base = build_static(context.static, features, hidden_features, device, dtype)
+        # A gate sees what the router would, as in Residual.
+        self.has_gate = isinstance(base, GatedFFN)
         self.features, self.normalize_embeddings = features, normalize_embeddings
         self.base = base
         self.dsc = DSC(features, bank=bank, device=device, dtype=dtype, **own)

@@ -155,6 +155,11 @@ class DSCOptions(_AssignedOnce, DSCFields):
             raise ValueError(f"router_rank must be None for router = {self.router!r}, got {self.router_rank}")
         if self.router == "ngram" and self.router_bias:
             raise ValueError("router_bias must be False for router = 'ngram', got True")
+        # Options of a product that is not there.
+        idle = {"router_norm": "layer", "router_init_std": None, "z_loss_on_raw_logits": False}
+        for name, value in idle.items() if self.router == "ngram" else ():
+            if getattr(self, name) != value:
+                raise ValueError(f"{name} must be {value!r} for router = 'ngram', got {getattr(self, name)!r}")
         if self.router != "product_key":
             if self.router_heads != 1:
                 raise ValueError(f"router_heads must be 1 for router = {self.router!r}, got {self.router_heads}")
@@ -316,7 +321,7 @@ def recommended(
 ) -> FeedForwardArguments:
     """The settings with the lowest loss at equal budgets in this project's studies; defaults elsewhere are the paper's.
 
-    A short convolution over the embeddings of a token and the three before it is added to the layer's input, and L_frame
+    A short convolution over the embeddings of a token and the three before it is added to the layer's input. L_frame
     has no weight. Atoms are selected in one of two ways:
 
     * "embeddings": a linear router sees a short convolution over the embeddings of a token and the two before it. Each

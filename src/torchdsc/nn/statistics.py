@@ -52,7 +52,8 @@ class RoutedLayer(nn.Module):
             token_mask: Optional padding mask of shape (...). Tokens that are False do not count in the regularisers.
                 If they are NaN or infinite and the loss ignores their outputs, the layer's gradients stay finite.
             router_input: What the router sees instead of ``x``, of the same shape; for example the output of a
-                :class:`torchdsc.ShortConvolution`. The composed weight is still applied to ``x``.
+                :class:`torchdsc.ShortConvolution`. For ``router="ngram"`` codes of n-grams, int64, (..., n).
+                The composed weight is still applied to ``x``.
             routing: The result of :meth:`route` for these tokens, instead of routing here. Every call that is given a
                 routing counts its statistics.
 
@@ -89,7 +90,7 @@ class RoutedLayer(nn.Module):
         The routing depends only on the router's input, so it can be computed before the layer's own input exists.
 
         Args:
-            router_input: What the router sees, of shape (..., d_in): ``x``, or the ``router_input`` of :meth:`forward`.
+            router_input: What the router sees: ``x`` of shape (..., d_in), or the ``router_input`` of :meth:`forward`.
             token_mask: See :meth:`forward`.
 
         Returns:

@@ -7,10 +7,16 @@ from torch import Tensor
 
 __all__ = ["ngram_codes", "ngram_rows"]
 
-# Odd constants whose bits look random (SplitMix64), as signed 64-bit integers; products wrap around.
-_TOKEN, _FIRST, _SECOND, _SALT = (
-    constant - 2**64 if constant >= 2**63 else constant
-    for constant in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB, 0xD6E8FEB86659FD93)
+
+def _signed(value: int) -> int:
+    """The low 64 bits as a signed integer."""
+    value &= 2**64 - 1
+    return value - 2**64 if value >= 2**63 else value
+
+
+# Odd constants whose bits look random (SplitMix64); products wrap around.
+_TOKEN, _FIRST, _SECOND, _SALT = map(
+    _signed, (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB, 0xD6E8FEB86659FD93)
 )
 # Hash functions of one salt.
 _FUNCTIONS = 2**20
@@ -33,12 +39,15 @@ def ngram_codes(
 
     Raises:
         TypeError: If ``tokens`` is not int64.
-        ValueError: If ``orders`` is empty or has a number below 1.
+        ValueError: If ``orders`` is empty or has a number below 1, or ``length`` is not in [0, T].
     """
     if tokens.dtype != torch.int64:
         raise TypeError(f"tokens must be int64, got {tokens.dtype}")
     check_orders(orders)
-    past = tokens.shape[-1] - (tokens.shape[-1] if length is None else length)
+    length = tokens.shape[-1] if length is None else length
+    if not 0 <= length <= tokens.shape[-1]:
+        raise ValueError(f"length must be in [0, {tokens.shape[-1]}], got {length}")
+    past = tokens.shape[-1] - length
     longest = max(orders)
     # 0 for what is before the first token.
     padded = torch.nn.functional.pad(tokens + 1, (longest - 1, 0))
@@ -65,13 +74,23 @@ def ngram_rows(codes: Tensor, tables: int, rows: int | Sequence[int], *, salt: i
 
     Returns:
         Rows in [0, R), int64 of shape (..., n tables): the tables of the first order come first.
+
+    Raises:
+        TypeError: If ``codes`` is not int64.
+        ValueError: If ``tables`` or a number of rows is below 1, or there are not as many of them as orders.
     """
     orders = codes.shape[-1]
-    functions = torch.arange(orders * tables, device=codes.device).view(orders, tables) + (salt * _FUNCTIONS + 1)
-    hashed = _mix(codes.unsqueeze(-1) + functions * _SALT)
-    if isinstance(rows, int):
-        return hashed.remainder(rows).flatten(-2)
-    return hashed.remainder(torch.tensor(rows, device=codes.device).unsqueeze(-1)).flatten(-2)
+    sizes = (rows,) * orders if isinstance(rows, int) else tuple(rows)
+    if codes.dtype != torch.int64:
+        raise TypeError(f"codes must be int64, got {codes.dtype}")
+    if len(sizes) != orders or min(sizes) < 1:
+        raise ValueError(f"rows must be a number >= 1, or one for each of {orders} orders, got {rows}")
+    if tables < 1:
+        raise ValueError(f"tables must be >= 1, got {tables}")
+    # Integers of Python, wrapped here: compiled code would not wrap a product of an index.
+    salts = [_signed((salt * _FUNCTIONS + 1 + function) * _SALT) for function in range(orders * tables)]
+    hashed = _mix(codes.unsqueeze(-1) + torch.tensor(salts, device=codes.device).view(orders, tables))
+    return hashed.remainder(torch.tensor(sizes, device=codes.device).unsqueeze(-1)).flatten(-2)
 
 
 def check_orders(orders: Sequence[int]) -> None:

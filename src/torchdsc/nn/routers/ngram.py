@@ -16,7 +16,8 @@ class NgramRouter(Router):
     """Selects the atoms that the last tokens are hashed to: for each of n orders of n-grams, K / n of M / n.
 
     Which atoms a token uses depends on the last tokens alone, and is known before a model runs; what they make of x
-    depends on x. Logits are zero, so that the gate gives each selected atom nearly 1 / K.
+    depends on x. Logits are zero, so that the gate gives each selected atom nearly 1 / K. The router of a DSC layer has
+    salt 0: where layers of your own make a model, set ``layer.router.salt`` to another number in each.
 
     Args:
         num_atoms: M.
@@ -56,8 +57,9 @@ class NgramRouter(Router):
         starts = [order * self.num_atoms // orders for order in range(orders + 1)]
         rows = ngram_rows(x, each, [end - start for start, end in pairwise(starts)], salt=self.salt)
         indices = rows + torch.tensor(starts[:-1], device=x.device).repeat_interleave(each)
-        empty = torch.empty(0, device=x.device)
-        return Selection(torch.zeros(indices.shape, device=x.device), indices, empty, empty)
+        empty = torch.empty(0, dtype=torch.float32, device=x.device)
+        logits = torch.zeros(indices.shape, dtype=torch.float32, device=x.device)
+        return Selection(logits, indices, empty, empty)
 
     def deviations(self, init_std: float) -> list[tuple[nn.Parameter, float]]:
         """See :class:`Router`: there are no parameters."""
