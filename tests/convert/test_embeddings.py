@@ -209,6 +209,14 @@ class TestOnePass:
         packed = model(ids.reshape(1, -1), position_ids=positions, use_cache=False).logits
         torch.testing.assert_close(packed.view(3, 11, -1), model(ids).logits, **close(kind))
 
+    def test_packed_from_any_position_on(self, kind, ids):
+        model = make(kind)
+        positions = torch.cat((torch.arange(5), torch.arange(3, 9))).expand(3, -1)
+        packed = model(ids, position_ids=positions, use_cache=False).logits
+        for piece in (slice(0, 5), slice(5, 11)):
+            alone = model(ids[:, piece], position_ids=positions[:, piece], use_cache=False).logits
+            torch.testing.assert_close(packed[:, piece], alone, **close(kind))
+
     def test_embeddings_in_place_of_tokens(self, ids):
         model = make("llama")
         embeddings = model.get_input_embeddings()(ids)

@@ -5,6 +5,7 @@ import torch
 from transformers import DynamicCache, StaticCache
 
 from torchdsc.models.packing import number_sequences
+from torchdsc.nn.packing import find_places
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 # Lengths of the sequences in a row of twelve.
@@ -45,6 +46,16 @@ def test_see_nothing_of_each_other(masked, use_cache, training, kind, make_model
     given = {"attention_mask": torch.ones_like(input_ids)} if masked else {}
     output = model(input_ids, position_ids=positions_of(LENGTHS), use_cache=use_cache, **given)
     check_alone(model, input_ids, output.logits, (0, 1, 6, 8), LENGTHS)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_sequences_may_begin_at_any_position(masked, kind, make_model, input_ids):
+    model, positions = make_model(kind), torch.cat([torch.arange(5), torch.arange(3, 10)]).unsqueeze(0)
+    given = {"attention_mask": torch.ones_like(input_ids)} if masked else {}
+    packed = model(input_ids, position_ids=positions, **given).logits
+    for piece in (slice(0, 5), slice(5, 12)):
+        alone = model(input_ids[:, piece], position_ids=positions[:, piece]).logits
+        torch.testing.assert_close(packed[:, piece], alone, **CLOSE)
 
 
 @pytest.mark.parametrize("side", ["left", "right", "between"])
@@ -146,10 +157,20 @@ def test_numbers_of_sequences():
     assert number_sequences(torch.tensor([[0, 0, 1]]), None).tolist() == [[0, 1, 1]]
 
 
+def test_places_in_sequences():
+    mask = torch.tensor([[0, 1, 1, 0, 1, 1, 0, 1]]).bool()
+    positions = torch.tensor([[7, 3, 4, 0, 5, 2, 0, 3]])
+    # The first sequence may go on with one in a cache.
+    assert find_places(positions, mask, 4).tolist() == [[4, 5, 6, 7, 8, 0, 1, 2]]
+    assert find_places(torch.tensor([[5, 5, 7], [0, 1, 2]]), None, 2).tolist() == [[2, 0, 1], [2, 3, 4]]
+    assert find_places(torch.tensor([[4, 5, 6]]), None, 2) is None
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize("kind", ["dsc", "dsc, embeddings"])
 @pytest.mark.parametrize("mask", [False, True])
-def test_compiles_to_one_graph(mask, make_model, input_ids):
-    model = make_model("dsc")
+def test_compiles_to_one_graph(mask, kind, make_model, input_ids):
+    model = make_model(kind)
     given = {"attention_mask": torch.ones_like(input_ids)} if mask else {}
     arguments = {"position_ids": positions_of(LENGTHS), "use_cache": False, **given}
     torch._dynamo.reset()

@@ -85,7 +85,7 @@ class DSCGPTBlock(GradientCheckpointingLayer, Contextual):
         attention_mask: Tensor | None = None,
         token_mask: Tensor | None = None,
         past_key_values: Cache | None = None,
-        positions: Tensor | None = None,
+        places: Tensor | None = None,
         codes: Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, list[RoutingStatistics | None]]:
@@ -99,7 +99,7 @@ class DSCGPTBlock(GradientCheckpointingLayer, Contextual):
             attention_mask: For the attention function.
             token_mask: Padding mask of shape (B, T), or None.
             past_key_values: Key-value cache, or None.
-            positions: Positions of the tokens, if given to the model.
+            places: Of the tokens in their sequences, see :class:`torchdsc.nn.Seen`.
             codes: Of n-grams, see :class:`torchdsc.nn.Seen`.
             **kwargs: For the attention function.
 
@@ -115,7 +115,7 @@ class DSCGPTBlock(GradientCheckpointingLayer, Contextual):
         sequences = embeddings
         if sequences is None:
             sequences = with_past(x, self.context.past_tokens, token_mask, past_key_values, self.layer_idx)
-        seen = Seen(sequences, x.shape[1], positions, codes)
+        seen = Seen(sequences, x.shape[1], places, codes)
         remembered = None if self.ngram_tables is None else self.ngram_tables(x, codes)
         x = self.layer_sees(x, seen)
         if self.routed_layer is not None and indices is not None and coefficients is not None:

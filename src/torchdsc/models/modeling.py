@@ -18,6 +18,7 @@ from torchdsc.losses.host import regularized
 from torchdsc.nn import DSC, Seen
 from torchdsc.nn.context import with_ids
 from torchdsc.nn.host import tied_keys
+from torchdsc.nn.packing import find_places
 from torchdsc.nn.statistics_log import next_number
 
 from .attention import DSCGPTAttention
@@ -175,7 +176,10 @@ class DSCGPTModel(DSCGPTPreTrainedModel):
             self.config, inputs_embeds, attention_mask, past_key_values, given_positions
         )
         hidden_states = self.dropout(inputs_embeds + self.embed_positions(position_ids))
-        seen = self._look(inputs_embeds, input_ids, token_mask, past_key_values, given_positions)
+        past_tokens, places = self.model_options.past_tokens, None
+        if given_positions is not None and past_tokens > 0 and inputs_embeds.shape[1] > 1:
+            places = find_places(given_positions, token_mask, past_tokens)
+        seen = self._look(inputs_embeds, input_ids, token_mask, past_key_values, places)
         blocks = cast(list[DSCGPTBlock], list(self.blocks))
         # Before the first block, so that activation checkpointing does not recompute what depends on tokens alone.
         routings = [None if seen is None else block.route(seen, token_mask) for block in blocks]
@@ -188,7 +192,7 @@ class DSCGPTModel(DSCGPTPreTrainedModel):
                 attention_mask=causal_mask,
                 token_mask=token_mask,
                 past_key_values=past_key_values,
-                positions=given_positions,
+                places=places,
                 codes=None if seen is None else seen.codes,
                 **kwargs,
             )
@@ -205,7 +209,7 @@ class DSCGPTModel(DSCGPTPreTrainedModel):
         input_ids: Tensor | None,
         token_mask: Tensor | None,
         cache: Cache | None,
-        positions: Tensor | None,
+        places: Tensor | None,
     ) -> Seen | None:
         """Token embeddings for layers and routers, normalised once for all blocks; None if the options use none."""
         options = self.model_options
@@ -221,7 +225,7 @@ class DSCGPTModel(DSCGPTPreTrainedModel):
             # The cache has one place for what came before.
             embeddings = with_ids(embeddings, input_ids)
         sequences = with_past(embeddings, options.past_tokens, token_mask, cache, 0)
-        return Seen.of(sequences, length, positions, options.orders_seen)
+        return Seen.of(sequences, length, places, options.orders_seen)
 
     def _wants_cache(self, use_cache: bool | None) -> bool:
         if use_cache is None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from .context import Contextual, Seen, with_ids
-from .packing import number_sequences
+from .packing import find_places
 from .past import after_past, cache_of, keep_past
 
 _OUTSIDE = (
@@ -150,6 +150,7 @@ class Broadcast:
             raise ValueError(
                 f"position_ids must have shape (B, T) for layers that see embeddings, got {tuple(positions.shape)}"
             )
+        places = None
         x = functional.layer_norm(embeddings, embeddings.shape[-1:])
         if self.orders:
             x = with_ids(x, tokens)
@@ -159,11 +160,11 @@ class Broadcast:
                 # Not a product: hidden states of padding may be NaN.
                 x = x.masked_fill(~mask.unsqueeze(-1), 0.0)
             if isinstance(positions, Tensor) and length > 1:
-                # Positions matter if a row holds several packed sequences.
-                positions = None if number_sequences(positions, mask) is None else positions
+                # Positions only tell where one of several packed sequences ends.
+                places = find_places(positions, mask, past)
             x = after_past(x, past, cache)
         self._sequences = x
-        self._seen = Seen.of(x, length, positions if isinstance(positions, Tensor) else None, self.orders)
+        self._seen = Seen.of(x, length, places, self.orders)
         if tokens is None:
             self._seen = self._seen._replace(codes=None)
         if not torch.compiler.is_compiling() and torch.is_grad_enabled():

@@ -21,8 +21,8 @@ class Seen(NamedTuple):
     Attributes:
         sequences: Shape (..., past + T, d); padding is zeros.
         length: T, the number of tokens in this call, which come last.
-        positions: Positions of these T tokens in their sequences, see :meth:`ShortConvolution.forward`; None if each
-            row is one sequence.
+        positions: Places of these T tokens in their sequences, counted from 0 whatever their position ids, see
+            :meth:`ShortConvolution.forward`; None if each row is one sequence.
         codes: Of the n-grams that end at these T tokens, of shape (..., T, n), from
             :func:`torchdsc.ops.ngram_codes`; None where nothing is addressed by n-grams.
     """

@@ -26,3 +26,23 @@ def number_sequences(position_ids: Tensor, token_mask: Tensor | None) -> Tensor 
     if not torch.compiler.is_compiling() and not begins.any():
         return None
     return torch.nn.functional.pad(begins, (1, 0)).cumsum(1)
+
+
+def find_places(position_ids: Tensor, token_mask: Tensor | None, past_tokens: int) -> Tensor | None:
+    """The place of each token in its sequence, wherever the positions of that begin.
+
+    Args:
+        position_ids: See :func:`number_sequences`.
+        token_mask: See there.
+        past_tokens: How far anything looks back. The first sequence of a row may have begun before the row, in a cache:
+            its tokens are placed so much further on, and nothing before them is out of sight.
+
+    Returns:
+        Places of shape (B, T) or (1, T), counted from 0 but for the first sequence; None if every row is one sequence.
+    """
+    numbers = number_sequences(position_ids, token_mask)
+    if numbers is None:
+        return None
+    index = torch.arange(numbers.shape[1], device=numbers.device)
+    is_first_token = torch.nn.functional.pad(numbers[:, 1:] > numbers[:, :-1], (1, 0))
+    return index - torch.where(is_first_token, index, -past_tokens).cummax(1).values
