@@ -73,6 +73,13 @@ def make(kind, **changes):
     return (model if kind in BESIDE_EXPERTS else model.double()).eval()
 
 
+def ngram_dscgpt(options):
+    from torchdsc.models import DSCGPTConfig, DSCGPTForCausalLM
+
+    sizes = {**SIZES, "max_position_embeddings": 64, "intermediate_size": 24, "dropout": 0.0, "initializer_range": 0.3}
+    return DSCGPTForCausalLM(DSCGPTConfig(**sizes, feed_forward_options=options))
+
+
 def close(kind):
     return {"rtol": 1e-4, "atol": 1e-5} if kind in BESIDE_EXPERTS else {"rtol": 1e-10, "atol": 1e-12}
 
@@ -323,6 +330,40 @@ class TestTraining:
         model.gradient_checkpointing_enable({"use_reentrant": True})
         with pytest.raises(RuntimeError, match="use_reentrant=False"):
             model(ids, labels=ids)
+
+    @pytest.mark.parametrize("static", ["dense", "gated"])
+    @pytest.mark.parametrize("changes", [{}, {"mode": "replace"}, {"mode": "replace", "router": "ngram"}], ids=str)
+    def test_dscgpt_routed_by_ngrams(self, changes, static, ids):
+        """What is put around its layer changes nothing while it adds nothing, and what replaces it is routed."""
+        torch.manual_seed(0)
+        options = torchdsc.recommended("ngrams", num_atoms=40, static=static)
+        model = ngram_dscgpt(options)
+        expected = model.eval()(ids).logits
+        start = {} if changes else {"gamma_init": 0.0}
+        torchdsc.convert(model, num_atoms=40, top_k=4, **start, **changes)
+        assert torch.equal(model.eval()(ids).logits, expected) == (not changes)
+        found = model.train()(ids, labels=ids)
+        assert torch.equal(found.logits, expected) == (not changes)
+        found.loss.backward()
+        added = [parameter for name, parameter in model.named_parameters() if "dsc" in name]
+        assert all(parameter.grad is not None for parameter in added)
+
+    @pytest.mark.parametrize("static", ["dense", "gated"])
+    @pytest.mark.parametrize("target", ["feed_forward", "dsc"])
+    def test_dscgpt_routed_by_ngrams_with_adapters(self, target, static, ids):
+        peft = pytest.importorskip("peft")
+        from torchdsc.adapters import DSCAdapterConfig
+
+        torch.manual_seed(0)
+        model = ngram_dscgpt(torchdsc.recommended("ngrams", num_atoms=40, static=static)).eval()
+        expected = model(ids).logits
+        config = DSCAdapterConfig(num_atoms=20, top_k=2, gamma_init=0.0, target_modules=[target])
+        adapted = peft.get_peft_model(model, config)
+        assert torch.equal(adapted.eval()(ids).logits, expected)
+        found = adapted.train()(ids, labels=ids)
+        assert torch.equal(found.logits, expected)
+        found.loss.backward()
+        assert all(part.grad is not None for part in adapted.parameters() if part.requires_grad)
 
     @pytest.mark.slow
     @pytest.mark.parametrize("kind", ["llama", "llama, n-grams"])

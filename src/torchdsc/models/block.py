@@ -29,7 +29,10 @@ class DSCGPTBlock(GradientCheckpointingLayer, Contextual):
         self.add_contexts(config.hidden_size, config.model_options)
         self.ngram_tables = config.model_options.build_tables(config.hidden_size, layer_idx)
         self.layer_idx = layer_idx
+        self._static_is_gated = isinstance(self.feed_forward, Residual) and isinstance(self.feed_forward.base, GatedFFN)
         layer = self.routed_layer
+        # In a tuple, as it is no submodule of its own: another module may be put around it, or in its place.
+        self._built = (layer,)
         self.routes_by_ngrams = isinstance(layer, DSC) and isinstance(layer.router, NgramRouter)
         if isinstance(layer, DSC):
             set_salt(layer.router, layer_idx)
@@ -48,15 +51,19 @@ class DSCGPTBlock(GradientCheckpointingLayer, Contextual):
         """All routed layers, in the order of :meth:`forward`."""
         return [layer for layer in (self.attention.update, self.routed_layer) if layer is not None]
 
-    @property
-    def _static_is_gated(self) -> bool:
-        return isinstance(self.feed_forward, Residual) and isinstance(self.feed_forward.base, GatedFFN)
-
     def _routed(self, x: Tensor, token_mask: Tensor | None, routing: Routing, routed: Tensor | None) -> Tensor:
         """The feed-forward layer of tokens that are routed already; a gate sees what the router saw."""
         gate = {"gate_input": routed} if self._static_is_gated else {}
         y: Tensor = self.feed_forward(x, token_mask=token_mask, routing=routing, **gate)
         return y
+
+    def _inputs(self, seen: Seen) -> dict[str, Tensor | None]:
+        """What the feed-forward layer's router sees, and the gate of its static layer, where they see the same."""
+        routed = self.router_sees(seen)
+        if not self.routes_by_ngrams or all(module is not self._built[0] for module in self.feed_forward.modules()):
+            # A layer in the place of the one that was built has a router of another kind, or codes of its own.
+            return {"router_input": routed}
+        return {"router_input": seen.codes, **({"gate_input": routed} if self._static_is_gated else {})}
 
     def route(self, seen: Seen, token_mask: Tensor | None) -> Routing | None:
         """The feed-forward layer's routing, if its router sees nothing but token embeddings; else None."""
@@ -129,7 +136,7 @@ class DSCGPTBlock(GradientCheckpointingLayer, Contextual):
             update = self._routed(x, token_mask, routing, routed)
         elif getattr(self.feed_forward, "takes_router_input", False):
             # In evaluation no layer leaves statistics. A converted or adapted one leaves its own.
-            update = self.feed_forward(x, token_mask=token_mask, router_input=self.router_sees(seen))
+            update = self.feed_forward(x, token_mask=token_mask, **self._inputs(seen))
             statistics += [] if self.routed_layer is None else [None]
         else:
             update = self.feed_forward(x)
