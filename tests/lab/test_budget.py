@@ -109,6 +109,7 @@ class TestCounts:
             ("dsc", {"router_context": 4, "router": "low_rank", "share_bank": True}),
             *((method, {"static": "gated"}) for method in ("dsc", "peer", "mixture_of_loras")),
             ("dsc", {"router": "ngram", "static": "gated", "router_input": "embeddings", "router_context": 3}),
+            ("dsc", {"router": "ngram", "router_input": "embeddings", "router_context": 3}),
             *((method, {"ngram_rows": 804, "ngram_heads": 2}) for method in METHODS),
         ],
     )
@@ -140,6 +141,20 @@ class TestCounts:
         plan = solve("dsc", budget, options=options)
         check_counts(plan, budget)
         check_is_next_to_a_target(plan, budget)
+
+    @pytest.mark.parametrize("spare", [0, 700, 1600, 3100, 5000])
+    def test_a_gates_convolution_is_counted_where_there_is_a_gate(self, spare):
+        options = {"router": "ngram", "static": "gated", "router_input": "embeddings", "router_context": 3}
+        # Gamma, and as many atoms as are used; the convolution of a gate takes three times D, a unit of its width too.
+        active = SMALL.fixed + 4 * 128 * (1 + 2 * 4)
+        total = active + 4 * 128 * 2 * 50
+        budget = replace(SMALL, total=total + spare, active=active + spare)
+        plan = solve("dsc", budget, options=options)
+        assert plan.intermediate_size == max(0, spare // (4 * 128) - 3) // 3
+        assert ("routed by embeddings" in plan.description) == (plan.intermediate_size > 0)
+        check_counts(plan, budget)
+        fixed = SMALL.fixed + 4 * 128 * 3 * (plan.intermediate_size > 0)
+        assert plan.miss_total == pytest.approx((plan.params_total - budget.total) / (budget.total - fixed))
 
     @pytest.mark.parametrize("options", [{}, {"heads": 2, "query_features": 20}, {"query_norm": "batch"}])
     @pytest.mark.parametrize("budget", [PAPER, SMALL], ids=["paper", "small"])

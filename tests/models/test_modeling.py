@@ -96,6 +96,16 @@ class TestContexts:
             torch.testing.assert_close(x.reshape(before.shape), before + block.input_context(embeddings(model)))
 
 
+@pytest.mark.parametrize(("static", "width", "sees"), [("gated", 8, True), ("gated", 0, False), ("dense", 8, False)])
+def test_beside_ngrams_nothing_is_built_that_no_layer_sees(static, width, sees, make_model, input_ids):
+    options = {"router_context": 5, "static": static}
+    model = make_model("dsc, n-grams", feed_forward_options=options, intermediate_size=width).train()
+    assert all((block.router_context is not None) == sees for block in model.model.blocks)
+    assert model.config.model_options.past_tokens == model.model.model_options.past_tokens == (4 if sees else 2)
+    model(input_ids, labels=input_ids).loss.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
 class TestFiles:
     def test_round_trip_through_the_auto_classes(self, kind, make_model, input_ids, tmp_path):
         model = make_model(kind)

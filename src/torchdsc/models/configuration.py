@@ -154,8 +154,9 @@ class DSCGPTConfig(PretrainedConfig):
 
     @property
     def model_options(self) -> ModelOptions:
-        """The part of ``feed_forward_options`` that concerns the model around the layers."""
-        return split_options(self.feed_forward, self.feed_forward_options)[0]
+        """The part of ``feed_forward_options`` that concerns the model around the layers, less what no layer sees."""
+        options, _ = split_options(self.feed_forward, self.feed_forward_options)
+        return options.beside(gate=self.intermediate_size > 0 and options.static == "gated")
 
 
 def _takes_one_expert(kind: Any, options: Mapping[str, Any]) -> bool:

@@ -54,7 +54,10 @@ class ModelOptions(ContextOptions):
 
 
 def split_options(kind: FeedForwardKind, options: Mapping[str, Any]) -> tuple[ModelOptions, dict[str, Any]]:
-    """Split options into those of the model and those of its layers."""
+    """Split options into those of the model and those of its layers.
+
+    Options of what no layer sees are among the model's until :meth:`ContextOptions.beside` is asked for the others.
+    """
     names = METHODS[kind].model_options
     own = {name: value for name, value in options.items() if name in names}
     own["routes_by_ngrams"] = options.get("router") == "ngram"

@@ -107,7 +107,7 @@ def _solve_router(targets: Targets, router: str) -> Plan:
         empty = targets.plan(0, count)
         room = min(targets.total - empty.params_total, targets.active - empty.params_active)
         if room >= 0:
-            found.append(targets.plan(room // targets.each_width, count))
+            found.append(targets.plan(max(0, room - targets.gate_context) // targets.each_width, count))
         missing.append(empty)
     if not found:
         least = missing[0]

@@ -29,11 +29,17 @@ class Targets:
 
     @cached_property
     def model(self) -> ModelOptions:
-        """The method's options that concern the model around its layers."""
+        """The method's options that concern the model around its layers, where the static ones have some width."""
         # Imported late: the command line shows its help before this loads.
         from torchdsc.models.options import split_options
 
-        return split_options(self.method, self.options)[0]
+        options, _ = split_options(self.method, self.options)
+        return options.beside(gate=options.static == "gated")
+
+    @property
+    def gate_context(self) -> int:
+        """Those of the fixed parameters that only the gates of static layers use, and are none where the width is 0."""
+        return (self.model.context_rows - self.model.beside(gate=False).context_rows) * self.unit
 
     @property
     def fixed(self) -> int:
@@ -89,14 +95,15 @@ class Targets:
         options = {**self.options, **dict(zip(method.widths, (count, self.top_k, self.rank), strict=False))}
         d_model, layers = self.budget.d_model, self.budget.n_layer
         stored, used = feed_forward_parameters(self.method, d_model, width, options, layers)
+        unseen = 0 if width else self.gate_context
         return Plan(
             method=self.method,
             intermediate_size=width,
             options=options,
-            params_total=self.fixed + stored,
-            params_active=self.fixed_active + used,
-            miss_total=stored / self.stored - 1,
-            miss_active=None if method.form == "dense" else used / self.used - 1,
+            params_total=self.fixed - unseen + stored,
+            params_active=self.fixed_active - unseen + used,
+            miss_total=stored / (self.stored + unseen) - 1,
+            miss_active=None if method.form == "dense" else used / (self.used + unseen) - 1,
             description=self._describe(width, options),
         )
 
@@ -119,7 +126,8 @@ class Targets:
             raise ValueError(f"active must be at least {nearest:,} for {why}, got {self.active:,}{self.source}")
 
     def _describe(self, width: int, options: dict[str, Any]) -> str:
-        method, model, router = METHODS[self.method], self.model, options.get("router", "linear")
+        method, router = METHODS[self.method], options.get("router", "linear")
+        model = self.model if width else self.model.beside(gate=False)
         mixed = f" of {model.router_context} tokens" if model.router_context > 1 else ""
         by_embeddings = model.router_input == "embeddings"
         shared = " shared" if model.share_bank else ""
