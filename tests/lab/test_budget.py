@@ -134,6 +134,9 @@ class TestCounts:
             {"router": "ngram", "atom_features": 32},
             {"router": "ngram", "atom_features": 32, "share_bank": True},
             {"router": "product_key", "offset": True},
+            {"attention_rank": 4, "offset": True},
+            {"router": "ngram", "attention_rank": 1, "atom_features": 96},
+            {"router": "low_rank", "router_rank": 2, "attention_rank": 2, "atom_features": 120, "offset": True},
         ],
     )
     @pytest.mark.parametrize("budget", [PAPER, SMALL], ids=["paper", "small"])

@@ -3,7 +3,8 @@ import torch
 
 from torchdsc import DSC, Residual
 from torchdsc.baselines import DenseFFN, GatedFFN, MixtureOfLoRAs, StandardMoE
-from torchdsc.models.feed_forward import build_feed_forward, check_feed_forward
+from torchdsc.models import feed_forward
+from torchdsc.models.feed_forward import build_attention_update, build_feed_forward, check_feed_forward
 
 
 @pytest.mark.parametrize(
@@ -65,6 +66,19 @@ def test_errors_are_those_of_the_check_too(kind, options, match):
     for function in (build_feed_forward, check_feed_forward):
         with pytest.raises(ValueError, match=match):
             function(kind, 8, 6, options)
+
+
+def test_the_check_builds_the_update_of_attention_too(monkeypatch):
+    built = []
+
+    def build(*arguments):
+        built.append(build_attention_update(*arguments))
+
+    monkeypatch.setattr(feed_forward, "build_attention_update", build)
+    options = {"num_atoms": 12, "top_k": 3, "attention_rank": 2, "atom_features": 4, "offset": True}
+    check_feed_forward("dsc", 8, 6, options)
+    assert built[0].in_features == 8
+    assert built[0].bank.in_features == 5
 
 
 def test_checking_costs_nothing():

@@ -47,6 +47,15 @@ class TestAttentionUpdate:
         y = attention(x, None, None, None)[0]
         torch.testing.assert_close(y, attention.out_proj(seen[0]) + attention.update(seen[0]))
 
+    @pytest.mark.parametrize("options", [{"offset": True}, {"atom_features": 5}, {"offset": True, "atom_features": 5}])
+    def test_of_thin_atoms_and_offsets(self, options, make_model, input_ids):
+        model = make_model("dsc, attention", feed_forward_options=options).train()
+        update = model.model.blocks[0].attention.update
+        assert (update.in_features, update.out_features) == (16, 16)
+        assert update.bank is model.model.blocks[0].feed_forward.dsc.bank
+        model(input_ids, labels=input_ids).loss.backward()
+        assert all(parameter.grad is not None for parameter in update.parameters())
+
 
 class TestContexts:
     @pytest.fixture

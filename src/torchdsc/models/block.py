@@ -36,7 +36,9 @@ class DSCGPTBlock(GradientCheckpointingLayer, Contextual):
         self.routes_by_ngrams = isinstance(layer, DSC) and isinstance(layer.router, NgramRouter)
         if isinstance(layer, DSC):
             set_salt(layer.router, layer_idx)
-            self.attention.update = build_attention_update(config.feed_forward, config.feed_forward_options, layer.bank)
+            self.attention.update = build_attention_update(
+                config.feed_forward, config.hidden_size, config.feed_forward_options, layer.bank
+            )
         self.dropout = nn.Dropout(config.dropout)
         mark_residual_writers(self)
 

@@ -46,21 +46,26 @@ def build_feed_forward(
         raise ValueError(f"feed_forward_options do not fit feed_forward={kind!r}: {error}") from error
 
 
-def build_attention_update(kind: FeedForwardKind, options: Mapping[str, Any], bank: BasisBank) -> DSC | None:
+def build_attention_update(
+    kind: FeedForwardKind, hidden_size: int, options: Mapping[str, Any], bank: BasisBank
+) -> DSC | None:
     """The update of a block's attention output, which uses the block's ``bank``; None if not asked for."""
     model, layer_options = split_options(kind, options)
     if not model.attention_rank:
         return None
     router = {"router": "low_rank", "router_rank": model.attention_rank, "router_heads": 1}
-    return DSC(bank.in_features, bank=bank, **{**layer_options, **router})
+    return DSC(hidden_size, bank=bank, **{**layer_options, **router})
 
 
 def check_feed_forward(
     kind: FeedForwardKind, hidden_size: int, intermediate_size: int, options: Mapping[str, Any]
 ) -> None:
-    """Raise the errors of :func:`build_feed_forward`, without allocating parameters."""
+    """Raise the errors of :func:`build_feed_forward`, and those of an update of attention, without allocating any."""
     with torch.device("meta"):
-        build_feed_forward(kind, hidden_size, intermediate_size, options)
+        module = build_feed_forward(kind, hidden_size, intermediate_size, options)
+        layer = module.dsc if isinstance(module, Residual) else module
+        if isinstance(layer, DSC):
+            build_attention_update(kind, hidden_size, options, layer.bank)
 
 
 class NoFeedForward(nn.Module):

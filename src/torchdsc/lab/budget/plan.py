@@ -129,12 +129,12 @@ def feed_forward_parameters(
         module: Any = build_feed_forward(method, d_model, intermediate_size, options)
         model, _ = split_options(method, options)
         layer = getattr(module, "dsc", module)
-        update = build_attention_update(method, options, layer.bank) if model.attention_rank else None
+        update = build_attention_update(method, d_model, options, layer.bank) if model.attention_rank else None
     stored, idle = _count(module), METHODS[method].idle(layer)
     if update is not None:
         # Attention composes from the same atoms, K of its own.
         stored += _count(update) - _count(layer.bank)
-        idle -= 2 * d_model * options["top_k"]
+        idle -= (layer.bank.in_features + layer.bank.out_features) * options["top_k"]
     shared = _count(layer.bank) if model.share_bank else 0
     return n_layer * stored - (n_layer - 1) * shared, n_layer * (stored - idle)
 
