@@ -472,3 +472,9 @@ class TestArguments:
     def test_solve(self, arguments, message):
         with pytest.raises(ValueError, match=message):
             solve(budget=SMALL, **arguments)
+
+    @pytest.mark.parametrize("total", [SMALL.total, 1000])
+    def test_atoms_for_each_order_of_ngrams_before_the_targets(self, total):
+        options = {"router": "ngram", "ngram_orders": (1, 2, 3)}
+        with pytest.raises(ValueError, match="top_k must be a multiple of the 3 orders of n-grams, got 4"):
+            solve("dsc", replace(SMALL, total=total), top_k=4, options=options)

@@ -95,6 +95,10 @@ def test_other_options_are_checked_when_they_are_assigned(make_config):
         ({"residual_init": "small"}, r"residual_init must be one of .*'none'\), got 'small'"),
         ({"intermediate_size": -1}, "intermediate_size must be >= 0, got -1"),
         ({"initializer_range": -0.1}, "initializer_range must be finite and >= 0, got -0.1"),
+        (
+            {"feed_forward_options": {"router": "ngram"}},
+            "top_k must be a multiple of the 2 orders of n-grams, got 3",
+        ),
     ],
 )
 def test_errors(changes, match, make_config):

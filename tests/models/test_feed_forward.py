@@ -56,6 +56,17 @@ def test_without_a_static_layer_only_the_update_is_left():
             {"num_experts": 4, "router_context": 2, "input_context": 2},
             "router_input must be 'embeddings' for contexts of layer and router, got 'hidden'",
         ),
+        (
+            "dsc",
+            {"num_atoms": 12, "top_k": 3, "router": "ngram"},
+            "top_k must be a multiple of the 2 orders of n-grams, got 3",
+        ),
+        (
+            "dsc",
+            {"num_atoms": 2, "top_k": 3, "router": "ngram", "ngram_orders": (1, 2, 3)},
+            "num_atoms must be at least 3, one for each order of n-grams, got 2",
+        ),
+        ("dense", {"ngram_heads": 0}, "ngram_heads must be >= 1, got 0"),
         ("peer", {"num_experts": 16, "share_bank": True}, "feed_forward='peer': .*share_bank"),
         ("dsc", {"num_atoms": 12, "top_k": 13}, "top_k must be at most num_atoms = 12, got 13"),
         ("dsc", {"num_atoms": 12.0, "top_k": 3}, "num_atoms must be an int, got 12.0"),

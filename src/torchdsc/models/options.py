@@ -39,11 +39,25 @@ class ModelOptions(ContextOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_at_least(0, attention_rank=self.attention_rank, ngram_rows=self.ngram_rows)
+        check_at_least(1, ngram_heads=self.ngram_heads)
 
     @property
     def hashes_ngrams(self) -> bool:
         """Whether anything in a block is addressed by n-grams."""
         return self.routes_by_ngrams or self.ngram_rows > 0
+
+    def check_atoms(self, top_k: Any, num_atoms: Any = None) -> None:
+        """Raise a ValueError unless an n-gram router, if there is one, can select as many atoms by each order.
+
+        What is None or no int is left to the layer's own checks.
+        """
+        if not self.routes_by_ngrams:
+            return
+        orders = len(self.ngram_orders)
+        if isinstance(num_atoms, int) and num_atoms < orders:
+            raise ValueError(f"num_atoms must be at least {orders}, one for each order of n-grams, got {num_atoms}")
+        if isinstance(top_k, int) and top_k % orders:
+            raise ValueError(f"top_k must be a multiple of the {orders} orders of n-grams, got {top_k}")
 
     def build_tables(self, features: int, layer: int) -> NgramTables | None:
         """The n-gram tables of a block, d = ``features``; None if there are none."""
@@ -57,8 +71,14 @@ def split_options(kind: FeedForwardKind, options: Mapping[str, Any]) -> tuple[Mo
     """Split options into those of the model and those of its layers.
 
     Options of what no layer sees are among the model's until :meth:`ContextOptions.beside` is asked for the others.
+
+    Raises:
+        TypeError: If an option of the model has another type.
+        ValueError: If one is out of its range, or does not go with the others or those of the layers.
     """
     names = METHODS[kind].model_options
     own = {name: value for name, value in options.items() if name in names}
     own["routes_by_ngrams"] = options.get("router") == "ngram"
-    return ModelOptions(**own), {name: value for name, value in options.items() if name not in names}
+    model = ModelOptions(**own)
+    model.check_atoms(options.get("top_k"), options.get("num_atoms"))
+    return model, {name: value for name, value in options.items() if name not in names}

@@ -58,7 +58,9 @@ def solve(
     active = floor(budget.active) if match is None else match.params_active
     source = "" if match is None else f" (realised by {match.method})"
     top_k, rank = top_k or (2 if form == "experts" else 4), rank if "rank" in widths else 1
-    return SOLVERS[form](Targets(budget, method, total, active, source, top_k, rank, dict(options or {})))
+    targets = Targets(budget, method, total, active, source, top_k, rank, dict(options or {}))
+    targets.model.check_atoms(top_k)
+    return SOLVERS[form](targets)
 
 
 def solve_all(
