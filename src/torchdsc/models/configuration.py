@@ -36,9 +36,13 @@ class DSCGPTConfig(PretrainedConfig):
             :class:`torchdsc.baselines.MixtureOfLoRAs` ("num_experts" and "rank"), or
             :class:`torchdsc.baselines.GatedFFN`. All of them also take "router_input", "router_context" and
             "input_context" of :class:`torchdsc.nn.ContextOptions`, which for a gated layer make the gate's input; a
-            dense layer takes "input_context". DSC also takes "share_bank", true for one bank in all blocks, and
-            "attention_rank", the rank of an additional router by which the same bank updates the attention's output
-            projection. The config keeps a read-only copy; to change options, assign a new dictionary.
+            dense layer takes "input_context". All take "ngram_rows", the rows of the n-gram tables beside each layer
+            (:class:`torchdsc.baselines.NgramTables`; 0 for none), "ngram_heads", the tables of each order, and
+            "ngram_orders", the numbers of tokens that these tables and DSC's ``router="ngram"`` hash. DSC, PEER and
+            Mixture-of-LoRAs take "static", the kind of the static layer: "dense" or "gated". DSC also takes
+            "share_bank", true for one bank in all blocks, and "attention_rank", the rank of an additional router by
+            which the same bank updates the attention's output projection. The config keeps a read-only copy; to change
+            options, assign a new dictionary.
         dropout: Of embeddings, attention weights and residual branches.
         layer_norm_eps: Of every LayerNorm.
         initializer_range: Standard deviation of initial weights.
