@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from functools import partial
+from itertools import pairwise
 
 import pytest
 import torch
@@ -79,7 +80,10 @@ def by_hand(layer, x, embeddings, ids=None):
             routed = z
         if options.router == "ngram":
             codes = ngram_codes(ids, layer.context.ngram_orders)[t]
-            chosen = ngram_rows(codes, 1, options.num_atoms, salt=layer.router.salt)
+            # One atom of each order, in its own part of the bank.
+            starts = [order * options.num_atoms // len(codes) for order in range(len(codes) + 1)]
+            sizes = [end - start for start, end in pairwise(starts)]
+            chosen = ngram_rows(codes, 1, sizes, salt=layer.router.salt) + torch.tensor(starts[:-1])
             top = torch.zeros(options.top_k, dtype=x.dtype)
         else:
             logits = weights["router.weight"] @ functional.layer_norm(routed, routed.shape)
