@@ -41,7 +41,7 @@ class TestParameterGroups:
                 expected = (5e-3, 0.0)
             elif any(part in name for part in ("embed", "norm", "gamma", "context")):
                 expected = (1e-3, 0.0)
-            elif "bank" in name:
+            elif "bank" in name or (method == "peer" and name.endswith(("dsc.down", "dsc.up"))):
                 expected = (5e-4, 0.02)
             else:
                 expected = (1e-3, 0.02)
