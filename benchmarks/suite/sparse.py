@@ -14,10 +14,10 @@ from torch import Tensor
 from benchmarks.case import Benchmark, Case, Cases, Settings
 from torchdsc.lab.experiment.config import Experiment, Job, read_experiment
 from torchdsc.lab.schema import build
-from torchdsc.lab.tasks.language_modelling.run import build_model, make_plan
+from torchdsc.lab.tasks.language_modelling.run import build_model, make_plan, optimizer_of
 from torchdsc.lab.tasks.language_modelling.settings import Settings as RunSettings
 from torchdsc.lab.training.environment import quiet_transformers
-from torchdsc.optim import build_optimizer, clip_grad_norm
+from torchdsc.optim import clip_grad_norm
 
 from .layer import EXPERT_KERNELS, GATHERS_EXPERTS
 
@@ -39,16 +39,7 @@ class Run:
         plan = make_plan(settings, settings.vocab_size)
         self.model: Any = build_model(settings, plan, settings.vocab_size).to(device).train(training)
         self.max_norm = settings.max_grad_norm
-        self.optimizer = build_optimizer(
-            self.model,
-            learning_rate=settings.learning_rate,
-            weight_decay=settings.weight_decay,
-            router_lr_multiplier=settings.router_lr_multiplier,
-            atom_lr_multiplier=settings.atom_lr_multiplier,
-            betas=(settings.beta1, settings.beta2),
-            optimizer=settings.optimizer,
-            muon_learning_rate=settings.muon_learning_rate,
-        )
+        self.optimizer = optimizer_of(settings, self.model)
 
     @torch.no_grad()
     def forward(self, ids: Tensor) -> Tensor:

@@ -47,6 +47,11 @@ def test_recommended_by_ngrams():
         recommended("ngram")
 
 
+def test_a_base_without_a_gate_is_refused():
+    with pytest.raises(ValueError, match="base must be a GatedFFN for static = 'gated', got a Linear"):
+        DSCFeedForward(8, base=torch.nn.Linear(8, 8), **recommended("ngrams", num_atoms=90))
+
+
 def test_the_layer_has_them_by_default():
     layer = DSCFeedForward(8, num_atoms=90)
     context, own = split_context(RECOMMENDED)

@@ -46,19 +46,6 @@ class ModelOptions(ContextOptions):
         """Whether anything in a block is addressed by n-grams."""
         return self.routes_by_ngrams or self.ngram_rows > 0
 
-    def check_atoms(self, top_k: Any, num_atoms: Any = None) -> None:
-        """Raise a ValueError unless an n-gram router, if there is one, can select as many atoms by each order.
-
-        What is None or no int is left to the layer's own checks.
-        """
-        if not self.routes_by_ngrams:
-            return
-        orders = len(self.ngram_orders)
-        if isinstance(num_atoms, int) and num_atoms < orders:
-            raise ValueError(f"num_atoms must be at least {orders}, one for each order of n-grams, got {num_atoms}")
-        if isinstance(top_k, int) and top_k % orders:
-            raise ValueError(f"top_k must be a multiple of the {orders} orders of n-grams, got {top_k}")
-
     def build_tables(self, features: int, layer: int) -> NgramTables | None:
         """The n-gram tables of a block, d = ``features``; None if there are none."""
         if not self.ngram_rows:

@@ -6,7 +6,8 @@ from .dense import DenseFFN
 from .dsc import DSC
 from .feed_forward import DSCFeedForward
 from .gated import GatedFFN
-from .options import ContextOptions, DSCOptions, recommended
+from .options import ContextOptions, DSCOptions
+from .recommended import recommended
 from .regularizers import RegularizerWeights
 from .residual import Residual
 from .routers import LinearRouter, LowRankRouter, NgramRouter, ProductKeyRouter, Router

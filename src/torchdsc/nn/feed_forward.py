@@ -12,7 +12,8 @@ from .bank import BasisBank
 from .context import ID_FEATURES, Contextual, Seen, with_ids
 from .dsc import DSC
 from .gated import GatedFFN
-from .options import FeedForwardArguments, recommended, split_context
+from .options import FeedForwardArguments, split_context
+from .recommended import recommended
 from .residual import build_static
 from .routers import set_salt
 from .statistics import check_token_mask

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import FrozenInstanceError, dataclass, fields, replace
-from typing import Any, Literal, Self, TypedDict, Unpack
+from typing import Any, Literal, Self, TypedDict
 
 from torchdsc.arguments import check_at_least, check_finite, check_not_negative, check_positive, check_types
 from torchdsc.ops.compose.api import Implementation
@@ -237,6 +237,19 @@ class ContextOptions(_AssignedOnce, ContextFields):
         if self.hashes_ngrams and self.router_input == "hidden" and self.router_context > 1:
             raise ValueError("router_input must be 'embeddings' for a router_context beside n-grams, got 'hidden'")
 
+    def check_atoms(self, top_k: Any, num_atoms: Any = None) -> None:
+        """Raise a ValueError unless an n-gram router, if there is one, can select as many atoms by each order.
+
+        What is None or no int is left to the layer's own checks.
+        """
+        if not self.routes_by_ngrams:
+            return
+        orders = len(self.ngram_orders)
+        if isinstance(num_atoms, int) and num_atoms < orders:
+            raise ValueError(f"num_atoms must be at least {orders}, one for each order of n-grams, got {num_atoms}")
+        if isinstance(top_k, int) and top_k % orders:
+            raise ValueError(f"top_k must be a multiple of the {orders} orders of n-grams, got {top_k}")
+
     def beside(self, *, gate: bool) -> Self:
         """These options without what nobody sees: beside an n-gram router, ``router_input`` is for a ``gate`` alone."""
         unseen = self.routes_by_ngrams and not gate
@@ -316,58 +329,6 @@ class FeedForwardArguments(DSCArguments, total=False):
     static: StaticKind
 
 
-def recommended(
-    by: Literal["embeddings", "ngrams"] = "embeddings", **changes: Unpack[FeedForwardArguments]
-) -> FeedForwardArguments:
-    """Settings that this project's studies found best for DSC; defaults elsewhere are the paper's.
-
-    A short convolution over the embeddings of a token and the three before it is added to the layer's input. L_frame
-    has no weight. Atoms are selected in one of two ways:
-
-    * "embeddings": a linear router sees a short convolution over the embeddings of a token and the two before it. Each
-      token selects 32 atoms, and gamma starts at 1. A gated dense layer of the same embeddings is as good or better.
-    * "ngrams", for banks of many times what a token uses: the last one, two and three tokens are hashed to six atoms
-      each, and gamma starts at 4. The static layer is gated by that short convolution. Atoms train best at four times
-      the learning rate (``atom_lr_multiplier`` of :func:`torchdsc.build_optimizer`).
-
-    Args:
-        by: What atoms are selected by.
-        **changes: Options of :class:`DSCOptions` and :class:`ContextOptions` to add or override. ``num_atoms`` is
-            required unless it is solved for a budget.
-
-    Returns:
-        Keyword arguments for :class:`torchdsc.DSCFeedForward` (whose defaults are those of "embeddings"),
-        :func:`torchdsc.convert` and ``feed_forward_options`` of DSCGPT; those of "embeddings" also for
-        ``DSCAdapterConfig``, which has no static layer to gate.
-
-    Raises:
-        TypeError: If an option is unknown.
-        ValueError: If ``by`` is neither.
-    """
-    unknown = [*changes.keys() - FeedForwardArguments.__annotations__.keys()]
-    if unknown:
-        raise TypeError(f"changes must be options of DSCOptions or ContextOptions, got {sorted(unknown)}")
-    if by not in ("embeddings", "ngrams"):
-        raise ValueError(f"by must be 'embeddings' or 'ngrams', got {by!r}")
-    settings: FeedForwardArguments = {
-        "top_k": 32,
-        "gamma_init": 1.0,
-        "frame_weight": 0.0,
-        "router_input": "embeddings",
-        "router_context": 3,
-        "input_context": 4,
-    }
-    if by == "ngrams":
-        settings |= {
-            "router": "ngram",
-            "ngram_orders": (1, 2, 3),
-            "top_k": 18,
-            "gamma_init": 4.0,
-            "static": "gated",
-        }
-    return {**settings, **changes}
-
-
 def split_context(options: Mapping[str, Any]) -> tuple[ContextOptions, dict[str, Any]]:
     """Split options into those of the contexts and those of the layer.
 
@@ -378,7 +339,5 @@ def split_context(options: Mapping[str, Any]) -> tuple[ContextOptions, dict[str,
     names = {"static", *(field.name for field in fields(ContextFields))}
     own = {name: value for name, value in options.items() if name in names}
     context = ContextOptions(**own, routes_by_ngrams=options.get("router") == "ngram")
-    orders, top_k = len(context.ngram_orders), options.get("top_k")
-    if context.routes_by_ngrams and isinstance(top_k, int) and top_k % orders:
-        raise ValueError(f"top_k must be a multiple of the {orders} orders of n-grams, got {top_k}")
+    context.check_atoms(options.get("top_k"), options.get("num_atoms"))
     return context, {name: value for name, value in options.items() if name not in names}

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.optim import Optimizer
 from transformers import PreTrainedTokenizerBase, set_seed
 
 from torchdsc.baselines.methods import METHODS, FeedForwardKind
@@ -22,7 +23,7 @@ from torchdsc.optim import build_optimizer
 from .data import Data
 from .settings import Settings
 
-__all__ = ["MODEL", "build_model", "build_trainer", "make_plan", "measure_seconds", "train_run"]
+__all__ = ["MODEL", "build_model", "build_trainer", "make_plan", "measure_seconds", "optimizer_of", "train_run"]
 
 MODEL = "model"
 # Of the sample of text: tokens of the prompt, from the validation part, and tokens added to it.
@@ -236,15 +237,19 @@ def build_trainer(
         eval_dataset=data.windows("valid", settings.window, settings.eval_windows),
     )
     # Now that the model is on its device.
-    trainer.optimizer = build_optimizer(
+    trainer.optimizer = optimizer_of(settings, model)
+    return trainer
+
+
+def optimizer_of(settings: Settings, model: DSCGPTForCausalLM) -> Optimizer:
+    """The optimizer of a run, at the peak of its schedule."""
+    return build_optimizer(
         model,
         learning_rate=settings.learning_rate,
         weight_decay=settings.weight_decay,
         router_lr_multiplier=settings.router_lr_multiplier,
         atom_lr_multiplier=settings.atom_lr_multiplier,
         betas=(settings.beta1, settings.beta2),
-        eps=arguments.adam_epsilon,
         optimizer=settings.optimizer,
         muon_learning_rate=settings.muon_learning_rate,
     )
-    return trainer
