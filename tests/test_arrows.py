@@ -90,7 +90,12 @@ def test_imports_nothing_to_its_right(path):
     assert parts <= ALLOWED[own]
 
 
-@pytest.mark.parametrize("path", [p for p in MODULES if part_of(name_of(p)) in TORCH_ONLY], ids=name_of)
+# Imported when it is first asked for.
+WITH_TRANSFORMERS = {"torchdsc.diagnostics.callback"}
+CORE_MODULES = [p for p in MODULES if part_of(name_of(p)) in TORCH_ONLY and name_of(p) not in WITH_TRANSFORMERS]
+
+
+@pytest.mark.parametrize("path", CORE_MODULES, ids=name_of)
 def test_core_needs_torch_alone(path):
     outside = {name.split(".")[0] for name in imports_of(path, lazy=False)} - {"torchdsc", "torch", "triton"}
     assert outside <= sys.stdlib_module_names
@@ -135,6 +140,10 @@ for name in ("models", "lab.experiment", "cli.main"):
         __import__(f"torchdsc.{name}")
     except ImportError as error:
         print(name, "|", error)
+try:
+    torchdsc.diagnostics.DiagnosticsCallback
+except ImportError as error:
+    print("callback |", error)
 import contextlib
 from torchdsc.cli.main import main
 with contextlib.redirect_stderr(sys.stdout):
@@ -145,4 +154,5 @@ with contextlib.redirect_stderr(sys.stdout):
     assert f"lab.experiment | {lab}\n" in out
     assert f"torchdsc run: {lab}\n" in out
     assert "models | torchdsc.models needs transformers >= 5.17: pip install 'torchdsc[models]'" in out
+    assert "callback | torchdsc.diagnostics.DiagnosticsCallback needs transformers: pip install" in out
     assert "cli.main" not in out

@@ -1,0 +1,88 @@
+"""Diagnostics for transformers' Trainer, and those built on it, such as TRL's."""
+
+from typing import Any
+
+from torch import nn
+from transformers import Trainer, TrainerCallback
+
+from torchdsc.arguments import check_at_least, check_types
+
+from .findings import findings, slow_path, warn
+from .health import Diagnostics, ModelHealth
+
+
+class DiagnosticsCallback(TrainerCallback):
+    """Measures the routed layers of a Trainer's model every so many steps, logs it, and warns of signs of failure.
+
+    The numbers go through ``trainer.log``, and so to wherever it reports: TensorBoard, W&B, trackio::
+
+        trainer.add_callback(DiagnosticsCallback(trainer))
+
+    Each sign of failure raises one :class:`torchdsc.diagnostics.DiagnosticsWarning`. Works for DSCGPT, converted
+    models and adapters. Under ``torch_compile`` no token is looked at.
+
+    Args:
+        trainer: The trainer, whose model has routed layers.
+        every: Steps from one measurement to the next. The first step is measured too.
+        per_layer: Whether to log each layer's numbers beside the means.
+        max_keys: The most numbers logged at once.
+        tokens: See :class:`Diagnostics`.
+
+    Attributes:
+        latest: The last measurement; None before the first.
+        found: All findings so far, by code.
+
+    Raises:
+        TypeError: If an argument has another type.
+        ValueError: If a number is out of its range, or the model has no routed layer.
+    """
+
+    def __init__(
+        self, trainer: Trainer, *, every: int = 100, per_layer: bool = False, max_keys: int = 128, tokens: int = 64
+    ) -> None:
+        check_types(DiagnosticsCallback.__init__, locals())
+        check_at_least(1, every=every, max_keys=max_keys)
+        model = trainer.model
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"trainer must have a model, got {type(model).__name__}")
+        self._trainer, self._every, self._per_layer, self._max_keys = trainer, every, per_layer, max_keys
+        self._diagnostics = Diagnostics(model, tokens=0 if trainer.args.torch_compile else tokens)
+        self._history: list[ModelHealth] = []
+        self._warned: set[str] = set()
+        self._measures = False
+
+    @property
+    def latest(self) -> ModelHealth | None:
+        """The last measurement."""
+        return self._history[-1] if self._history else None
+
+    @property
+    def found(self) -> tuple[str, ...]:
+        """Codes of all findings so far."""
+        return tuple(sorted(self._warned))
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Warn if layers are not composed by the fast path."""
+        slow = slow_path(self._diagnostics.model)
+        warn([slow] if slow else [], self._warned)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Begin a measurement."""
+        self._measures = state.global_step % self._every == 0
+        if self._measures:
+            self._diagnostics.begin()
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Read the gradients, as they are after clipping."""
+        if self._measures:
+            self._diagnostics.read_gradients()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """End the measurement, log it, and warn."""
+        if not self._measures:
+            return
+        self._measures = False
+        health = self._diagnostics.end()
+        warn(findings(health, self._history), self._warned)
+        self._history.append(health)
+        self._trainer.log(health.metrics(per_layer=self._per_layer, max_keys=self._max_keys))
