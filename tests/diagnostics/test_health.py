@@ -179,13 +179,18 @@ class TestAroundSteps:
         optimizer.zero_grad()
         assert diagnostics.end().gradient_norms == {}
 
-    def test_agreement_is_of_the_same_tokens(self, model):
-        optimizer, diagnostics = build_optimizer(model, learning_rate=0.0, weight_decay=0.0), Diagnostics(model)
-        assert self.step(model, optimizer, diagnostics).layers[0].agreement is None
-        assert self.step(model, optimizer, diagnostics).layers[0].agreement == 1.0
-        with torch.no_grad():
-            model.dsc.router.weight.neg_()
-        assert self.step(model, optimizer, diagnostics).layers[0].agreement < 0.3
+    def test_agreement_is_of_the_selections_before_and_after_a_step(self, model):
+        diagnostics, x = Diagnostics(model), torch.randn(30, 8)
+        agreements = []
+        for factor in (1.0, -1.0):
+            diagnostics.begin()
+            model(x)
+            with torch.no_grad():
+                model.dsc.router.weight.mul_(factor)
+            agreements.append(diagnostics.end().layers[0].agreement)
+        assert agreements[0] == 1.0
+        # The two highest of twelve logits are now the lowest.
+        assert agreements[1] < 0.2
 
     def test_training_is_the_same_with_and_without(self, model):
         states = []

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from statistics import fmean
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,8 +35,8 @@ class LayerHealth:
         gate: Mean tanh S; tanh (S / K) for ``gate="mean"``.
         saturated: Share of tokens whose gate is above 0.999.
         clamped: Share of selected logits at the bounds of the clamp, where a logit has no gradient.
-        agreement: Share of the selections of the first measured tokens that are as they were at the measurement before.
-            The router's input is kept, so that this is the router's own change.
+        agreement: Share of the selections of a few tokens that the step has left as they were. The router's input is
+            the same before and after, so that this is the router's own change.
         effective_rank_u: Of the atoms u: between 1 and min(M, d_in). See :func:`torchdsc.diagnostics.effective_rank`.
         effective_rank_v: Of the atoms v.
         coherence_u: Root mean square of the inner products of different unit atoms u.
@@ -205,13 +205,6 @@ class Diagnostics:
         self._handles = []
 
 
-class _Probe(NamedTuple):
-    """A few tokens: what the router sees, and what it selects."""
-
-    routed: Tensor
-    indices: Tensor
-
-
 class _Watch:
     """What is seen of one layer."""
 
@@ -220,14 +213,15 @@ class _Watch:
         self.is_gated = isinstance(layer, DSC) and not isinstance(layer.router, NgramRouter)
         self.num_atoms: int = layer.options.num_atoms if isinstance(layer, DSC) else layer.num_experts  # type: ignore[assignment]
         self.used: Tensor | None = None
-        self.probe: _Probe | None = None
         self._reset()
 
     def _reset(self) -> None:
         self.counts: Tensor | None = None
         self.sums: dict[str, list[Tensor]] = {}
         self.seen = 0
+        # Of a few tokens of the first call: what the router sees and selects, and what the layer sees.
         self.rows: Tensor | None = None
+        self.selected: Tensor | None = None
         self.x: Tensor | None = None
 
     def start(self) -> list[Any]:
@@ -259,7 +253,7 @@ class _Watch:
             ):
                 self.sums.setdefault(name, []).append(values * indices.shape[0])
         if self.rows is None:
-            self.rows = self._few(routed)
+            self.rows, self.selected = self._few(routed), self._few(indices)
 
     @torch.no_grad()
     def _see_x(self, layer: nn.Module, args: tuple[Any, ...]) -> None:
@@ -278,7 +272,7 @@ class _Watch:
         top_k = layer.options.top_k if isinstance(layer, DSC) else getattr(self, "top_k", 1)
         if isinstance(layer, DSC):
             measured["certified_norm"] = certified_spectral_bound(layer)
-        if self.counts is not None and self.rows is not None:
+        if self.counts is not None and self.rows is not None and self.selected is not None:
             share = self.counts.double() / self.counts.sum()
             used = share > 0
             self.used = used if self.used is None else self.used | used
@@ -290,7 +284,9 @@ class _Watch:
                 if isinstance(layer, DSC):
                     measured["measured_norm"] = self._largest_norm(layer, self.rows)
                 if not isinstance(layer.router, NgramRouter):
-                    measured["agreement"] = self._agreement(self.rows)
+                    now = layer.route(self.rows).indices
+                    same = (now.unsqueeze(-1) == self.selected.unsqueeze(-2)).any(-1)
+                    measured["agreement"] = float(same.double().mean())
             self._reset()
         return LayerHealth(self.name, self.num_atoms, top_k, **measured)
 
@@ -300,16 +296,6 @@ class _Watch:
             # It only matters for which latent values are rectified.
             x = torch.zeros(rows.shape[0], layer.in_features, device=rows.device, dtype=layer.parameter_dtype)
         return float(spectral_norm(layer, x.to(layer.parameter_dtype), router_input=rows).max())
-
-    def _agreement(self, rows: Tensor) -> float | None:
-        before = self.probe
-        routed = rows if before is None else before.routed
-        indices = self.layer.route(routed).indices
-        self.probe = _Probe(routed, indices)
-        if before is None:
-            return None
-        same = (indices.unsqueeze(-1) == before.indices.unsqueeze(-2)).any(-1)
-        return float(same.double().mean())
 
 
 @contextmanager

@@ -53,8 +53,16 @@ def warnings(runs: Mapping[str, Sequence[Record]]) -> list[str]:
             parts += [f"{name} in {count} of {len(values)} layers{of}"] if count else []
         more = [f"{len(parts) - _NAMED} variants more"] if parts[_NAMED:] else []
         found += [f"{words}: {'; '.join([*parts[:_NAMED], *more])}."] if parts else []
+    for code in sorted({code for records in runs.values() for run in records for code in _signs(run)}):
+        names = [name for name, records in runs.items() if any(code in _signs(run) for run in records)]
+        found.append(f"A sign of failure was seen in training, {code}: {join_words(names)}.")
     unknown = [name for name, records in runs.items() if not _values(records, _used)]
     return found + ([f"How much is in use was not recorded: {join_words(unknown)}."] if unknown else [])
+
+
+def _signs(run: Record) -> set[str]:
+    """Codes of findings, see :mod:`torchdsc.diagnostics.findings`."""
+    return {code for point in run["routing"]["history"] for code in point.get("findings", [])}
 
 
 def use_table(runs: Mapping[str, Sequence[Record]]) -> Table | None:

@@ -15,9 +15,10 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from torchdsc.diagnostics import RoutingMonitor
+from torchdsc.diagnostics import Diagnostics, ModelHealth, RoutingMonitor, findings
 from torchdsc.lab.files import naming_writes
 from torchdsc.losses import last_regularization
+from torchdsc.nn import RoutedLayer
 from torchdsc.optim import clip_grad_norm
 
 from .environment import peak_memory_bytes
@@ -102,8 +103,9 @@ class LabTrainer(Trainer):
     """Trainer whose log has what a run's record needs, and that stops if its loss is not finite.
 
     Beside transformers' entries the log has the task loss without regularisers or, for adapters, the regularisers; the
-    seconds of training (without evaluations), the peak memory so far, and the routing at every evaluation. The log is
-    part of a checkpoint, so that all of these continue after an interruption. Files that cannot be written are named.
+    seconds of training (without evaluations), the peak memory so far, and the routing at every evaluation, with what
+    :class:`torchdsc.diagnostics.Diagnostics` says of the step before it. The log is part of a checkpoint, so that all
+    of these continue after an interruption. Files that cannot be written are named.
 
     Args:
         label: What the progress bar says, which is there on a terminal alone.
@@ -111,6 +113,7 @@ class LabTrainer(Trainer):
 
     Attributes:
         label: The same.
+        health: Of the model at the step before the next evaluation; None where no step was measured.
         has_task_loss: Whether the model tells the task loss; known from the first step on.
     """
 
@@ -126,8 +129,11 @@ class LabTrainer(Trainer):
         # When the clock was started; None while it stands.
         self._since: float | None = None
         self._peak_before = 0
+        self.health: ModelHealth | None = None
         super().__init__(**kwargs)
         self.add_callback(_LogBeforeCheckpoint())
+        if any(isinstance(module, RoutedLayer) for module in self.model.modules()):
+            self.add_callback(_MeasureHealth(self))
         self.remove_callback(ProgressCallback)
         self.remove_callback(PrinterCallback)
         if sys.stderr.isatty():
@@ -213,12 +219,27 @@ class LabTrainer(Trainer):
         if layers:
             for entry in self.state.log_history:
                 entry.pop("routing_layers", None)
-            self.state.log_history[-1] |= {"routing": _mean_routing(layers), "routing_layers": layers}
+            self.state.log_history[-1] |= {
+                "routing": self._tell_health() | _mean_routing(layers),
+                "routing_layers": layers,
+            }
         if trains:
             self._since = time.perf_counter()
             if self.state.global_step >= self.args.max_steps:
                 self._check(self.state.global_step, metrics["eval_loss"])
         return metrics
+
+    def _tell_health(self) -> dict[str, Any]:
+        """What was measured at the last step, and signs of failure, by their codes."""
+        health, self.health = self.health, None
+        if health is None:
+            return {}
+        told = {name.removeprefix("/"): value for name, value in health.metrics(prefix="").items()}
+        # What has been selected ever is known since the last interruption alone.
+        told.pop("unused", None)
+        # The gate at the start is no matter of a later step; any history says that there were steps before.
+        found = findings(health, [health])
+        return told | ({"findings": [finding.code for finding in found]} if found else {})
 
     def _check(self, step: int, loss: float) -> None:
         if not math.isfinite(loss):
@@ -251,6 +272,29 @@ def _mean_routing(layers: list[dict[str, Any]]) -> dict[str, float]:
         for key in ("utilization", "effective_atoms", "strength", "gate")
     }
     return {key: fmean(values) for key, values in found.items() if values}
+
+
+class _MeasureHealth(TrainerCallback):
+    """Measures the routed layers around each step that an evaluation follows."""
+
+    def __init__(self, trainer: LabTrainer) -> None:
+        self._trainer = trainer
+        self._diagnostics = Diagnostics(trainer.model, tokens=0 if trainer.args.torch_compile else 64)
+        self._measures = False
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        step = state.global_step + 1
+        self._measures = step % max(1, int(args.eval_steps or 1)) == 0 or step == args.max_steps
+        if self._measures:
+            self._diagnostics.begin()
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._measures:
+            self._diagnostics.read_gradients()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._measures:
+            self._trainer.health = self._diagnostics.end()
 
 
 class _LogBeforeCheckpoint(TrainerCallback):

@@ -131,7 +131,13 @@ class TestRecord:
         # DSC's regularisers are in the loss alone.
         assert all(point["loss"] > point["task_loss"] > 4 for point in record["train_curve"])
         assert all(point["grad_norm"] > 0 for point in record["train_curve"])
-        assert [point["step"] for point in record["routing"]["history"]] == [2, 4, 6]
+        history = record["routing"]["history"]
+        assert [point["step"] for point in history] == [2, 4, 6]
+        for point in history:
+            assert 1 < point["effective_rank_u"] <= 32
+            assert 0 < point["measured_norm"] < point["certified_norm"]
+            assert point["gradient_norm_atoms"] > 0
+            assert point["turn"] > 0
 
     def test_sample_goes_on_from_the_validation_part(self, train, tiny_data, tmp_path):
         record = train(tmp_path, window=80, method="dense", steps=1, warmup_steps=0)
