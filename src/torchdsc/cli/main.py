@@ -12,6 +12,7 @@ _COMMANDS = {
     "report": ("torchdsc.cli.report", "write an experiment's report anew, from its records alone"),
     "presets": ("torchdsc.cli.presets", "list the experiments that come with the package"),
     "budget": ("torchdsc.cli.budget", "solve the widths of each method for a parameter budget"),
+    "inspect": ("torchdsc.cli.inspect", "say what state a saved model or adapter is in, with a page of pictures"),
     "generate": ("torchdsc.cli.generate", "generate text with a trained model"),
     "bench": ("torchdsc.cli.bench", "time the library against its baselines, in a checkout"),
 }

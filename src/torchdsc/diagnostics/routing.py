@@ -70,7 +70,11 @@ class RoutingMonitor:
 
     def layers(self) -> list[LayerRouting]:
         """The counts of each layer; layers that saw no token are left out."""
-        return [counter.result() for counter in self._counters if counter.tokens]
+        return list(self.by_layer().values())
+
+    def by_layer(self) -> dict[RoutedLayer, LayerRouting]:
+        """The counts by layer; layers that saw no token are left out."""
+        return {counter.layer: counter.result() for counter in self._counters if counter.tokens}
 
 
 class _Counter:

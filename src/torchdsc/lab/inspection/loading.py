@@ -1,0 +1,111 @@
+"""Loading of whatever was saved: a DSCGPT, a converted model, or an adapter with its base."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from peft import PeftConfig, PeftModel
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+)
+
+import torchdsc.adapters  # noqa: F401  Makes the adapters known to PEFT.
+from torchdsc.convert import load_converted
+from torchdsc.lab.training.environment import quiet_transformers
+from torchdsc.lab.training.loading import load_model
+from torchdsc.models import DSCGPTForCausalLM
+
+_CONVERSIONS = "torchdsc_conversions"
+# By PEFT's task types.
+_HEADS: dict[str | None, Any] = {
+    "CAUSAL_LM": AutoModelForCausalLM,
+    "SEQ_CLS": AutoModelForSequenceClassification,
+    "SEQ_2_SEQ_LM": AutoModelForSeq2SeqLM,
+    "TOKEN_CLS": AutoModelForTokenClassification,
+}
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What was loaded.
+
+    Attributes:
+        kind: "DSCGPT", "converted model" or "adapter".
+        folder: The folder that holds it.
+        model: The model in evaluation mode.
+        tokenizer: Its tokenizer; None if there is none beside it.
+    """
+
+    kind: str
+    folder: Path
+    model: Any
+    tokenizer: PreTrainedTokenizerBase | None
+
+
+def load_saved(folder: str | Path, *, base: str | None = None) -> Saved:
+    """Load a saved model or adapter.
+
+    Args:
+        folder: Of a model, an adapter, a Trainer's checkpoint, or a run of an experiment, which holds one of these.
+        base: The base model of an adapter, a folder or hub id; by default the one that the adapter names.
+
+    Returns:
+        The model.
+
+    Raises:
+        FileNotFoundError: If there is no model or adapter.
+        ValueError: If the folder does not hold what its config asks for, or a model that torchdsc knows nothing of.
+    """
+    given = Path(folder)
+    path = next((place for place in (given, given / "model", given / "adapter") if _kind(place)), None)
+    if path is None:
+        raise FileNotFoundError(
+            f"no model in {given}: a folder of a model has config.json, and one of an adapter adapter_config.json"
+        )
+    with quiet_transformers():
+        if _kind(path) == "adapter":
+            name = base or PeftConfig.from_pretrained(str(path)).base_model_name_or_path
+            if not name:
+                raise ValueError(f"base must be given for an adapter that names no base model, as {path} does not")
+            model = PeftModel.from_pretrained(_load_base(name, path), str(path)).eval()
+            return Saved("adapter", path, model, _tokenizer(path, name))
+        if base is not None:
+            raise ValueError(f"base must be None for a whole model, got {base!r}")
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        if config.get(_CONVERSIONS):
+            return Saved("converted model", path, load_converted(path), _tokenizer(path))
+        if config.get("model_type") != DSCGPTForCausalLM.config_class.model_type:
+            raise ValueError(
+                f"{path} must hold a DSCGPT, a model that torchdsc.convert has converted, or an adapter, got "
+                f"model_type {config.get('model_type')!r}"
+            )
+        return Saved("DSCGPT", path, load_model(DSCGPTForCausalLM, path).eval(), _tokenizer(path))
+
+
+def _kind(path: Path) -> str | None:
+    if (path / "adapter_config.json").is_file():
+        return "adapter"
+    return "model" if (path / "config.json").is_file() else None
+
+
+def _load_base(name: str, adapter: Path) -> Any:
+    """The base with the head that the adapter's task asks for."""
+    task = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8")).get("task_type")
+    return _HEADS.get(task, AutoModel).from_pretrained(name)
+
+
+def _tokenizer(*places: str | Path) -> PreTrainedTokenizerBase | None:
+    for place in places:
+        try:
+            found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(place))
+        except (OSError, ValueError):
+            continue
+        return found
+    return None

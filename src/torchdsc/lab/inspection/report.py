@@ -1,0 +1,127 @@
+"""An inspection as lines for a terminal, and as a page that stands by itself."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+from matplotlib.figure import Figure
+
+from torchdsc.diagnostics import LayerHealth
+from torchdsc.lab.figures.layers import draw_layers
+from torchdsc.lab.figures.style import PALETTE, to_svg
+from torchdsc.lab.files import write_text
+
+from .state import Inspection, LayerState
+
+_DASH = "\N{EN DASH}"
+_HEAD = (
+    *("layer", "M", "K", "rank of U", "rank of V", "coherence of U", "bound of |dW|", "|dW|"),
+    *("gate", "clamped", "in use", "effective"),
+)
+
+
+def table(layers: Sequence[LayerState]) -> tuple[tuple[str, ...], list[list[str]]]:
+    """Head and a row for each layer; columns that no layer has are left out."""
+    rows = [_row(state.health) for state in layers]
+    kept = [place for place in range(len(_HEAD)) if any(row[place] != _DASH for row in rows)]
+    return tuple(_HEAD[place] for place in kept), [[row[place] for place in kept] for row in rows]
+
+
+def lines(inspection: Inspection) -> list[str]:
+    """The inspection for a terminal."""
+    head, rows = table(inspection.layers)
+    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+
+    def line(row: Sequence[str]) -> str:
+        cells = [
+            cell.ljust(width) if place == 0 else cell.rjust(width)
+            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        return "  ".join(cells).rstrip()
+
+    text = [inspection.title, *(f"{name}: {value}" for name, value in inspection.facts.items())]
+    if not inspection.num_tokens:
+        text.append("No text was routed (--text FILE): nothing is known of gates, use and |dW|")
+    text += ["", line(head), *(line(row) for row in rows), ""]
+    return text + ([f"! {finding}" for finding in inspection.findings] or ["No sign of failure"])
+
+
+def write_inspection(inspection: Inspection, file: Path) -> None:
+    """Write the page, whole or not at all."""
+    write_text(file, render_inspection(inspection))
+
+
+def render_inspection(inspection: Inspection) -> str:
+    """The page, which loads nothing. All that comes from files is escaped."""
+    here = Path(__file__).parent
+    environment = Environment(
+        loader=FileSystemLoader([here, here.parent / "experiment"]),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    head, rows = table(inspection.layers)
+    text = environment.get_template("inspection.html.j2").render(
+        inspection=inspection, head=head, rows=rows, pictures=list(_pictures(inspection.layers)), palette=PALETTE
+    )
+    return text.strip() + "\n"
+
+
+def _row(health: LayerHealth) -> list[str]:
+    def number(value: float | None, form: str = ".3g") -> str:
+        return _DASH if value is None else f"{value:{form}}"
+
+    def rank(value: float | None) -> str:
+        return _DASH if value is None else f"{value:.1f} of {health.most_rank}"
+
+    return [
+        *(health.name, f"{health.num_atoms:,}", str(health.top_k)),
+        *(rank(health.effective_rank_u), rank(health.effective_rank_v), number(health.coherence_u)),
+        *(number(health.certified_norm), number(health.measured_norm)),
+        *(number(health.gate, ".2f"), number(health.clamped, ".0%"), number(health.utilization, ".0%")),
+        number(health.effective_atoms, ",.1f"),
+    ]
+
+
+def _pictures(layers: Sequence[LayerState]) -> list[tuple[str, str, Markup, float]]:
+    """Title, caption, SVG and width of each figure that has something to show."""
+
+    def of(values: str, side: str | None = None) -> dict[str, list[float]]:
+        found = {state.health.name: getattr(state, values) for state in layers}
+        return {name: value if side is None else value.get(side, []) for name, value in found.items()}
+
+    drawn: list[tuple[str, str, Figure | None]] = [
+        (
+            "Spectrum of U.",
+            "Squared singular values of the unit atoms; level is a tight frame, steep is collapse.",
+            draw_layers(of("spectra", "u"), "directions", "times the mean", even=1.0),
+        ),
+        (
+            "Spectrum of V.",
+            "The same of the atoms v.",
+            draw_layers(of("spectra", "v"), "directions", "times the mean", even=1.0),
+        ),
+        (
+            "Norms of the raw rows of U.",
+            "Only a scale: the larger, the less a step turns an atom.",
+            draw_layers(of("norms", "u"), "atoms", "norm"),
+        ),
+        ("Norms of the raw rows of V.", "The same of V.", draw_layers(of("norms", "v"), "atoms", "norm")),
+        (
+            "Output scale.",
+            "|scale gamma| of each channel; the largest bounds |dW|.",
+            draw_layers(of("scale"), "channels", "|scale gamma|", is_log=False),
+        ),
+        (
+            "Load.",
+            "How often an atom or expert is selected, in multiples of its even share.",
+            draw_layers(of("load"), "most to least selected", "times the even share", even=1.0),
+        ),
+    ]
+    return [
+        (title, caption, Markup(to_svg(figure, f"figure-{place}", f"{title} {caption}")), figure.bbox.width)
+        for place, (title, caption, figure) in enumerate(drawn, 1)
+        if figure is not None
+    ]

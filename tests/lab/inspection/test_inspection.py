@@ -1,0 +1,157 @@
+import re
+
+import pytest
+import torch
+from peft import get_peft_model
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+import torchdsc
+from torchdsc.adapters import DSCAdapterConfig
+from torchdsc.cli.main import main
+from torchdsc.diagnostics import coherence, effective_rank
+from torchdsc.lab.inspection import inspect, load_saved
+from torchdsc.lab.inspection.report import lines, render_inspection
+from torchdsc.models import DSCGPTConfig, DSCGPTForCausalLM
+
+SIZES = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
+TEXT = "abc cab bca aab " * 40
+
+
+def dscgpt(kind="dsc", **options):
+    config = {"num_atoms": 40, "top_k": 4, **options} if kind == "dsc" else options
+    return DSCGPTForCausalLM(
+        DSCGPTConfig(**SIZES, intermediate_size=16, feed_forward=kind, feed_forward_options=config)
+    )
+
+
+def save_tokenizer(folder):
+    words = Tokenizer(
+        models.WordLevel({"[UNK]": 0, **{letter: place for place, letter in enumerate("abc ", 1)}}, "[UNK]")
+    )
+    words.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]").save_pretrained(folder)
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """A saved model of each kind, with a tokenizer."""
+    torch.manual_seed(0)
+    base = LlamaForCausalLM(LlamaConfig(**SIZES, intermediate_size=48))
+    base.save_pretrained(tmp_path / "base")
+    save_tokenizer(tmp_path / "base")
+    dscgpt().save_pretrained(tmp_path / "dscgpt" / "model")
+    save_tokenizer(tmp_path / "dscgpt" / "model")
+    torchdsc.convert(base, num_atoms=40, top_k=4)
+    base.save_pretrained(tmp_path / "converted")
+    save_tokenizer(tmp_path / "converted")
+    plain = LlamaForCausalLM.from_pretrained(tmp_path / "base")
+    config = DSCAdapterConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], num_atoms=24, top_k=2)
+    get_peft_model(plain, config).save_pretrained(tmp_path / "adapter")
+    return tmp_path
+
+
+KINDS = {"dscgpt": "DSCGPT", "converted": "converted model", "adapter": "adapter"}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_is_loaded_and_measured(folders, kind):
+    saved = load_saved(folders / kind)
+    assert saved.kind == KINDS[kind]
+    found = inspect(saved, text=TEXT)
+    assert found.num_tokens == len(TEXT)
+    assert len(found.layers) == 3
+    for state in found.layers:
+        assert 0 < state.health.utilization <= 1
+        assert state.health.measured_norm <= state.health.certified_norm
+        assert sum(state.load) / len(state.load) == pytest.approx(1.0, rel=0.2)
+
+
+def test_figures_are_of_the_saved_weights(folders):
+    saved = load_saved(folders / "dscgpt")
+    bank = saved.model.model.blocks[1].feed_forward.dsc.bank
+    state = inspect(saved).layers[1]
+    assert state.health.name == "model.blocks.1.feed_forward.dsc"
+    assert state.health.effective_rank_u == pytest.approx(effective_rank(bank.u), rel=1e-4)
+    assert state.health.coherence_v == pytest.approx(coherence(bank.v), rel=1e-3)
+    assert state.norms["u"] == pytest.approx(sorted(bank.u.norm(dim=1).tolist(), reverse=True), rel=1e-5)
+    unit = torch.nn.functional.normalize(bank.v, dim=1)
+    squares = torch.linalg.svdvals(unit).square()
+    assert state.spectra["v"] == pytest.approx((squares / squares.mean()).tolist(), rel=1e-3)
+    assert state.load == []
+    assert state.health.utilization is None
+
+
+def test_a_failure_is_told_in_words_and_on_the_page(folders):
+    saved = load_saved(folders / "dscgpt")
+    torch.nn.init.normal_(saved.model.model.blocks[2].feed_forward.dsc.router.weight, std=90.0)
+    found = inspect(saved, text=TEXT)
+    assert [finding.where for finding in found.findings if finding.code == "logits-clamped"] == [
+        ("model.blocks.2.feed_forward.dsc",)
+    ]
+    assert any(line.startswith("! logits-clamped in model.blocks.2") for line in lines(found))
+    assert "<b>logits-clamped</b> in model.blocks.2.feed_forward.dsc" in render_inspection(found)
+
+
+@pytest.mark.parametrize("text", [None, TEXT], ids=["no text", "text"])
+def test_page_has_its_pictures(folders, text):
+    page = render_inspection(inspect(load_saved(folders / "dscgpt"), text=text))
+    titles = re.findall(r"<figcaption><b>([^<]*)\.</b>", page)
+    assert titles[:2] == ["Spectrum of U", "Spectrum of V"]
+    assert ("Load" in titles) == (text is not None)
+    assert page.count("<svg") == len(titles)
+    assert "http" not in re.sub(r'xmlns(:xlink)?="[^"]*"', "", page)
+
+
+def test_experts_are_routed_layers_too(tmp_path):
+    dscgpt("moe", num_experts=4).save_pretrained(tmp_path)
+    found = inspect(load_saved(tmp_path))
+    assert [state.health.num_atoms for state in found.layers] == [4, 4, 4]
+    assert "4" in lines(found)[-3]
+    render_inspection(found)
+
+
+def test_names_are_escaped(folders, tmp_path):
+    odd = tmp_path / "<b>model"
+    dscgpt().save_pretrained(odd)
+    assert "<b>model" not in render_inspection(inspect(load_saved(odd)))
+
+
+class TestErrors:
+    def test_no_model(self, tmp_path):
+        with pytest.raises(FileNotFoundError, match=r"no model in .*: a folder of a model has config.json"):
+            load_saved(tmp_path)
+
+    def test_a_model_of_another_kind(self, folders):
+        with pytest.raises(ValueError, match=r"must hold a DSCGPT, .* got model_type 'llama'"):
+            load_saved(folders / "base")
+
+    def test_base_of_a_whole_model(self, folders):
+        with pytest.raises(ValueError, match="base must be None for a whole model, got 'x'"):
+            load_saved(folders / "dscgpt", base="x")
+
+    def test_text_without_a_tokenizer(self, tmp_path):
+        dscgpt().save_pretrained(tmp_path)
+        with pytest.raises(ValueError, match="text needs a tokenizer, and there is none in"):
+            inspect(load_saved(tmp_path), text=TEXT)
+
+    def test_empty_text(self, folders):
+        with pytest.raises(ValueError, match="text must have at least one token, got none"):
+            inspect(load_saved(folders / "dscgpt"), text="")
+
+    def test_no_routed_layer(self, tmp_path):
+        dscgpt("dense").save_pretrained(tmp_path)
+        with pytest.raises(ValueError, match="model must contain a routed layer"):
+            inspect(load_saved(tmp_path))
+
+
+def test_command(folders, capsys):
+    file = folders / "text.txt"
+    file.write_text(TEXT, encoding="utf-8")
+    assert main(["inspect", str(folders / "dscgpt"), "--text", str(file)]) == 0
+    out = capsys.readouterr().out
+    assert "model.blocks.0.feed_forward.dsc" in out
+    assert "No sign of failure" in out
+    assert (folders / "dscgpt" / "model" / "inspection.html").is_file()
+    assert main(["inspect", str(folders / "nothing")]) == 2
+    assert "no model in" in capsys.readouterr().err
