@@ -1,4 +1,4 @@
-"""The code of README and of the recommendation runs, and README's commands parse."""
+"""The code of README and of two pages runs, and README's commands parse."""
 
 import re
 import shlex
@@ -10,9 +10,8 @@ from torchdsc.cli.main import main
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(
-    r"```python\n(.*?)```", TEXT + (ROOT / "docs" / "recommended.md").read_text(encoding="utf-8"), re.DOTALL
-)
+PAGES = [(ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8") for name in ("recommended", "diagnostics")]
+BLOCKS = re.findall(r"```python\n(.*?)```", "".join([TEXT, *PAGES]), re.DOTALL)
 COMMANDS = re.findall(r"^    (torchdsc .*)$", TEXT, re.MULTILINE)
 
 
