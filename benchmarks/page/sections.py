@@ -148,6 +148,14 @@ def _model_figures(result: Result) -> Figures:
     return {"model": (figures.models(result["rows"], layers.label, "model"), description)}
 
 
+def _diagnostics_tables(result: Result) -> list[str]:
+    lines = [
+        [f"{row['point']['model']}, {row['point']['batch']} x {row['point']['tokens']}", ratio(row, "step")]
+        for row in result["rows"]
+    ]
+    return [table(["model", "over the step alone"], lines)]
+
+
 def _memory_tables(result: Result) -> list[str]:
     lines = []
     for row in result["rows"]:
@@ -263,6 +271,21 @@ SECTIONS = {
         "has. The preset trains in bfloat16 on 64 sequences a step; this is float32 and eight, the same in each round. "
         "Their tokens are random, so that few n-grams, and few rows of banks and tables, come twice.",
         sparse.tables,
+        lambda result: {},
+    ),
+    "sparse_ratios": Section(
+        "Banks of other ratios in whole models",
+        "The same for the preset `sparse-ratios` (d 64): variants are named by the ratio of stored to active ones. "
+        "`Gated dense of the same step time` is as wide as makes a step of training take about as long as that of DSC.",
+        sparse.tables,
+        lambda result: {},
+    ),
+    "diagnostics": Section(
+        "Diagnostics",
+        "A step of training around which the routed layers are measured (`torchdsc.diagnostics.Diagnostics`), over the "
+        "same step without, for DSC of the presets `small` (d 128, 4 layers) and `paper` (d 384, 6 layers; vocabulary "
+        "4,096). A measurement every 100 steps adds a hundredth of what is above 1.",
+        _diagnostics_tables,
         lambda result: {},
     ),
     "memory": Section(

@@ -16,6 +16,7 @@ _REGISTERED = {
     "ahead": "ahead:AHEAD",
     "model": "model:MODEL",
     "sparse": "sparse:SPARSE",
+    "sparse_ratios": "sparse:SPARSE_RATIOS",
     "diagnostics": "diagnostics:DIAGNOSTICS",
     "memory": "memory:MEMORY",
     "compose": "compose:COMPOSE",

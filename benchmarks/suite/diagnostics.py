@@ -5,7 +5,6 @@ ratio's excess over 1 to the time of training.
 """
 
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -53,8 +52,8 @@ def _settings(preset: str, variant: str, *, quick: bool) -> RunSettings:
     job = Job(variant, {}, next(iter(experiment.cases)), seed=0, is_trial=False)
     settings: RunSettings = experiment.settings_of(job)
     if quick:
-        sizes: dict[str, Any] = {"n_layer": 1, "vocab_size": 256, "total": settings.total / 16}
-        return settings.model_copy(update={**sizes, "active": settings.active / 16, "match": None, "window": 32})
+        sizes = {"d_model": 32, "n_head": 2, "n_layer": 1, "window": 32, "vocab_size": 256, "total": 4e4, "active": 3e4}
+        return settings.model_copy(update={**sizes, "match": None})
     return settings.model_copy(update={"vocab_size": min(settings.vocab_size, 4096)})
 
 

@@ -1,4 +1,4 @@
-"""Whole models of the preset ``sparse``, as the first trial of each variant has them: equal active parameters, timed.
+"""Whole models of the sparse presets, as the first trial of each variant has them: equal active parameters, timed.
 
 A forward pass in evaluation, and a whole step of training. Tokens are random and weights new: what a corpus would
 change is how often n-grams, and so rows of banks and tables, come again.
@@ -21,7 +21,10 @@ from torchdsc.optim import clip_grad_norm
 
 from .layer import EXPERT_KERNELS, GATHERS_EXPERTS
 
-PRESET, SUBJECT = "sparse", "DSC by n-grams"
+# Preset, and the variant whose time is compared.
+SUBJECTS = {"sparse": "DSC by n-grams", "sparse-ratios": "DSC by n-grams, 16"}
+# By what quick runs divide the parameters: product keys of the smaller preset would not fit in an eighth.
+_SHARES = {"sparse": 8, "sparse-ratios": 6}
 BATCH = 8
 KINDS = ("forward", "training")
 
@@ -57,34 +60,37 @@ class Run:
         return loss.detach()
 
 
-def run_settings(*, quick: bool) -> dict[str, RunSettings]:
+def run_settings(preset: str, *, quick: bool) -> dict[str, RunSettings]:
     """Settings of each variant's run, by name, as its first trial has them.
 
     Args:
-        quick: Half of every width and count, and half the layers: the same shapes, at an eighth of the parameters.
+        preset: Name of the experiment.
+        quick: Half of every width and count, and half the layers: the same shapes, at a fraction of the parameters.
     """
-    experiment = build(Experiment, read_experiment(PRESET))
+    experiment = build(Experiment, read_experiment(preset))
     found = {}
     for variant in experiment.variants:
         job = Job(variant.name, variant.trials[0], next(iter(experiment.cases)), seed=0, is_trial=False)
         settings = experiment.settings_of(job)
-        found[variant.name] = _small(settings) if quick else settings
+        found[variant.name] = _small(settings, _SHARES[preset]) if quick else settings
     return found
 
 
-def _small(settings: RunSettings) -> RunSettings:
+def _small(settings: RunSettings, share: int) -> RunSettings:
     options = dict(settings.feed_forward)
     if "ngram_rows" in options:
-        # An eighth of the parameters: half the layers, and rows of 6 features for 11.
-        options["ngram_rows"] = options["ngram_rows"] * 11 // 24
+        # An eighth of the parameters: half the layers, and rows of about half the features.
+        tables = len(options["ngram_orders"]) * 4
+        wide, narrow = (-(-width // tables) for width in (settings.d_model, settings.d_model // 2))
+        options["ngram_rows"] = options["ngram_rows"] * wide // (4 * narrow)
     return settings.model_copy(
         update={
             "d_model": settings.d_model // 2,
             "n_layer": settings.n_layer // 2,
             "vocab_size": settings.vocab_size // 4,
             "window": settings.window // 8,
-            "total": settings.total / 8,
-            "active": settings.active / 8,
+            "total": settings.total / share,
+            "active": settings.active / share,
             "feed_forward": options,
         }
     )
@@ -106,11 +112,11 @@ def by_kernel(settings: Mapping[str, RunSettings]) -> tuple[dict[str, RunSetting
     return calls, left_out
 
 
-def _cases(settings: Settings) -> Cases:
-    variants = run_settings(quick=settings.quick)
+def _cases(preset: str, settings: Settings) -> Cases:
+    variants, subject = run_settings(preset, quick=settings.quick), SUBJECTS[preset]
     calls, left_out = by_kernel(variants)
     torch.manual_seed(0)
-    common = variants[SUBJECT]
+    common = variants[subject]
     ids = torch.randint(common.vocab_size, (BATCH, common.window), device=settings.device)
     for kind in KINDS:
         training = kind == "training"
@@ -118,7 +124,7 @@ def _cases(settings: Settings) -> Cases:
             runs = {name: Run(each, settings.device, training=training) for name, each in calls.items()}
         point: dict[str, int | str] = {"kind": kind, "batch": BATCH, "tokens": common.window}
         steps = {name: partial(run.train if training else run.forward, ids) for name, run in runs.items()}
-        yield Case(point, steps, subject=SUBJECT, left_out=left_out)
+        yield Case(point, steps, subject=subject, left_out=left_out)
         for name, run in runs.items():
             # A model that has diverged takes other ways than one that trains.
             assert all(parameter.isfinite().all() for parameter in run.model.parameters()), name
@@ -132,12 +138,12 @@ def _parameters(variants: Mapping[str, RunSettings]) -> dict[str, dict[str, int]
     return {name: {"stored": plan.params_total, "active": plan.params_active} for name, plan in plans.items()}
 
 
-SPARSE = Benchmark(
-    "sparse",
-    "whole models of the preset sparse, at equal active parameters: a forward pass, and a step of training",
-    (
-        *("tests/ops", "tests/nn", "tests/baselines", "tests/models", "tests/test_optim.py"),
-        "tests/benchmarks/test_sparse.py",
-    ),
-    _cases,
+_TESTS = (
+    *("tests/ops", "tests/nn", "tests/baselines", "tests/models", "tests/test_optim.py"),
+    "tests/benchmarks/test_sparse.py",
+)
+_WORDS = "at equal active parameters: a forward pass, and a step of training"
+SPARSE = Benchmark("sparse", f"whole models of the preset sparse, {_WORDS}", _TESTS, partial(_cases, "sparse"))
+SPARSE_RATIOS = Benchmark(
+    "sparse_ratios", f"whole models of the preset sparse-ratios, {_WORDS}", _TESTS, partial(_cases, "sparse-ratios")
 )

@@ -124,6 +124,16 @@ def sparse():
     return result("sparse", [forward, training], instructions="AVX2", parameters=parameters)
 
 
+def sparse_ratios():
+    return {**sparse(), "benchmark": "sparse_ratios"}
+
+
+def diagnostics():
+    times = {"step with a measurement": 1.2, "step": 1.0}
+    point = {"model": "small", "batch": 12, "tokens": 128}
+    return result("diagnostics", [row(point, "step with a measurement", times)])
+
+
 def memory():
     def made(point, own, computed, measured):
         calls = {"dsc": {"bytes": own, "subject_over_it": 1.0}}
@@ -174,5 +184,19 @@ def crossover():
 
 ALL = {
     function.__name__: function
-    for function in (layer, recommended, routers, ahead, model, sparse, memory, compose, crossover, select, compiled)
+    for function in (
+        layer,
+        recommended,
+        routers,
+        ahead,
+        model,
+        sparse,
+        sparse_ratios,
+        diagnostics,
+        memory,
+        compose,
+        crossover,
+        select,
+        compiled,
+    )
 }

@@ -7,14 +7,14 @@ import torch
 
 from benchmarks.case import Settings
 from benchmarks.suite import load
-from benchmarks.suite.sparse import SUBJECT, Run, by_kernel, run_settings
+from benchmarks.suite.sparse import SUBJECTS, Run, by_kernel, run_settings
 from torchdsc.baselines import StandardMoE
 from torchdsc.lab.budget import describe_misses
 from torchdsc.lab.experiment.config import read_experiment
 from torchdsc.lab.tasks.language_modelling.run import make_plan
 from torchdsc.optim import build_optimizer
 
-PRESET = read_experiment("sparse")
+PRESET, SUBJECT = read_experiment("sparse"), SUBJECTS["sparse"]
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,7 @@ def drained():
 
 @pytest.fixture
 def run():
-    return Run(run_settings(quick=True)[SUBJECT], "cpu", training=True)
+    return Run(run_settings("sparse", quick=True)[SUBJECT], "cpu", training=True)
 
 
 def run_of(call):
@@ -39,7 +39,7 @@ def run_of(call):
 
 class TestSettings:
     def test_are_those_of_first_trials(self):
-        found = run_settings(quick=False)
+        found = run_settings("sparse", quick=False)
         assert list(found) == [variant["name"] for variant in PRESET["variants"]]
         for variant in PRESET["variants"]:
             expected = {**PRESET["settings"], **variant["settings"], **variant["trials"][0]}
@@ -47,7 +47,7 @@ class TestSettings:
             assert {name: getattr(settings, name) for name in expected} == expected
 
     def test_budgets_are_met(self):
-        for name, settings in run_settings(quick=False).items():
+        for name, settings in run_settings("sparse", quick=False).items():
             plan = make_plan(settings, settings.vocab_size)
             assert settings.vocab_size == 4096
             assert describe_misses(plan, settings.budget(settings.vocab_size)) == []
@@ -55,7 +55,7 @@ class TestSettings:
                 assert plan.params_active == pytest.approx(1_178_000, rel=0.01)
 
     def test_moe_by_kernel(self):
-        settings = run_settings(quick=True)
+        settings = run_settings("sparse", quick=True)
         calls, left_out = by_kernel(settings)
         moes = ["MoE (eager)", "MoE (grouped_mm)"]
         assert [name for name in calls if name not in settings] == moes
@@ -78,7 +78,7 @@ class TestCases:
 
     def test_parameters_are_those_of_the_models(self, drained):
         cases, summary = drained
-        assert list(summary["parameters"]) == list(run_settings(quick=True))
+        assert list(summary["parameters"]) == list(run_settings("sparse", quick=True))
         for name, call in cases[0].calls.items():
             counted = sum(parameter.numel() for parameter in run_of(call).model.parameters())
             assert summary["parameters"][name.partition(" (")[0]]["stored"] == counted
@@ -112,7 +112,7 @@ class TestCases:
 
 
 def test_a_step_is_that_of_a_training_loop(run):
-    settings = run_settings(quick=True)[SUBJECT]
+    settings = run_settings("sparse", quick=True)[SUBJECT]
     model = copy.deepcopy(run.model)
     optimizer = build_optimizer(
         model,
