@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: compare test check lint types bench experiment clean
+.PHONY: compare test check lint types claims bench experiment clean
 
 compare: .venv/ready
 	$(BIN)/torchdsc run quick $(ARGS)
@@ -18,6 +18,10 @@ lint: .venv/ready
 
 types: .venv/ready
 	$(BIN)/mypy
+
+# docs/claims.md, from the committed records.
+claims: .venv/ready
+	$(BIN)/python experiments/claims.py
 
 bench: .venv/ready
 	$(BIN)/torchdsc bench $(ARGS)
