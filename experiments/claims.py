@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from statistics import fmean
+from textwrap import wrap
 from typing import Any
 
 from torchdsc.lab.experiment.intervals import DASH, Interval, format_interval, format_mean, mean_difference
@@ -19,6 +20,8 @@ from torchdsc.lab.experiment.results import Results
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "claims.md"
+# Of the page.
+_WIDTH = 120
 NORM = r"\|dW\|"
 YES, NO, OPEN = "supported", "not supported", "not decided"
 Found = tuple[str, str]
@@ -257,10 +260,14 @@ def render() -> str:
     page = [
         "# Claims, and what the records say",
         "",
-        "Written by `experiments/claims.py` (`make claims`) from the committed records; a test compares the two. Losses",
-        "are in nats per token, differences the first variant less the second, ± half of the 95 % interval paired by",
-        "seed. A difference is decided where its interval leaves zero (or the margin) out; one seed decides nothing. Times",
-        "are medians of ratios, to the fastest of the others, on the machines that [benchmarks](benchmarks.md) name.",
+        *wrap(
+            "Written by `experiments/claims.py` (`make claims`) from the committed records; a test compares the two. "
+            "Losses are in nats per token, differences the first variant less the second, ± half of the 95 % interval "
+            "paired by seed. A difference is decided where its interval leaves zero (or the margin) out; one seed "
+            "decides nothing. Times are medians of ratios, to the fastest of the others, on the machines that "
+            "[benchmarks](benchmarks.md) name.",
+            _WIDTH,
+        ),
         "",
         "| claim | who says so | found | verdict | made again by |",
         "|---|---|---|---|---|",
@@ -276,10 +283,13 @@ def table_1() -> list[str]:
     lines = [
         "## The paper's Table 1 beside ours",
         "",
-        "The paper: WikiText-103, 35.0 M stored, 65 M tokens in 2,000 steps, two seeds. Ours at that size: enwiki, 3.9 M",
-        "tokens in 120 steps at the paper's rates, one seed (`torchdsc run paper-enwiki`; `--steps 2000 --warmup_steps 150`",
-        "is the whole). And at 1.73 M stored: WikiText-2, 1.84 M tokens, two seeds (`torchdsc run small`). Losses compare",
-        "within a column alone.",
+        *wrap(
+            "The paper: WikiText-103, 35.0 M stored, 65 M tokens in 2,000 steps, two seeds. Ours at that size: enwiki, "
+            "3.9 M tokens in 120 steps at the paper's rates, one seed (`torchdsc run paper-enwiki`; `--steps 2000 "
+            "--warmup_steps 150` is the whole). And at 1.73 M stored: WikiText-2, 1.84 M tokens, two seeds (`torchdsc "
+            "run small`). Losses compare within a column alone.",
+            _WIDTH,
+        ),
         "",
         "| method | paper, validation loss | paper's size, 120 steps | small |",
         "|---|---|---|---|",
