@@ -6,6 +6,7 @@ from .bank import coherence, effective_rank
 from .findings import DiagnosticsWarning, Finding, findings, slow_path
 from .health import Diagnostics, LayerHealth, ModelHealth
 from .routing import LayerRouting, RoutingMonitor
+from .sensitivity import Sensitivity, sensitivity
 
 if TYPE_CHECKING:
     from .callback import DiagnosticsCallback
@@ -19,9 +20,11 @@ __all__ = [
     "LayerRouting",
     "ModelHealth",
     "RoutingMonitor",
+    "Sensitivity",
     "coherence",
     "effective_rank",
     "findings",
+    "sensitivity",
     "slow_path",
 ]
 
