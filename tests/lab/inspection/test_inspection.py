@@ -82,6 +82,25 @@ def test_figures_are_of_the_saved_weights(folders):
     assert state.health.utilization is None
 
 
+def test_sensitivity_where_routers_see_the_layers_input(folders):
+    saved = load_saved(folders / "dscgpt")
+    found = inspect(saved, text=TEXT)
+    for state in found.layers:
+        assert state.sensitivity.fixed_norm <= state.health.certified_norm
+        assert state.sensitivity.local_lipschitz > 0
+    assert any(line.startswith("layer") and "local Lipschitz constant" in line for line in lines(found))
+    assert "local Lipschitz constant" in render_inspection(found)
+    assert all(state.sensitivity is None for state in inspect(saved).layers)
+
+
+def test_no_sensitivity_where_they_see_embeddings(tmp_path):
+    dscgpt(router_input="embeddings").save_pretrained(tmp_path)
+    save_tokenizer(tmp_path)
+    found = inspect(load_saved(tmp_path), text=TEXT)
+    assert all(state.sensitivity is None for state in found.layers)
+    assert "local Lipschitz constant" not in render_inspection(found)
+
+
 def test_a_failure_is_told_in_words_and_on_the_page(folders):
     saved = load_saved(folders / "dscgpt")
     torch.nn.init.normal_(saved.model.model.blocks[2].feed_forward.dsc.router.weight, std=90.0)

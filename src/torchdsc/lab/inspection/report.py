@@ -21,6 +21,24 @@ _HEAD = (
 )
 
 
+_SENSITIVE = (
+    *("layer", "|dW|", "local Lipschitz constant", "selections that a 1 % step changes", "jump there"),
+    *("gate, text", "gate, noise", "|dW| of noise over text"),
+)
+
+
+def sensitivity_table(layers: Sequence[LayerState]) -> list[list[str]]:
+    """A row for each layer whose router sees the layer's own input."""
+    found = [(state.health.name, state.sensitivity) for state in layers if state.sensitivity is not None]
+    return [
+        [
+            *(name, f"{s.fixed_norm:.3g}", f"{s.local_lipschitz:.3g}", f"{s.changed:.0%}", f"{s.jump:.2%}"),
+            *(f"{s.gate:.3f}", f"{s.noise_gate:.3f}", f"{s.noise_norm:.2f}"),
+        ]
+        for name, s in found
+    ]
+
+
 def table(layers: Sequence[LayerState]) -> tuple[tuple[str, ...], list[list[str]]]:
     """Head and a row for each layer; columns that no layer has are left out."""
     rows = [_row(state.health) for state in layers]
@@ -31,20 +49,23 @@ def table(layers: Sequence[LayerState]) -> tuple[tuple[str, ...], list[list[str]
 def lines(inspection: Inspection) -> list[str]:
     """The inspection for a terminal."""
     head, rows = table(inspection.layers)
-    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-
-    def line(row: Sequence[str]) -> str:
-        cells = [
-            cell.ljust(width) if place == 0 else cell.rjust(width)
-            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        return "  ".join(cells).rstrip()
-
     text = [inspection.title, *(f"{name}: {value}" for name, value in inspection.facts.items())]
     if not inspection.num_tokens:
         text.append("No text was routed (--text FILE): nothing is known of gates, use and |dW|")
-    text += ["", line(head), *(line(row) for row in rows), ""]
+    text += ["", *_aligned(head, rows), ""]
+    sensitive = sensitivity_table(inspection.layers)
+    text += [*_aligned(_SENSITIVE, sensitive), ""] if sensitive else []
     return text + ([f"! {finding}" for finding in inspection.findings] or ["No sign of failure"])
+
+
+def _aligned(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+    lines = []
+    for row in (head, *rows):
+        first, *others = (cell for cell in row)
+        cells = [first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True))]
+        lines.append("  ".join(cells).rstrip())
+    return lines
 
 
 def write_inspection(inspection: Inspection, file: Path) -> None:
@@ -62,11 +83,23 @@ def render_inspection(inspection: Inspection) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    head, rows = table(inspection.layers)
     text = environment.get_template("inspection.html.j2").render(
-        inspection=inspection, head=head, rows=rows, pictures=list(_pictures(inspection.layers)), palette=PALETTE
+        inspection=inspection,
+        tables=[table_words for table_words in _tables(inspection.layers) if table_words[2]],
+        pictures=list(_pictures(inspection.layers)),
+        palette=PALETTE,
     )
     return text.strip() + "\n"
+
+
+def _tables(layers: Sequence[LayerState]) -> list[tuple[str, Sequence[str], list[list[str]]]]:
+    """Caption, head and rows."""
+    ranks = "Effective ranks: exp of the entropy of the squared singular values of unit atoms, at most min(M, d)"
+    moves = (
+        "How the update moves with x, its routing included, at 64 tokens; a jump is the change of the output where the "
+        "selection changes, over its size; noise has the tokens' mean and deviation in each feature"
+    )
+    return [(ranks, *table(layers)), (moves, _SENSITIVE, sensitivity_table(layers))]
 
 
 def _row(health: LayerHealth) -> list[str]:

@@ -1,20 +1,32 @@
 """What there is to say of a model's routed layers, measured once."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from torchdsc.diagnostics import Diagnostics, Finding, LayerHealth, RoutingMonitor, findings, slow_path
+from torchdsc.diagnostics import (
+    Diagnostics,
+    Finding,
+    LayerHealth,
+    RoutingMonitor,
+    Sensitivity,
+    findings,
+    sensitivity,
+    slow_path,
+)
 from torchdsc.nn import DSC, BasisBank, RoutedLayer
 
 from .loading import Saved
 
 # Rows of a bank that its spectrum is taken from, and points of a curve that are kept.
 _MOST_ROWS, _POINTS = 4096, 200
+# Whose sensitivity is measured.
+_TOKENS = 64
 
 
 @dataclass(frozen=True)
@@ -27,6 +39,8 @@ class LayerState:
         norms: By "u" and "v", the norms of the raw rows.
         scale: |scale gamma| of each channel.
         load: How often each atom is selected, in multiples of its even share.
+        sensitivity: Of the layer to its input, at a few tokens; None without text, and where the router sees another
+            input.
     """
 
     health: LayerHealth
@@ -34,6 +48,7 @@ class LayerState:
     norms: dict[str, list[float]]
     scale: list[float]
     load: list[float]
+    sensitivity: Sensitivity | None
 
 
 @dataclass(frozen=True)
@@ -74,7 +89,7 @@ def inspect(saved: Saved, *, text: str | None = None, window: int = 128, max_tok
     model = saved.model
     diagnostics = Diagnostics(model)
     windows = [] if text is None else list(_windows(saved, text, window, max_tokens))
-    with torch.no_grad(), RoutingMonitor(model) as monitor:
+    with torch.no_grad(), RoutingMonitor(model) as monitor, _inputs(model) as inputs:
         diagnostics.begin()
         for ids in windows:
             model(input_ids=ids)
@@ -86,7 +101,7 @@ def inspect(saved: Saved, *, text: str | None = None, window: int = 128, max_tok
         spectra, norms = _curves(bank) if isinstance(bank, BasisBank) else ({}, {})
         scale = _sorted(layer.output_scale.detach().abs()) if isinstance(layer, DSC) else []
         load = [share * measured.num_atoms for share in routings[layer].load] if layer in routings else []
-        layers.append(LayerState(measured, spectra, norms, scale, load))
+        layers.append(LayerState(measured, spectra, norms, scale, load, _sensitivity(layer, inputs)))
     # No step has been taken, and what a gate does at the start is no matter of a trained model.
     found = [*findings(health, [health]), *filter(None, [slow_path(model)])]
     return Inspection(
@@ -96,6 +111,44 @@ def inspect(saved: Saved, *, text: str | None = None, window: int = 128, max_tok
 
 def _routed(model: nn.Module) -> list[RoutedLayer]:
     return [module for module in model.modules() if isinstance(module, RoutedLayer)]
+
+
+class _Seen(NamedTuple):
+    """What a layer and its router saw first."""
+
+    x: dict[nn.Module, Tensor]
+    routed: dict[nn.Module, Tensor]
+
+
+@contextmanager
+def _inputs(model: nn.Module) -> Iterator[_Seen]:
+    """Keep the tokens of the first call of each layer, and of its router."""
+    seen, handles = _Seen({}, {}), []
+
+    def keep(into: dict[nn.Module, Tensor], layer: nn.Module) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            into.setdefault(layer, args[0].detach().reshape(-1, args[0].shape[-1]))
+
+        return hook
+
+    for layer in _routed(model):
+        handles.append(layer.register_forward_pre_hook(keep(seen.x, layer)))
+        handles.append(layer.router.register_forward_pre_hook(keep(seen.routed, layer)))
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _sensitivity(layer: RoutedLayer, seen: _Seen) -> Sensitivity | None:
+    x, routed = seen.x.get(layer), seen.routed.get(layer)
+    if not isinstance(layer, DSC) or x is None or routed is None or not torch.equal(x, routed):
+        return None
+    options = layer.options
+    if options.activation != "none" or options.atom_features is not None or options.offset:
+        return None
+    return sensitivity(layer, x[:_TOKENS].to(layer.parameter_dtype))
 
 
 def _windows(saved: Saved, text: str, window: int, max_tokens: int) -> Iterator[Tensor]:
