@@ -417,6 +417,27 @@ class TestInfeasible:
             solve("moe", as_budget(96, 1, 5000, 5000), match=tiny)
 
 
+class TestAnotherModel:
+    """Targets of a model whose parameters outside the blocks are its own."""
+
+    def test_fixed(self):
+        # Attention 4 x 16^2 and norms 4 x 16 in each of two layers, and a final norm.
+        assert Budget(1e4, 9e3, 16, 2, outside=100).fixed == 100 + 2 * (1024 + 64) + 32
+        embeddings = Budget(1e4, 9e3, 16, 2, vocab_size=7, n_positions=5)
+        assert embeddings.fixed == replace(embeddings, outside=(7 + 5) * 16).fixed
+
+    @pytest.mark.parametrize("method", METHODS)
+    def test_widths_do_not_depend_on_what_is_outside(self, method):
+        own = replace(SMALL, outside=0, total=SMALL.total - 4224 * 128, active=SMALL.active - 4224 * 128)
+        plan, other = solve(method, SMALL), solve(method, own)
+        assert (plan.intermediate_size, plan.options) == (other.intermediate_size, other.options)
+        assert plan.params_total - other.params_total == 4224 * 128
+
+    def test_refuses(self):
+        with pytest.raises(ValueError, match="outside must be >= 0, or None, got -1"):
+            replace(SMALL, outside=-1)
+
+
 class TestMissesThatAreSaid:
     """Targets of a model of 859,400 parameters, as preset quick has them, and others."""
 

@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 
-from torchdsc.lab.data.rows import Example, read_source
+from torchdsc.lab.data.rows import Example, read_numbers, read_source
 
 GOOD = '{"text": "good", "label": 1}\n'
 CLASS = "column 'label', must be the name or number of a class, got"
@@ -144,3 +144,30 @@ def test_data_sets_of_the_hub(monkeypatch):
     assert examples == [Example("user/reviews, row 1", ["good"], "1")]
     rows[0]["label"] = 0
     assert read("user/reviews")[1] != digest
+
+
+class TestNumbers:
+    def test_columns(self, tmp_path, monkeypatch):
+        monkeypatch.setenv("HERE", str(tmp_path))
+        (tmp_path / "a.csv").write_bytes(b"\xef\xbb\xbfx,date,y\r\n1,2016-07-01,-2e1\r\n\r\n0.5,2016-07-02,7\r\n")
+        numbers, sha256 = read_numbers("${HERE}/a.csv", beside="date")
+        assert numbers == {"x": [1.0, 0.5], "y": [-20.0, 7.0]}
+        assert sha256 == hashlib.sha256((tmp_path / "a.csv").read_bytes()).hexdigest()
+
+    @pytest.mark.parametrize(
+        ("text", "message"),
+        [
+            ("date,x\n1,\n", r"a\.csv, line 2, column 'x', must be a finite number, got ''"),
+            ("date,x\n1,2\n2,much\n", r"a\.csv, line 3, column 'x', must be a finite number, got 'much'"),
+            ("date,x\n1,NaN\n", r"a\.csv, line 2, column 'x', must be a finite number, got 'NaN'"),
+            ("date,x\n ,2\n", r"a\.csv, line 2, column 'date', must not be blank, got ' '"),
+            ("date,x\n1\n", r"a\.csv, line 2, must have 2 fields, \['date', 'x'\], got 1"),
+            ("day,x\n1,2\n", r"a\.csv, line 2, must have a column 'date', got \['day', 'x'\]"),
+            ("date\n1\n", r"a\.csv must hold at least one row, and a column of numbers beside 'date', got none"),
+            ("date,x\n", r"a\.csv must hold at least one row, and a column of numbers beside 'date', got none"),
+        ],
+    )
+    def test_errors(self, tmp_path, text, message):
+        (tmp_path / "a.csv").write_text(text)
+        with pytest.raises(ValueError, match=message):
+            read_numbers(str(tmp_path / "a.csv"), beside="date")

@@ -9,6 +9,7 @@ from torchdsc import recommended
 from torchdsc.lab.experiment.config import Experiment, Job, merge, read_experiment
 from torchdsc.lab.experiment.presets import preset_names
 from torchdsc.lab.schema import SettingsError, build
+from torchdsc.lab.tasks.forecasting.run import make_plan as make_forecasting_plan
 from torchdsc.lab.tasks.language_modelling.run import make_plan
 
 EXPERIMENTS = Path(__file__).parents[3] / "experiments"
@@ -28,6 +29,17 @@ class TestPresets:
             assert settings.doubts() == []
             plan = make_plan(settings, settings.vocab_size if settings.tokenizer == "bpe" else 50304)
             assert abs(plan.miss_total) < 0.05
+
+    def test_forecasting_is_at_equal_budgets(self):
+        experiment = build(Experiment, read_experiment("forecasting"))
+        plans = {}
+        for job in experiment.possible_jobs():
+            plans[job.variant] = make_forecasting_plan(experiment.settings_of(job))
+        totals = {plan.params_total for plan in plans.values()}
+        assert max(totals) / min(totals) < 1.005
+        routed = [plan.params_active for plan in plans.values() if plan.miss_active is not None]
+        assert max(routed) / min(routed) < 1.005
+        assert all(len(variant.trials) == 4 for variant in experiment.variants)
 
     @pytest.mark.parametrize("name", [path.parent.name for path in EXPERIMENTS.glob("*/config.yaml")])
     def test_what_is_committed_is_the_presets(self, name):
@@ -154,7 +166,7 @@ class TestErrors:
             ({"seeds": [], "variants": [DSC]}, "^seeds must be one or more where no variant"),
             ({"test": "no"}, "^test must be true or false, got 'no'$"),
             ({"timing_rounds": 1}, "^timing_rounds must be greater than or equal to 2, got 1"),
-            ({"task": "chess"}, "^task must be one of language_modelling, adaptation, or module:Class, got 'chess'"),
+            ({"task": "chess"}, "^task must be one of language_modelling, .*forecasting, or module:Class, got 'chess'"),
             ({"task": "json:JSONDecoder"}, "^task must be a subclass of .*Task, got 'json:JSONDecoder'"),
             ({"task": "nowhere:Task"}, "^task must be module:Class that can be imported, got 'nowhere:Task'"),
             (

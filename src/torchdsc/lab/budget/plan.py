@@ -15,7 +15,7 @@ MISS_TO_SAY = 0.01
 
 @dataclass(frozen=True)
 class Budget:
-    """Target parameters of a whole DSCGPT, and the sizes that all methods share.
+    """Target parameters of a whole DSCGPT, or another model of such blocks, and the sizes that all methods share.
 
     Attributes:
         total: Stored parameters.
@@ -24,6 +24,8 @@ class Budget:
         n_layer: Layers.
         vocab_size: Tokens of the tied embedding.
         n_positions: Learned positions.
+        outside: Parameters outside the blocks and the final norm, for a model that is no DSCGPT; None for those of the
+            embeddings of tokens and positions.
     """
 
     total: float
@@ -32,18 +34,22 @@ class Budget:
     n_layer: int
     vocab_size: int = 50304
     n_positions: int = 256
+    outside: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("total", "active", "d_model", "n_layer", "vocab_size", "n_positions"):
             value = getattr(self, name)
             if not (value > 0 and isfinite(value)):
                 raise ValueError(f"{name} must be a finite number > 0, got {value}")
+        if self.outside is not None and self.outside < 0:
+            raise ValueError(f"outside must be >= 0, or None, got {self.outside}")
 
     @property
     def fixed(self) -> int:
         """Parameters outside the feed-forward layers: embeddings, attention 4 D^2 and norms 4 D a layer, final norm."""
         d = self.d_model
-        return (self.vocab_size + self.n_positions) * d + self.n_layer * (4 * d * d + 4 * d) + 2 * d
+        outside = (self.vocab_size + self.n_positions) * d if self.outside is None else self.outside
+        return outside + self.n_layer * (4 * d * d + 4 * d) + 2 * d
 
 
 @dataclass(frozen=True)

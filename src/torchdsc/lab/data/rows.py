@@ -17,7 +17,7 @@ from torchdsc.lab.schema import shorten
 
 from .hub import library, load_hub
 
-__all__ = ["Example", "read_source"]
+__all__ = ["Example", "read_numbers", "read_source"]
 
 _SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet", ".txt")
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+){0,2}(:.+)?")
@@ -74,6 +74,36 @@ def read_source(
     if not examples:
         raise ValueError(f"{source} must hold at least one row, got none")
     return examples, hashlib.sha256(content).hexdigest()
+
+
+def read_numbers(source: str, *, beside: str) -> tuple[dict[str, list[float]], str]:
+    """Read the numbers of a table, of all its columns but one.
+
+    Args:
+        source: File (csv, tsv, jsonl, parquet), in which ``${NAME}`` is a variable of the environment.
+        beside: The column that holds no numbers, but must not be blank either.
+
+    Returns:
+        The numbers by column, in the file's order, and its SHA-256.
+
+    Raises:
+        ValueError: If it is no such file, lacks that column, has no other or no row, or a number is missing or none.
+        OSError: If it cannot be read.
+    """
+    path = Path(expand(source)).expanduser()
+    content = _content(path, source)
+    numbers: dict[str, list[float]] = {}
+    for place, row in _parse(content, path, None):
+        if beside not in row:
+            raise ValueError(f"{place}, must have a column {beside!r}, got {shorten(list(row))}")
+        if row[beside] is None or not str(row[beside]).strip():
+            raise ValueError(f"{place}, column {beside!r}, must not be blank, got {shorten(row[beside])}")
+        numbers = numbers or {name: [] for name in row if name != beside}
+        for name, values in numbers.items():
+            values.append(_number(f"{place}, column {name!r}", row.get(name)))
+    if not numbers:
+        raise ValueError(f"{source} must hold at least one row, and a column of numbers beside {beside!r}, got none")
+    return numbers, hashlib.sha256(content).hexdigest()
 
 
 def _content(path: Path, source: str) -> bytes:

@@ -96,7 +96,8 @@ class Experiment(Model):
     title: str = ""
     """What it is to find out."""
     task: Name = "language_modelling"
-    """What runs train for: "language_modelling", "adaptation", or a class of one's own, "module:Class"."""
+    """What runs train for: "language_modelling", "adaptation", "forecasting", or a class of one's own, as
+    "module:Class"."""
     settings: Values = Field(default_factory=dict)
     """Of all runs, fields of the task's settings. A mapping given in several places is merged by its keys."""
     trial_settings: Values = Field(default_factory=dict)

@@ -7,7 +7,7 @@ from torchdsc.lab.schema import Model, SettingsError, did_you_mean
 
 __all__ = ["TASKS", "load_task", "settings_type"]
 
-TASKS = ("language_modelling", "adaptation")
+TASKS = ("language_modelling", "adaptation", "forecasting")
 
 
 def settings_type(name: str) -> type[Model]:

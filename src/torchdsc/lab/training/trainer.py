@@ -164,7 +164,6 @@ class LabTrainer(Trainer):
             self._check(self.state.global_step + 1, float(loss.detach()))
             if task_loss is not None:
                 self._task_loss += float(task_loss)
-                # A step's micro-batches add up to one loss, each divided by the tokens of the whole step.
                 self._task_steps += 1
         return (loss, outputs) if return_outputs else loss
 
@@ -198,7 +197,9 @@ class LabTrainer(Trainer):
         logs["seconds"] = self.seconds
         logs["peak_memory_bytes"] = self.peak_memory_bytes
         if "loss" in logs and self._task_steps:
-            logs["task_loss"] = self._task_loss * self.args.gradient_accumulation_steps / self._task_steps
+            # A step's micro-batches add up to one loss, each divided by the tokens of the whole step, or are averaged.
+            parts = self.args.gradient_accumulation_steps if self.model_accepts_loss_kwargs else 1
+            logs["task_loss"] = self._task_loss * parts / self._task_steps
             self._task_loss, self._task_steps = 0.0, 0
         terms = last_regularization(self.model)
         super().log(logs | ({"regularization": terms} if terms else {}), *args, **kwargs)

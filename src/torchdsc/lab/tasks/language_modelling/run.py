@@ -9,8 +9,7 @@ import torch
 from torch.optim import Optimizer
 from transformers import PreTrainedTokenizerBase, set_seed
 
-from torchdsc.baselines.methods import METHODS, FeedForwardKind
-from torchdsc.lab.budget import Plan, solve
+from torchdsc.lab.budget import Plan, solve_settings
 from torchdsc.lab.data.tokens import RandomWindows, ShuffledWindows
 from torchdsc.lab.files import naming_writes, whole_folder
 from torchdsc.lab.training.environment import reset_peak_memory
@@ -43,18 +42,7 @@ def make_plan(settings: Settings, vocab_size: int) -> Plan:
     Raises:
         ValueError: If a target is infeasible.
     """
-    budget = settings.budget(vocab_size)
-
-    def plan(method: FeedForwardKind, match: Plan | None, options: dict[str, Any]) -> Plan:
-        top_k = settings.experts_per_token if METHODS[method].form == "experts" else settings.top_k
-        return solve(method, budget, top_k=top_k, rank=settings.rank, match=match, options=options)
-
-    if settings.match is None:
-        return plan(settings.method, None, settings.feed_forward)
-    match = plan(settings.match, None, {})
-    if settings.match == settings.method and not settings.feed_forward:
-        return match
-    return plan(settings.method, match, settings.feed_forward)
+    return solve_settings(settings, settings.budget(vocab_size))
 
 
 def build_model(settings: Settings, plan: Plan, vocab_size: int) -> DSCGPTForCausalLM:
