@@ -45,9 +45,9 @@ class Settings(Model):
     """Rows of a patch, the model's token."""
     stride: Count = 8
     """Rows from one patch to the next; patches must end where the look-back ends."""
-    total: Rate = 116_000
+    total: Rate = 96_640
     """Target of stored parameters of the model."""
-    active: Rate = 92_000
+    active: Rate = 72_064
     """Target of active parameters; all outside the feed-forward layers are."""
     match: FeedForwardKind | None = None
     """Method whose realised parameter counts, without further options, replace the targets for others."""
@@ -77,7 +77,7 @@ class Settings(Model):
     """Windows of a step, each with all columns."""
     accumulation: Count = 1
     """Micro-batches that a step is cut into; must divide batch_size."""
-    learning_rate: Rate = 2e-3
+    learning_rate: Rate = 4e-3
     """Peak of the cosine schedule."""
     min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Its end, as a share of the peak."""
