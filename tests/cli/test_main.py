@@ -62,7 +62,7 @@ class TestHelp:
 
 class TestErrors:
     def test_unknown_command(self, fails):
-        known = "torchdsc: command must be one of run, report, presets, budget, generate, bench"
+        known = "torchdsc: command must be one of run, report, presets, budget, inspect, generate, bench"
         assert fails("repor") == f"{known}, got 'repor' (did you mean report?)"
         assert fails("xyz") == f"{known}, got 'xyz'"
 
