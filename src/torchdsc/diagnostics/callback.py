@@ -68,7 +68,7 @@ class DiagnosticsCallback(TrainerCallback):
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Begin a measurement."""
-        self._measures = state.global_step % self._every == 0
+        self._measures = self.is_due(state.global_step + 1)
         if self._measures:
             self._diagnostics.begin()
 
@@ -78,11 +78,17 @@ class DiagnosticsCallback(TrainerCallback):
             self._diagnostics.read_gradients()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """End the measurement, log it, and warn."""
-        if not self._measures:
-            return
-        self._measures = False
-        health = self._diagnostics.end()
+        """End the measurement, and tell of it."""
+        if self._measures:
+            self._measures = False
+            self.tell(self._diagnostics.end())
+
+    def is_due(self, step: int) -> bool:
+        """Whether a step, counted from 1, is measured."""
+        return (step - 1) % self._every == 0
+
+    def tell(self, health: ModelHealth) -> None:
+        """Log a measurement, and warn."""
         warn(findings(health, self._history), self._warned)
         self._history.append(health)
         self._trainer.log(health.metrics(per_layer=self._per_layer, max_keys=self._max_keys))

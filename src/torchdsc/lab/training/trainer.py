@@ -15,7 +15,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from torchdsc.diagnostics import Diagnostics, ModelHealth, RoutingMonitor, findings
+from torchdsc.diagnostics import DiagnosticsCallback, ModelHealth, RoutingMonitor, findings
 from torchdsc.lab.files import naming_writes
 from torchdsc.losses import last_regularization
 from torchdsc.nn import RoutedLayer
@@ -275,27 +275,22 @@ def _mean_routing(layers: list[dict[str, Any]]) -> dict[str, float]:
     return {key: fmean(values) for key, values in found.items() if values}
 
 
-class _MeasureHealth(TrainerCallback):
-    """Measures the routed layers around each step that an evaluation follows."""
+class _MeasureHealth(DiagnosticsCallback):
+    """Measures the routed layers around each step that an evaluation follows, for the trainer's log."""
 
     def __init__(self, trainer: LabTrainer) -> None:
-        self._trainer = trainer
-        self._diagnostics = Diagnostics(trainer.model, tokens=0 if trainer.args.torch_compile else 64)
-        self._measures = False
+        super().__init__(trainer)
+        self._lab = trainer
 
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        step = state.global_step + 1
-        self._measures = step % max(1, int(args.eval_steps or 1)) == 0 or step == args.max_steps
-        if self._measures:
-            self._diagnostics.begin()
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Nothing: runs may ask for any implementation."""
 
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._measures:
-            self._diagnostics.read_gradients()
+    def is_due(self, step: int) -> bool:
+        arguments = self._lab.args
+        return step % max(1, int(arguments.eval_steps or 1)) == 0 or step == arguments.max_steps
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._measures:
-            self._trainer.health = self._diagnostics.end()
+    def tell(self, health: ModelHealth) -> None:
+        self._lab.health = health
 
 
 class _LogBeforeCheckpoint(TrainerCallback):
