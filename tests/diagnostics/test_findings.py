@@ -1,7 +1,9 @@
 """Each sign of failure, provoked; and that healthy training shows none."""
 
+import json
 import math
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -190,3 +192,25 @@ def test_each_sign_is_warned_of_once():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warn(found, known)
+
+
+COMMITTED = sorted((Path(__file__).parents[2] / "experiments").glob("*/results.json"))
+
+
+def test_no_committed_run_shows_a_sign_in_its_routing():
+    """What records have of the routing at the end of training; those of later experiments name all signs themselves."""
+    judged = 0
+    for file in COMMITTED:
+        for run in json.loads(file.read_text(encoding="utf-8")).get("runs", []):
+            routing = run.get("routing") or {"layers": [], "history": []}
+            options = {**run["config"], **(run.get("plan") or {}).get("options", {})}
+            top_k = options.get("top_k") or options.get("experts_per_token")
+            shared = ("num_atoms", "utilization", "effective_atoms", "gate", "strength")
+            layers = [
+                LayerHealth("", top_k=top_k, **{name: layer.get(name) for name in shared})
+                for layer in routing["layers"]
+                if top_k
+            ]
+            assert findings(ModelHealth(layers, {}), [quiet()]) == [], (file, run["variant"], run["seed"])
+            judged += bool(layers)
+    assert judged > 100
