@@ -67,6 +67,15 @@ def test_exploding_run_does_not_stretch_the_others(sign):
     assert any(text.startswith("DSC") and text[-1] in "↑↓" for text in texts(figure))
 
 
+def test_whole_axis_has_all_values_and_no_offset():
+    high = Series.of([{0: 32.0, 100: 32.01}])
+    figure = draw({"Dense": series(0.2, start=0.1), "DSC": high}, scale="whole")
+    low, top = figure.axes[0].get_ylim()
+    assert low < 0.1
+    assert top > 32.01
+    assert not draw({"DSC": high}, scale="whole").axes[0].yaxis.get_major_formatter().get_useOffset()
+
+
 def test_diverged_seed_is_named_and_a_single_point_is_no_figure():
     assert texts(draw({"DSC": Series.of([{0: 6.0, 50: 4.0, 100: math.nan}]), "Dense": series(3.1)}))[0] == "DSC (NaN)"
     assert draw({"DSC": Series.of([{100: 3.0}])}) is None

@@ -22,7 +22,7 @@ def draw_curves(
     looks: Mapping[str, Look],
     name: str,
     *,
-    scale: Literal["linear", "log", "share"] = "linear",
+    scale: Literal["linear", "whole", "log", "share"] = "linear",
     lower_is_better: bool = True,
     is_zoomed: bool = False,
 ) -> Figure | None:
@@ -32,7 +32,7 @@ def draw_curves(
         series: By variant.
         looks: By variant.
         name: Of the quantity.
-        scale: Of its axis; a "share" is shown from 0 to 1.
+        scale: Of its axis; a "share" is shown from 0 to 1, and a "whole" axis has all values, however far apart.
         lower_is_better: Or higher.
         is_zoomed: Show the last half of training alone, with the last means in the labels. Curves that are worse than
             the best by more than a quarter may leave the frame then; an arrow says so.
@@ -59,6 +59,9 @@ def draw_curves(
         axes.yaxis.set_major_formatter("{x:g}")
     elif scale == "share":
         axes.set_ylim(0, 1.03)
+    elif scale == "whole":
+        axes.set_ylim(*pad_limits(np.concatenate([one.values.ravel() for one in found.values()])))
+        axes.yaxis.get_major_formatter().set_useOffset(False)  # type: ignore[attr-defined]
     else:
         axes.set_ylim(*_limits(found.values(), lower_is_better=lower_is_better, with_start=not is_zoomed))
     label_variants(axes, {variant: one.end for variant, one in found.items()}, labels, looks)
