@@ -89,7 +89,7 @@ class TestReading:
         [
             (
                 "extends: quik",
-                r"experiment must be a YAML file or one of adapt, .*, got 'quik' \(did you mean quick\?\)",
+                r"experiment must be a YAML file or one of ablations, .*, got 'quik' \(did you mean quick\?\)",
             ),
             ("extends: 5", "extends must be a preset or a YAML file, got 5"),
             ("- a", "must hold settings by name"),
