@@ -209,6 +209,12 @@ class TestAroundSteps:
             states.append([parameter.detach().clone() for parameter in model.parameters()])
         assert all(torch.equal(one, other) for one, other in zip(*states, strict=True))
 
+    def test_no_random_number_is_drawn(self):
+        model = DSC(8, num_atoms=5000, top_k=2)
+        state = torch.get_rng_state()
+        Diagnostics(model).end()
+        assert torch.equal(torch.get_rng_state(), state)
+
     def test_row_sparse_gradients(self):
         model = DSC(8, num_atoms=50, top_k=2, sparse_gradients=True, frame_weight=0.0)
         optimizer, diagnostics = build_optimizer(model, learning_rate=1e-2, weight_decay=0.0), Diagnostics(model)

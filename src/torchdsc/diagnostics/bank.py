@@ -1,9 +1,15 @@
-"""Geometry of a set of atoms."""
+"""Geometry of a set of atoms, and how far a step turns them."""
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from torchdsc.losses import frame_potential
+from torchdsc.nn import BasisBank
+
+# Rows of a bank that a measurement takes its geometry from, and whose turn it follows.
+_MOST_ROWS, _FOLLOWED_ROWS = 4096, 512
 
 
 @torch.no_grad()
@@ -36,3 +42,43 @@ def coherence(rows: Tensor, eps: float = 1e-6) -> float:
     """
     pairs = rows.shape[0] * (rows.shape[0] - 1)
     return float((frame_potential(rows.double(), eps) / max(1, pairs)).clamp_min(0.0).sqrt())
+
+
+def followed_atoms(bank: BasisBank) -> tuple[Tensor, Tensor]:
+    """Evenly spaced unit atoms u and v, whose turn is followed."""
+    return _spaced(bank, _FOLLOWED_ROWS)
+
+
+def measure_bank(bank: BasisBank, before: tuple[Tensor, Tensor] | None) -> dict[str, Any]:
+    """Effective ranks and coherences, and the turn since :func:`followed_atoms` returned ``before``."""
+    found: dict[str, Any] = {"most_rank": min(bank.num_atoms, bank.in_features, bank.out_features)}
+    for side, rows in zip("uv", _spaced(bank, _MOST_ROWS), strict=True):
+        found[f"effective_rank_{side}"], found[f"coherence_{side}"] = _geometry(rows)
+    if before is not None:
+        # By the chord, as small angles are lost in a cosine.
+        moves = [(now - was).norm(dim=1) for was, now in zip(before, followed_atoms(bank), strict=True)]
+        chords = torch.maximum(*moves)
+        angles = torch.rad2deg(2 * (chords[chords > 0] / 2).clamp_max(1.0).arcsin())
+        found["turn"] = float(angles.median()) if angles.numel() else 0.0
+    return found
+
+
+@torch.no_grad()
+def _spaced(bank: BasisBank, most: int) -> tuple[Tensor, Tensor]:
+    """Unit atoms u and v, all or so many: not drawn at random, as training draws from the same numbers."""
+    device = next(bank.parameters()).device
+    places = torch.linspace(0, bank.num_atoms - 1, min(most, bank.num_atoms), device=device).round().long()
+    u, v = bank(None, places)
+    return u.float(), v.float()
+
+
+def _geometry(unit: Tensor) -> tuple[float, float]:
+    """Effective rank and coherence of unit rows (M, d), from the smaller of the two Gram matrices."""
+    rows, features = unit.shape
+    gram = unit.mT @ unit if features < rows else unit @ unit.mT
+    share = torch.linalg.eigvalsh(gram).clamp_min(0.0)
+    share = share / share.sum().clamp_min(torch.finfo(share.dtype).tiny)
+    # The squares of all inner products add up to the same in either matrix; rows with themselves give one each.
+    others = gram.square().sum() - unit.square().sum(1).square().sum()
+    coherence = (others / max(1, rows * (rows - 1))).clamp_min(0.0).sqrt()
+    return float(torch.special.entr(share).sum().exp()), float(coherence)

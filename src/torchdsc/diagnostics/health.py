@@ -15,8 +15,7 @@ from torchdsc.bounds import certified_spectral_bound, spectral_norm
 from torchdsc.nn import DSC, BasisBank, NgramRouter, RoutedLayer, Router
 from torchdsc.ops import gate
 
-# Rows of a bank that its geometry is taken from, and whose turn is followed.
-_MOST_ROWS, _FOLLOWED_ROWS = 4096, 512
+from .bank import followed_atoms, measure_bank
 
 
 @dataclass(frozen=True)
@@ -168,7 +167,7 @@ class Diagnostics:
         self._gradient_norms = None
         for watch in self._watches:
             self._handles += watch.start() if self.tokens else ()
-        self._before = {key: _followed(bank) for key, bank in self._banks.items()}
+        self._before = {key: followed_atoms(bank) for key, bank in self._banks.items()}
 
     def read_gradients(self) -> None:
         """Read the gradients now, where a loop frees them before :meth:`end`."""
@@ -183,7 +182,7 @@ class Diagnostics:
         """
         self._drop_hooks()
         gradients = _gradient_norms(self.model) if self._gradient_norms is None else self._gradient_norms
-        banks = {key: _bank_health(bank, self._before.get(key)) for key, bank in self._banks.items()}
+        banks = {key: measure_bank(bank, self._before.get(key)) for key, bank in self._banks.items()}
         self._before, self._gradient_norms = {}, None
         layers = [watch.result(banks.get(id(getattr(watch.layer, "bank", None)), {})) for watch in self._watches]
         return ModelHealth(layers, gradients)
@@ -308,42 +307,6 @@ def _evaluating(module: nn.Module) -> Iterator[None]:
     finally:
         for each, mode in modes:
             each.training = mode
-
-
-@torch.no_grad()
-def _followed(bank: BasisBank) -> tuple[Tensor, Tensor]:
-    """Evenly spaced unit atoms u and v."""
-    device = next(bank.parameters()).device
-    places = torch.linspace(0, bank.num_atoms - 1, min(_FOLLOWED_ROWS, bank.num_atoms), device=device).round().long()
-    u, v = bank(None, places)
-    return u.float(), v.float()
-
-
-def _bank_health(bank: BasisBank, before: tuple[Tensor, Tensor] | None) -> dict[str, Any]:
-    """Effective ranks, coherences and the turn of a bank."""
-    found: dict[str, Any] = {"most_rank": min(bank.num_atoms, bank.in_features, bank.out_features)}
-    device = next(bank.parameters()).device
-    places = None if bank.num_atoms <= _MOST_ROWS else torch.randperm(bank.num_atoms, device=device)[:_MOST_ROWS]
-    for side, rows in zip("uv", bank(None, places), strict=True):
-        found[f"effective_rank_{side}"], found[f"coherence_{side}"] = _geometry(rows.float())
-    if before is not None:
-        # By the chord, as small angles are lost in a cosine.
-        chords = torch.maximum(*((now - was).norm(dim=1) for was, now in zip(before, _followed(bank), strict=True)))
-        angles = torch.rad2deg(2 * (chords[chords > 0] / 2).clamp_max(1.0).arcsin())
-        found["turn"] = float(angles.median()) if angles.numel() else 0.0
-    return found
-
-
-def _geometry(unit: Tensor) -> tuple[float, float]:
-    """Effective rank and coherence of unit rows (M, d), from the smaller of the two Gram matrices."""
-    rows, features = unit.shape
-    gram = unit.mT @ unit if features < rows else unit @ unit.mT
-    share = torch.linalg.eigvalsh(gram).clamp_min(0.0)
-    share = share / share.sum().clamp_min(torch.finfo(share.dtype).tiny)
-    # The squares of all inner products add up to the same in either matrix; rows with themselves give one each.
-    others = gram.square().sum() - unit.square().sum(1).square().sum()
-    coherence = (others / max(1, rows * (rows - 1))).clamp_min(0.0).sqrt()
-    return float(torch.special.entr(share).sum().exp()), float(coherence)
 
 
 def _gradient_norms(model: nn.Module) -> dict[str, float]:
