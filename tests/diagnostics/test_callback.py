@@ -122,6 +122,40 @@ def test_a_sign_of_failure_warns_once(tmp_path):
     assert "logits-clamped" in callback.found
 
 
+def test_explosion_is_seen_though_gradients_are_clipped(tmp_path):
+    model = dscgpt()
+    trainer, _ = trainer_of(model, tmp_path, steps=8, logging_steps=1, max_grad_norm=1.0)
+    callback = DiagnosticsCallback(trainer, every=100)
+    trainer.add_callback(callback)
+    whole = trainer.compute_loss
+
+    def exploding(*args, **kwargs):
+        return whole(*args, **kwargs) * (1e5 if trainer.state.global_step >= 5 else 1.0)
+
+    trainer.compute_loss = exploding
+    with pytest.warns(DiagnosticsWarning, match="exploding-gradients: the gradient's norm is .* before clipping"):
+        trainer.train()
+
+
+def test_loss_that_is_no_number_warns_and_does_not_raise(tmp_path):
+    trainer, _ = trainer_of(dscgpt(), tmp_path, logging_nan_inf_filter=False)
+    trainer.add_callback(DiagnosticsCallback(trainer, every=1))
+    whole = trainer.compute_loss
+    trainer.compute_loss = lambda *args, **kwargs: whole(*args, **kwargs) * torch.nan
+    with pytest.warns(DiagnosticsWarning, match="exploding-gradients"):
+        trainer.train()
+
+
+def test_an_error_within_a_step_leaves_no_hooks(tmp_path):
+    model = dscgpt()
+    trainer, _ = trainer_of(model, tmp_path)
+    callback = DiagnosticsCallback(trainer, every=1)
+    trainer.add_callback(callback)
+    callback.on_step_begin(trainer.args, trainer.state, trainer.control)
+    callback.on_train_end(trainer.args, trainer.state, trainer.control)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.model.blocks.modules())
+
+
 def test_bad_arguments(tmp_path):
     trainer, _ = trainer_of(dscgpt(), tmp_path)
     with pytest.raises(ValueError, match="every must be >= 1, got 0"):

@@ -58,6 +58,24 @@ def test_routing_collapse(layer, x):
     assert "routing-collapse" in codes(layer, x)
 
 
+def test_few_tokens_use_few_atoms_in_health(layer, x):
+    layer.router.bias = nn.Parameter(torch.tensor([9.0, 8.0] + 38 * [0.0]))
+    assert "routing-collapse" not in codes(layer, x[:8])
+
+
+def test_bank_collapse_of_a_wide_side(x):
+    layer, x = DSC(256, 4, num_atoms=512, top_k=2), torch.randn(60, 256)
+    with torch.no_grad():
+        layer.bank.u.copy_(layer.bank.u[:1] + 1e-4 * torch.randn_like(layer.bank.u))
+    assert codes(layer, x) == ["bank-collapse"]
+
+
+def test_gate_on_the_mean_may_saturate_with_many_atoms(x):
+    layer = DSC(16, num_atoms=40, top_k=8, gate="mean")
+    layer.router.bias = nn.Parameter(torch.full((40,), 6.0))
+    assert codes(layer, x) == ["saturated-gate"]
+
+
 @pytest.mark.parametrize("side", ["u", "v"])
 def test_bank_collapse(x, side):
     layer, x = DSC(64, num_atoms=100, top_k=2), torch.randn(60, 64)
@@ -207,7 +225,7 @@ def test_no_committed_run_shows_a_sign_in_its_routing():
             top_k = options.get("top_k") or options.get("experts_per_token")
             shared = ("num_atoms", "utilization", "effective_atoms", "gate", "strength")
             layers = [
-                LayerHealth("", top_k=top_k, **{name: layer.get(name) for name in shared})
+                LayerHealth("", top_k=top_k, tokens=32_768, **{name: layer.get(name) for name in shared})
                 for layer in routing["layers"]
                 if top_k
             ]

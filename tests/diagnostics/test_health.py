@@ -30,7 +30,7 @@ class TestWithoutAStep:
     def test_counts_a_routing_made_by_hand(self):
         layer, x = routed_by_hand([0, 0, 1, 1, 3, 3, 3, 3])
         health = measured(layer, x)
-        assert (health.num_atoms, health.top_k, health.most_rank) == (6, 1, 6)
+        assert (health.num_atoms, health.top_k, health.tokens, health.most_rank_u) == (6, 1, 8, 6)
         assert health.utilization == health.unused == pytest.approx(0.5)
         assert health.effective_atoms == pytest.approx(math.exp(0.5 * math.log(2) + 0.5 * math.log(4)))
 
@@ -69,6 +69,44 @@ class TestWithoutAStep:
             assert getattr(health, f"effective_rank_{side}") == pytest.approx(effective_rank(rows), rel=1e-4)
             assert getattr(health, f"coherence_{side}") == pytest.approx(coherence(rows), rel=1e-3)
 
+    def test_highest_ranks_are_each_sides_own(self):
+        health = measured(DSC(16, 64, num_atoms=40, top_k=2), torch.randn(3, 16))
+        assert (health.most_rank_u, health.most_rank_v) == (16, 40)
+
+    def test_masked_tokens_do_not_count(self):
+        layer, x = routed_by_hand([0, 1, 2, 3, 3, 3])
+        diagnostics = Diagnostics(layer)
+        diagnostics.begin()
+        layer(x, token_mask=torch.tensor([True, True, True, False, False, False]))
+        (health,) = diagnostics.end().layers
+        assert health.tokens == 3
+        assert health.effective_atoms == pytest.approx(3.0)
+
+    def test_no_gate_is_told_where_there_is_none(self):
+        health = measured(DSC(8, num_atoms=9, top_k=3, gate="none"), torch.randn(5, 8))
+        assert health.gate is health.saturated is None
+        assert health.gate_kind == "none"
+
+    def test_what_is_not_finite_is_told_and_does_not_raise(self):
+        layer, x = DSC(8, num_atoms=9, top_k=3), torch.randn(5, 8)
+        x[2] = torch.inf
+        assert 0 < measured(layer, x).measured_norm < 1
+        with torch.no_grad():
+            layer.bank.u.fill_(torch.nan)
+        health = measured(layer, torch.randn(5, 8))
+        assert math.isnan(health.measured_norm)
+        assert math.isnan(health.effective_rank_u)
+        assert health.effective_rank_v > 1
+
+    def test_rectified_layers_need_their_input(self):
+        layer, x = DSC(8, num_atoms=9, top_k=3, activation="relu"), torch.randn(50, 8)
+        diagnostics = Diagnostics(layer)
+        diagnostics.begin()
+        layer(x=x)
+        assert diagnostics.end().layers[0].measured_norm == pytest.approx(
+            spectral_norm(layer, x).max().item(), rel=1e-5
+        )
+
     def test_geometry_of_fewer_atoms_than_features(self):
         layer = DSC(16, num_atoms=5, top_k=2)
         nn.init.normal_(layer.bank.u)
@@ -104,7 +142,7 @@ class TestWithoutAStep:
         health = measured(layer, torch.randn(50, 8))
         assert health.num_atoms == 4
         assert health.utilization == 1.0
-        assert health.certified_norm is health.effective_rank_u is health.strength is None
+        assert health.certified_norm is health.effective_rank_u is health.strength is health.agreement is None
 
     def test_hashed_atoms_have_no_gate_to_watch(self):
         layer, tokens = DSC(8, num_atoms=10, top_k=4, router="ngram"), torch.randint(9, (2, 7))

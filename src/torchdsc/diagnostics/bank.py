@@ -1,5 +1,6 @@
 """Geometry of a set of atoms, and how far a step turns them."""
 
+import math
 from typing import Any
 
 import torch
@@ -51,8 +52,9 @@ def followed_atoms(bank: BasisBank) -> tuple[Tensor, Tensor]:
 
 def measure_bank(bank: BasisBank, before: tuple[Tensor, Tensor] | None) -> dict[str, Any]:
     """Effective ranks and coherences, and the turn since :func:`followed_atoms` returned ``before``."""
-    found: dict[str, Any] = {"most_rank": min(bank.num_atoms, bank.in_features, bank.out_features)}
+    found: dict[str, Any] = {}
     for side, rows in zip("uv", _spaced(bank, _MOST_ROWS), strict=True):
+        found[f"most_rank_{side}"] = min(rows.shape)
         found[f"effective_rank_{side}"], found[f"coherence_{side}"] = _geometry(rows)
     if before is not None:
         # By the chord, as small angles are lost in a cosine.
@@ -73,8 +75,11 @@ def _spaced(bank: BasisBank, most: int) -> tuple[Tensor, Tensor]:
 
 
 def _geometry(unit: Tensor) -> tuple[float, float]:
-    """Effective rank and coherence of unit rows (M, d), from the smaller of the two Gram matrices."""
+    """Effective rank and coherence of unit rows (M, d), from the smaller of the two Gram matrices; NaN if a row is."""
     rows, features = unit.shape
+    if not bool(unit.isfinite().all()):
+        # LAPACK would raise.
+        return math.nan, math.nan
     gram = unit.mT @ unit if features < rows else unit @ unit.mT
     share = torch.linalg.eigvalsh(gram).clamp_min(0.0)
     share = share / share.sum().clamp_min(torch.finfo(share.dtype).tiny)

@@ -7,7 +7,7 @@ from transformers import Trainer, TrainerCallback
 
 from torchdsc.arguments import check_at_least, check_types
 
-from .findings import findings, slow_path, warn
+from .findings import exploding, findings, slow_path, warn
 from .health import Diagnostics, ModelHealth
 
 
@@ -49,6 +49,7 @@ class DiagnosticsCallback(TrainerCallback):
         self._diagnostics = Diagnostics(model, tokens=0 if trainer.args.torch_compile else tokens)
         self._history: list[ModelHealth] = []
         self._warned: set[str] = set()
+        self._norms: list[float] = []
         self._measures = False
 
     @property
@@ -65,6 +66,18 @@ class DiagnosticsCallback(TrainerCallback):
         """Warn if layers are not composed by the fast path."""
         slow = slow_path(self._diagnostics.model)
         warn([slow] if slow else [], self._warned)
+
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Judge the norm of all gradients before clipping, which Trainer logs."""
+        norm = (kwargs.get("logs") or {}).get("grad_norm")
+        if isinstance(norm, float):
+            found = exploding(norm, self._norms, " before clipping")
+            warn([found] if found else [], self._warned)
+            self._norms.append(norm)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Give up a measurement that an error has cut off."""
+        self._diagnostics.drop()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Begin a measurement."""
@@ -89,6 +102,8 @@ class DiagnosticsCallback(TrainerCallback):
 
     def tell(self, health: ModelHealth) -> None:
         """Log a measurement, and warn."""
-        warn(findings(health, self._history), self._warned)
+        # After an interruption the first measurement is none of the start.
+        history = self._history or ([health] if self._trainer.state.global_step > 1 else [])
+        warn(findings(health, history), self._warned)
         self._history.append(health)
         self._trainer.log(health.metrics(per_layer=self._per_layer, max_keys=self._max_keys))

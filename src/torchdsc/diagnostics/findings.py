@@ -21,6 +21,8 @@ _LOW_RANK = 0.05
 _MOSTLY = 0.5
 _LARGE_TURN = 45.0
 _EXPLOSION = 100.0
+# Few tokens use few atoms in any case.
+_FEWEST_TOKENS = 32
 # Norms are measured in the dtype of the model.
 _ROUNDING = 1.02
 
@@ -129,7 +131,11 @@ _LAYER_RULES: tuple[_Rule, ...] = (
     ),
     (
         "routing-collapse",
-        lambda layer: layer.num_atoms > 4 * layer.top_k and _below(layer.effective_atoms, _FEW_ATOMS * layer.top_k),
+        lambda layer: (
+            layer.num_atoms > 4 * layer.top_k
+            and layer.tokens >= _FEWEST_TOKENS
+            and _below(layer.effective_atoms, _FEW_ATOMS * layer.top_k)
+        ),
         lambda layer: f"{layer.effective_atoms:.3g} of {layer.num_atoms} atoms do the work, K is {layer.top_k}",
         "the router sends most tokens to the same atoms",
         "raise aux_weight, lower the router's learning rate, or check that regularisers are in the loss",
@@ -151,12 +157,15 @@ _LAYER_RULES: tuple[_Rule, ...] = (
     (
         "saturated-gate",
         # With many atoms the sum is large whatever the logits are, and the gate 1 by design.
-        lambda layer: math.tanh(layer.top_k * math.log(2)) < 0.999 and _beyond(layer.saturated, 0.99),
+        lambda layer: (
+            (layer.gate_kind == "mean" or math.tanh(layer.top_k * math.log(2)) < 0.999)
+            and _beyond(layer.saturated, 0.99)
+        ),
         lambda layer: (
             f"from the start tanh S is above 0.999 for {layer.saturated:.0%} of tokens (S {layer.strength:.3g})"
         ),
         "logits start too large, so that the gate tells no token from another and has no gradient",
-        "lower router_init_std, raise budget_weight, or set gate='mean'",
+        "lower router_init_std, raise z_weight, or set gate='mean' where it is 'sum'",
     ),
     (
         "atoms-turn",
@@ -182,25 +191,33 @@ def _ranks(layer: LayerHealth) -> list[float]:
 
 
 def _rank_share(layer: LayerHealth) -> float | None:
-    """The lower effective rank over the highest that M atoms of the layer's features could have."""
-    if not _ranks(layer) or layer.most_rank is None:
-        return None
-    return min(_ranks(layer)) / layer.most_rank
+    """The lower of both sides' effective ranks over the highest that they could have."""
+    sides = ((layer.effective_rank_u, layer.most_rank_u), (layer.effective_rank_v, layer.most_rank_v))
+    return min((rank / most for rank, most in sides if rank is not None and most), default=None)
 
 
 def _exploding(health: ModelHealth, history: Sequence[ModelHealth]) -> Iterator[Finding]:
     norm = _total(health)
     if norm is None:
         return
-    before = [total for total in map(_total, history) if total is not None and math.isfinite(total)]
-    if math.isfinite(norm) and (len(before) < 3 or norm <= _EXPLOSION * median(before)):
-        return
     part = max(health.gradient_norms, key=lambda name: _order(health.gradient_norms[name]))
-    yield Finding(
+    found = exploding(
+        norm, [total for total in map(_total, history) if total is not None], f", mostly of {part} parameters"
+    )
+    if found is not None:
+        yield found
+
+
+def exploding(norm: float, before: Sequence[float], words: str = "") -> Finding | None:
+    """Judge the norm of all gradients by those before it; ``words`` go on from it."""
+    finite = [each for each in before if math.isfinite(each)]
+    if math.isfinite(norm) and (len(finite) < 3 or norm <= _EXPLOSION * median(finite)):
+        return None
+    return Finding(
         "exploding-gradients",
         (),
-        f"the gradient's norm is {norm:.3g}, mostly of {part} parameters"
-        + (f"; the median before was {median(before):.3g}" if before else ""),
+        f"the gradient's norm is {norm:.3g}{words}"
+        + (f"; the median before was {median(finite):.3g}" if finite else ""),
         "a learning rate that is too large, no clipping, or atoms whose projection onto unit norms is missing",
         "clip gradients (torchdsc.optim.clip_grad_norm), lower the rate of the part named, or warm up longer",
     )

@@ -1,5 +1,6 @@
 """The state of a model's routed layers during training, measured every so many steps."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
@@ -26,16 +27,19 @@ class LayerHealth:
         name: Of the module, as in ``named_modules()``.
         num_atoms: M, the atoms or experts.
         top_k: K, of a token.
-        most_rank: The highest effective rank that the atoms can have, min(M, d_in, d_out).
+        tokens: That were routed; those that a mask leaves out do not count.
+        gate_kind: "sum", "mean" or "none", see :func:`torchdsc.ops.gate`; None for layers without one.
+        most_rank_u: The highest effective rank that the atoms u can have, min(M, d_in).
+        most_rank_v: Of the atoms v.
         utilization: Share of them that the tokens of this measurement selected.
         effective_atoms: ``exp`` of the entropy of their load; M if it is uniform.
         unused: Share of them that no measurement has seen selected so far.
         strength: Mean signal strength S.
-        gate: Mean tanh S; tanh (S / K) for ``gate="mean"``.
+        gate: Mean tanh S; tanh (S / K) for ``gate="mean"``; None for ``gate="none"``.
         saturated: Share of tokens whose gate is above 0.999.
         clamped: Share of selected logits at the bounds of the clamp, where a logit has no gradient.
-        agreement: Share of the selections of a few tokens that the step has left as they were. The router's input is
-            the same before and after, so that this is the router's own change.
+        agreement: Share of the selections of a few tokens that the step has left as they were; of DSC alone. The
+            router's input is the same before and after, so that this is the router's own change.
         effective_rank_u: Of the atoms u: between 1 and min(M, d_in). See :func:`torchdsc.diagnostics.effective_rank`.
         effective_rank_v: Of the atoms v.
         coherence_u: Root mean square of the inner products of different unit atoms u.
@@ -48,7 +52,10 @@ class LayerHealth:
     name: str
     num_atoms: int
     top_k: int
-    most_rank: int | None = None
+    tokens: int = 0
+    gate_kind: str | None = None
+    most_rank_u: int | None = None
+    most_rank_v: int | None = None
     utilization: float | None = None
     effective_atoms: float | None = None
     unused: float | None = None
@@ -66,9 +73,8 @@ class LayerHealth:
     measured_norm: float | None = None
 
 
-_MEASURED = tuple(
-    field.name for field in fields(LayerHealth) if field.name not in ("name", "num_atoms", "top_k", "most_rank")
-)
+_NOT_MEASURED = ("name", "num_atoms", "top_k", "tokens", "gate_kind", "most_rank_u", "most_rank_v")
+_MEASURED = tuple(field.name for field in fields(LayerHealth) if field.name not in _NOT_MEASURED)
 
 
 @dataclass(frozen=True)
@@ -198,6 +204,11 @@ class Diagnostics:
             self._drop_hooks()
         results.append(self.end())
 
+    def drop(self) -> None:
+        """Give up a measurement that was begun, if there is one."""
+        self._drop_hooks()
+        self._before, self._gradient_norms = {}, None
+
     def _drop_hooks(self) -> None:
         for handle in self._handles:
             handle.remove()
@@ -227,13 +238,18 @@ class _Watch:
         """Hooks of the router and the layer."""
         self._reset()
         return [
-            self.layer.router.register_forward_hook(self._see_routing),
-            self.layer.register_forward_pre_hook(self._see_x),
+            self.layer.router.register_forward_hook(self._see_routing, with_kwargs=True),
+            self.layer.register_forward_pre_hook(self._see_x, with_kwargs=True),
         ]
 
     @torch.no_grad()
-    def _see_routing(self, router: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        routed, indices = args[0].detach(), output.indices
+    def _see_routing(self, router: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        routed, indices, logits = args[0].detach(), output.indices, getattr(output, "logits", None)
+        if self.rows is None and len(routed):
+            self.rows, self.selected = self._few(routed), self._few(indices)
+        mask = kwargs.get("token_mask")
+        if mask is not None:
+            indices, logits = indices[mask], None if logits is None else logits[mask]
         if indices.shape[0] == 0:
             return
         counts = torch.bincount(indices.reshape(-1), minlength=self.num_atoms)
@@ -242,22 +258,20 @@ class _Watch:
         self.seen += indices.shape[0]
         if self.is_gated:
             options: Any = self.layer.options
-            strength = gate(output.logits, logit_clamp=options.logit_clamp, eps=options.eps).strength
+            assert logits is not None
+            strength = gate(logits, logit_clamp=options.logit_clamp, eps=options.eps).strength
             gates = torch.tanh(strength / (indices.shape[-1] if options.gate == "mean" else 1))
-            for name, values in (
-                ("strength", strength.mean()),
-                ("gate", gates.mean()),
-                ("saturated", (gates > 0.999).float().mean()),
-                ("clamped", (output.logits.abs() >= options.logit_clamp).float().mean()),
-            ):
+            found = {"strength": strength.mean(), "clamped": (logits.abs() >= options.logit_clamp).float().mean()}
+            if options.gate != "none":
+                found |= {"gate": gates.mean(), "saturated": (gates > 0.999).float().mean()}
+            for name, values in found.items():
                 self.sums.setdefault(name, []).append(values * indices.shape[0])
-        if self.rows is None:
-            self.rows, self.selected = self._few(routed), self._few(indices)
 
     @torch.no_grad()
-    def _see_x(self, layer: nn.Module, args: tuple[Any, ...]) -> None:
-        if self.x is None and args:
-            self.x = self._few(args[0].detach())
+    def _see_x(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x = args[0] if args else kwargs.get("x")
+        if self.x is None and x is not None:
+            self.x = self._few(x.detach())
 
     def _few(self, tokens: Tensor) -> Tensor:
         """A few evenly spaced ones, the same of any tensor for the same tokens."""
@@ -278,23 +292,38 @@ class _Watch:
             measured["utilization"] = float(used.double().mean())
             measured["effective_atoms"] = float(torch.special.entr(share).sum().exp())
             measured["unused"] = 1.0 - float(self.used.double().mean())
+            measured["tokens"] = self.seen
             measured |= {name: float(sum(values)) / self.seen for name, values in self.sums.items()}
+            if isinstance(layer, DSC) and self.rows.is_floating_point():
+                # Mixed precision of FSDP holds in the forward pass alone.
+                self.rows = self.rows.to(layer.parameter_dtype)
             with _evaluating(layer):
                 if isinstance(layer, DSC):
                     measured["measured_norm"] = self._largest_norm(layer, self.rows)
-                if not isinstance(layer.router, NgramRouter):
+                # Others may route otherwise in training, by noise or statistics of the batch.
+                if self.is_gated:
                     now = layer.route(self.rows).indices
                     same = (now.unsqueeze(-1) == self.selected.unsqueeze(-2)).any(-1)
                     measured["agreement"] = float(same.double().mean())
             self._reset()
-        return LayerHealth(self.name, self.num_atoms, top_k, **measured)
+        kind = layer.options.gate if self.is_gated and isinstance(layer, DSC) else None
+        return LayerHealth(self.name, self.num_atoms, top_k, gate_kind=kind, **measured)
 
-    def _largest_norm(self, layer: DSC, rows: Tensor) -> float:
+    def _largest_norm(self, layer: DSC, rows: Tensor) -> float | None:
         x = self.x
         if x is None or x.shape[0] != rows.shape[0]:
-            # It only matters for which latent values are rectified.
-            x = torch.zeros(rows.shape[0], layer.in_features, device=rows.device, dtype=layer.parameter_dtype)
-        return float(spectral_norm(layer, x.to(layer.parameter_dtype), router_input=rows).max())
+            if layer.options.activation != "none":
+                # Which latent values are rectified depends on it.
+                return None
+            x = torch.zeros(rows.shape[0], layer.in_features, device=rows.device)
+        x = x.to(layer.parameter_dtype)
+        finite = x.isfinite().all(-1) & rows.isfinite().all(-1)
+        if not bool(finite.any()):
+            return None
+        left, right = layer.factors(x[finite], rows[finite])
+        if not bool(left.isfinite().all() & right.isfinite().all()):
+            return math.nan
+        return float(spectral_norm(layer, x[finite], router_input=rows[finite]).max())
 
 
 @contextmanager

@@ -81,7 +81,7 @@ def _measure(layer: DSC, x: Tensor, step: float, seed: int) -> Sensitivity:
     random = torch.Generator(x.device).manual_seed(seed)
     direction = torch.randn(x.shape, generator=random, device=x.device, dtype=x.dtype)
     moved = x + direction * (step * x.norm(dim=-1, keepdim=True) / direction.norm(dim=-1, keepdim=True))
-    noise = torch.randn(x.shape, generator=random, device=x.device, dtype=x.dtype) * x.std(0) + x.mean(0)
+    noise = torch.randn(x.shape, generator=random, device=x.device, dtype=x.dtype) * x.std(0, correction=0) + x.mean(0)
     lipschitz = _local_lipschitz(layer, x)
     with torch.no_grad():
         norms, noise_norms = spectral_norm(layer, x), spectral_norm(layer, noise)

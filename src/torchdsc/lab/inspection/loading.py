@@ -5,10 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import transformers
 from peft import PeftConfig, PeftModel
 from transformers import (
+    AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
@@ -29,6 +32,7 @@ _HEADS: dict[str | None, Any] = {
     "SEQ_CLS": AutoModelForSequenceClassification,
     "SEQ_2_SEQ_LM": AutoModelForSeq2SeqLM,
     "TOKEN_CLS": AutoModelForTokenClassification,
+    "QUESTION_ANS": AutoModelForQuestionAnswering,
 }
 
 
@@ -98,7 +102,11 @@ def _kind(path: Path) -> str | None:
 def _load_base(name: str, adapter: Path) -> Any:
     """The base with the head that the adapter's task asks for."""
     task = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8")).get("task_type")
-    return _HEADS.get(task, AutoModel).from_pretrained(name)
+    if task in _HEADS:
+        return _HEADS[task].from_pretrained(name)
+    # Without a task the adapter's names are those of the class that the base was.
+    own = getattr(transformers, (AutoConfig.from_pretrained(name).architectures or [""])[0], AutoModel)
+    return own.from_pretrained(name)
 
 
 def _tokenizer(*places: str | Path) -> PreTrainedTokenizerBase | None:

@@ -106,12 +106,14 @@ def _row(health: LayerHealth) -> list[str]:
     def number(value: float | None, form: str = ".3g") -> str:
         return _DASH if value is None else f"{value:{form}}"
 
-    def rank(value: float | None) -> str:
-        return _DASH if value is None else f"{value:.1f} of {health.most_rank}"
+    def rank(value: float | None, most: int | None) -> str:
+        return _DASH if value is None else f"{value:.1f} of {most}"
 
     return [
         *(health.name, f"{health.num_atoms:,}", str(health.top_k)),
-        *(rank(health.effective_rank_u), rank(health.effective_rank_v), number(health.coherence_u)),
+        rank(health.effective_rank_u, health.most_rank_u),
+        rank(health.effective_rank_v, health.most_rank_v),
+        number(health.coherence_u),
         *(number(health.certified_norm), number(health.measured_norm)),
         *(number(health.gate, ".2f"), number(health.clamped, ".0%"), number(health.utilization, ".0%")),
         number(health.effective_atoms, ",.1f"),

@@ -88,11 +88,12 @@ def inspect(saved: Saved, *, text: str | None = None, window: int = 128, max_tok
     """
     model = saved.model
     diagnostics = Diagnostics(model)
+    is_encoder_decoder = getattr(model.config, "is_encoder_decoder", False)
     windows = [] if text is None else list(_windows(saved, text, window, max_tokens))
     with torch.no_grad(), RoutingMonitor(model) as monitor, _inputs(model) as inputs:
         diagnostics.begin()
         for ids in windows:
-            model(input_ids=ids)
+            model(input_ids=ids, **({"decoder_input_ids": ids} if is_encoder_decoder else {}))
         health = diagnostics.end()
     routings = monitor.by_layer()
     layers: list[LayerState] = []
@@ -145,6 +146,8 @@ def _sensitivity(layer: RoutedLayer, seen: _Seen) -> Sensitivity | None:
     x, routed = seen.x.get(layer), seen.routed.get(layer)
     if not isinstance(layer, DSC) or x is None or routed is None or not torch.equal(x, routed):
         return None
+    if len(x) < 2 or not bool(x.isfinite().all()):
+        return None
     options = layer.options
     if options.activation != "none" or options.atom_features is not None or options.offset:
         return None
@@ -164,14 +167,18 @@ def _windows(saved: Saved, text: str, window: int, max_tokens: int) -> Iterator[
 
 def _curves(bank: BasisBank) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
     """Spectra of the unit atoms and norms of the raw rows."""
-    spectra, norms = {}, {}
+    spectra: dict[str, list[float]] = {}
+    norms: dict[str, list[float]] = {}
     places = None if bank.num_atoms <= _MOST_ROWS else torch.linspace(0, bank.num_atoms - 1, _MOST_ROWS).round().long()
     for side, unit, raw in zip("uv", bank(None, places), (bank.u, bank.v), strict=True):
         rows = unit.detach().float()
+        norms[side] = _sorted(raw.detach().float().norm(dim=1))
+        if not bool(rows.isfinite().all()):
+            spectra[side] = []
+            continue
         gram = rows.mT @ rows if rows.shape[1] < rows.shape[0] else rows @ rows.mT
         values = torch.linalg.eigvalsh(gram).clamp_min(0.0)
         spectra[side] = _sorted(values / values.mean())
-        norms[side] = _sorted(raw.detach().float().norm(dim=1))
     return spectra, norms
 
 
