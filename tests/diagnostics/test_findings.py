@@ -58,6 +58,14 @@ def test_routing_collapse(layer, x):
     assert "routing-collapse" in codes(layer, x)
 
 
+def test_routing_collapse_has_to_last():
+    collapsed, healthy = (
+        ModelHealth([LayerHealth("0", 40, 2, tokens=64, effective_atoms=effective)], {}) for effective in (2.5, 30.0)
+    )
+    assert findings(collapsed, [healthy]) == []
+    assert [finding.code for finding in findings(collapsed, [healthy, collapsed])] == ["routing-collapse"]
+
+
 def test_few_tokens_use_few_atoms_in_health(layer, x):
     layer.router.bias = nn.Parameter(torch.tensor([9.0, 8.0] + 38 * [0.0]))
     assert "routing-collapse" not in codes(layer, x[:8])

@@ -59,7 +59,8 @@ def findings(health: ModelHealth, history: Sequence[ModelHealth] = ()) -> list[F
 
     Args:
         health: The measurement.
-        history: Those before it, in order; gradients are compared with theirs.
+        history: Those before it, in order: gradients are compared with theirs, and a collapsed routing must have lasted
+            from the last one on.
 
     Returns:
         What was found, one for each sign, with the layers that show it.
@@ -67,6 +68,10 @@ def findings(health: ModelHealth, history: Sequence[ModelHealth] = ()) -> list[F
     found: list[Finding] = []
     for code, is_so, sign, cause, remedy in _LAYER_RULES:
         layers = [layer for layer in health.layers if is_so(layer)]
+        if code == "routing-collapse" and history:
+            # Routers start anew in the first steps of healthy runs: it has to last.
+            before = {layer.name for layer in history[-1].layers if is_so(layer)}
+            layers = [layer for layer in layers if layer.name in before]
         if code == ("atoms-turn" if not history else "saturated-gate"):
             # The first steps leave the small initial rows behind; that is meant. A gate may open as training goes on.
             continue

@@ -182,6 +182,14 @@ def _without_routing(results):
         run["routing"] = {"history": [], "layers": []}
 
 
+def _sign(results, *steps):
+    """A sign of failure at some of the evaluations of a run."""
+    for run in results.runs:
+        if run["variant"] == "DSC" and run["seed"] == 42:
+            for place in steps:
+                run["routing"]["history"][place]["findings"] = ["atoms-turn"]
+
+
 def _null_routing(results):
     for run in results.runs:
         for layer in (run["routing"] or {"layers": []})["layers"]:
@@ -203,6 +211,8 @@ def _null_routing(results):
         (lambda r: replace(r, experiment=r.experiment.part(["DSC"])), "there is none to compare it with"),
         (_without_routing, "Every run"),
         (_null_routing, "How much is in use was not recorded"),
+        (lambda r: _sign(r, 0, 1), "A sign of failure was seen in training, atoms-turn: DSC."),
+        (lambda r: _sign(r, -1), "A sign of failure was seen in training, atoms-turn: DSC."),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -211,6 +221,11 @@ def test_whatever_the_runs_came_to(small, change, words):
     assert words in page.text
     assert "nan" not in " ".join(page.words).split()
     assert "in use" not in page.text or "Health of the routing" in page.text
+
+
+def test_a_sign_that_passes_is_not_told(small):
+    _sign(small, 0, 2)
+    assert "A sign of failure" not in Page(render_report(small)).text
 
 
 def test_many_variants_are_drawn_by_size_and_in_part(pages):

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import pairwise
 from statistics import fmean
 from typing import Any
 
@@ -61,8 +62,9 @@ def warnings(runs: Mapping[str, Sequence[Record]]) -> list[str]:
 
 
 def _signs(run: Record) -> set[str]:
-    """Codes of findings, see :mod:`torchdsc.diagnostics.findings`."""
-    return {code for point in run["routing"]["history"] for code in point.get("findings", [])}
+    """Codes of findings, see :mod:`torchdsc.diagnostics.findings`, that two evaluations in a row have, or the last."""
+    found = [set(point.get("findings", [])) for point in run["routing"]["history"]]
+    return set().union(*found[-1:], *(one & other for one, other in pairwise(found)))
 
 
 def use_table(runs: Mapping[str, Sequence[Record]]) -> Table | None:
