@@ -2,18 +2,20 @@
 
     python experiments/claims.py          # or: make claims
 
-Every figure is computed from ``experiments/*/results.json`` and ``benchmarks/results/*.json``. A claim about a loss is
-decided by the one rule of experiments: a difference paired by seed whose 95 % interval leaves zero out.
+What is claimed stands in ``claims.yaml``. Every figure is computed from ``experiments/*/results.json`` and
+``benchmarks/results/*.json``. A claim about a loss is decided by the one rule of experiments: a difference paired by
+seed whose 95 % interval leaves zero out.
 """
 
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from statistics import fmean
 from textwrap import wrap
-from typing import Any
+
+import yaml
 
 from torchdsc.lab.experiment.intervals import DASH, Interval, format_interval, format_mean, mean_difference
 from torchdsc.lab.experiment.results import Results
@@ -51,13 +53,6 @@ def results(name: str) -> Results:
     return Results.read(ROOT / "experiments" / name)
 
 
-@cache
-def benchmark(name: str) -> dict[str, Any]:
-    """A committed benchmark."""
-    found: dict[str, Any] = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text(encoding="utf-8"))
-    return found
-
-
 def values(name: str, variant: str, key: str | None = None) -> dict[str, dict[int, float]]:
     """A figure by case and seed; the experiment's measure by default."""
     found: dict[str, dict[int, float]] = {}
@@ -67,38 +62,17 @@ def values(name: str, variant: str, key: str | None = None) -> dict[str, dict[in
     return found
 
 
-def below(
-    name: str, one: str, other: str, *, by: float = 0.0, key: str | None = None, decimals: int = 3
-) -> Callable[[], Found]:
-    """The claim that one variant's figure is lower than another's, by a margin."""
-    return lambda: _found(name, one, other, key, lambda d: d, by, decimals=decimals)
+def below(experiment: str, variants: list[str], by: float = 0.0, key: str | None = None, decimals: int = 3) -> Found:
+    """Whether the first variant's figure is lower than the second's, by a margin."""
+    own, others = (values(experiment, variant, key) for variant in variants)
+    difference = mean_difference(own, others)
+    return _in_words(difference, own, decimals), judge(difference, by)
 
 
-def above(name: str, one: str, other: str, *, key: str | None = None, decimals: int = 2) -> Callable[[], Found]:
-    """The claim that it is higher."""
-    return lambda: _found(name, one, other, key, _turned, 0.0, decimals=decimals)
-
-
-def _found(
-    name: str,
-    one: str,
-    other: str,
-    key: str | None,
-    turn: Callable[[Interval], Interval],
-    margin: float,
-    *,
-    decimals: int,
-) -> Found:
-    difference = mean_difference(values(name, one, key), values(name, other, key))
-    seeds = max(len(by_seed) for by_seed in values(name, one, key).values())
-    words = f"{format_interval(difference, decimals)} ({seeds} seed{'s' if seeds > 1 else ''})"
-    return words, judge(turn(difference), margin)
-
-
-def _turned(found: Interval) -> Interval:
-    assert found.low is None or found.high is not None
-    ends = (None, None) if found.low is None or found.high is None else (-found.high, -found.low)
-    return Interval(-found.mean, *ends)
+def above(experiment: str, variants: list[str], decimals: int = 2) -> Found:
+    """Whether it is higher: told as it is, judged the other way round."""
+    own, others = (values(experiment, variant) for variant in variants)
+    return _in_words(mean_difference(own, others), own, decimals), judge(mean_difference(others, own))
 
 
 def judge(found: Interval, margin: float = 0.0) -> str:
@@ -108,195 +82,58 @@ def judge(found: Interval, margin: float = 0.0) -> str:
     return YES if found.high < -margin else NO if found.low > -margin else OPEN
 
 
-def faster(
-    name: str, chosen: Callable[[dict[str, Any]], bool], others: str, *, than: float = 1.0
-) -> Callable[[], Found]:
-    """The claim that the subject's time is below so many times that of the others whose names begin like this."""
-
-    def found() -> Found:
-        texts, ratios = [], []
-        for row in filter(lambda row: chosen(row["point"]), benchmark(name)["rows"]):
-            ratio = max(
+def faster(benchmark: str, others: str, tokens: int = 1) -> Found:
+    """Whether the subject takes less time than every call whose name begins like this, at points of so many tokens."""
+    result = json.loads((ROOT / "benchmarks" / "results" / f"{benchmark}.json").read_text(encoding="utf-8"))
+    ratios = {}
+    for row in result["rows"]:
+        point = row["point"]
+        if point["tokens"] >= tokens:
+            found = [
                 each["subject_over_it"]["median"] for call, each in row["calls"].items() if call.startswith(others)
-            )
-            point = row["point"]
-            where = ", ".join(
-                f"{point[key]} {key}" if key == "tokens" else str(point[key])
-                for key in ("tokens", "kind")
-                if key in point
-            )
-            ratios.append(ratio)
-            texts.append(f"{ratio:.2f} ({where})")
-        verdict = YES if max(ratios) < than else NO if min(ratios) >= than else "supported in part"
-        return f"{'; '.join(texts)} of its time", verdict
+            ]
+            ratios[f"{point['tokens']} tokens, {point['kind']}"] = max(found)
+    text = "; ".join(f"{ratio:.2f} ({where})" for where, ratio in ratios.items())
+    verdict = YES if max(ratios.values()) < 1 else NO if min(ratios.values()) >= 1 else "supported in part"
+    return f"{text} of its time", verdict
 
+
+def norms(experiment: str) -> Found:
+    """Whether measured norms stay below their bounds, at every measurement of every run."""
+    points = [point for run in results(experiment).runs for point in (run["routing"] or {"history": []})["history"]]
+    ratios = [point["measured_norm"] / point["certified_norm"] for point in points if "measured_norm" in point]
+    text = f"|dW| over its bound: {fmean(ratios):.2f} in the mean, {max(ratios):.2f} at most"
+    return f"{text}, {len(ratios)} means over layers of the largest of 64 tokens", YES if max(ratios) <= 1 else NO
+
+
+def router_share(d: int, atoms: int, top_k: int) -> Found:
+    """Whether the parameters that a token's layer reads are O(K d), counted: a linear router's M d are read too."""
+    router, read = d * atoms, d * atoms + 2 * top_k * d
+    text = f"d {d}, M {atoms}, K {top_k}: {router:,} of {read:,} parameters read are the router's ({router / read:.1%})"
+    return text, NO if router > read - router else YES
+
+
+def _in_words(difference: Interval, own: dict[str, dict[int, float]], decimals: int) -> str:
+    seeds = max(map(len, own.values()))
+    return f"{format_interval(difference, decimals)} ({seeds} seed{'s' if seeds > 1 else ''})"
+
+
+JUDGES: dict[str, Callable[..., Found]] = {
+    judged.__name__: judged for judged in (below, above, faster, norms, router_share)
+}
+
+
+def read_claims() -> list[Claim]:
+    """The claims of ``claims.yaml``, in its order."""
+    rows = yaml.safe_load((ROOT / "experiments" / "claims.yaml").read_text(encoding="utf-8"))
+    found = []
+    for row in rows:
+        ((kind, arguments),) = ((name, row[name]) for name in JUDGES if name in row)
+        found.append(Claim(row["claim"], row["source"], partial(JUDGES[kind], **arguments), row["command"]))
     return found
 
 
-def norms(name: str) -> Callable[[], Found]:
-    """The claim that measured norms stay below their bounds, at every measurement of every run."""
-
-    def found() -> Found:
-        points = [point for run in results(name).runs for point in (run["routing"] or {"history": []})["history"]]
-        ratios = [point["measured_norm"] / point["certified_norm"] for point in points if "measured_norm" in point]
-        text = f"|dW| over its bound: {fmean(ratios):.2f} in the mean, {max(ratios):.2f} at most"
-        return f"{text}, {len(ratios)} means over layers of the largest of 64 tokens", YES if max(ratios) <= 1 else NO
-
-    return found
-
-
-def router_share(d: int, atoms: int, top_k: int) -> Callable[[], Found]:
-    """The claim that traffic is O(K d), counted: parameters that a token's layer reads."""
-
-    def found() -> Found:
-        router, composed = d * atoms, 2 * top_k * d
-        read = router + composed
-        text = f"d {d}, M {atoms}, K {top_k}: {router:,} of {read:,} parameters read are the router's"
-        return f"{text} ({router / read:.1%})", NO
-
-    return found
-
-
-def last(name: str, variant: str, key: str) -> float:
-    """A figure of the routing's last measurement, mean over seeds."""
-    return fmean(run["routing"]["history"][-1][key] for run in results(name).runs_of(variant))
-
-
-PAPER, OURS = "paper", "this project"
-CLAIMS: tuple[Claim, ...] = (
-    Claim(
-        "DSC's loss is not above a Standard MoE's (5.126 and 5.125) at equal totals and active parameters",
-        f"{PAPER}, Table 1",
-        below("small", "DSC", "Standard MoE"),
-        "torchdsc run small",
-    ),
-    Claim(
-        "DSC's loss is below a dense layer's (5.126, 5.171)",
-        f"{PAPER}, Table 1",
-        below("small", "DSC", "Dense"),
-        "torchdsc run small",
-    ),
-    Claim(
-        "Unit norms and the magnitude gate lower the loss of a mixture of rank-1 LoRAs",
-        f"{PAPER}, sections on the gate and the frame",
-        below("small", "DSC", "Mixture-of-LoRAs"),
-        "torchdsc run small",
-    ),
-    Claim(
-        "The layer is faster than an MoE (51.2 and 60.6 ms a batch)",
-        f"{PAPER}, Table 1",
-        faster("layer", lambda point: point["tokens"] > 1, "moe"),
-        "torchdsc bench layer",
-    ),
-    Claim(
-        "The factorised form is faster than the published formulation, in a forward pass and in training",
-        f"{PAPER}, equation (14)",
-        faster("layer", lambda point: True, "published"),
-        "torchdsc bench layer",
-    ),
-    Claim(
-        "|dW|_2 is below the largest |gamma|",
-        f"{PAPER}, equations (7) and (8)",
-        norms("forecasting"),
-        "torchdsc run forecasting",
-    ),
-    Claim(
-        "Forecasts of ETTh1 have a lower squared error with DSC than with a dense layer",
-        f"{OURS}, a question that the paper leaves open",
-        below("forecasting", "DSC", "Dense", decimals=4),
-        "torchdsc run forecasting",
-    ),
-    Claim(
-        "Forecasts of ETTh1 have a lower squared error with DSC than with a Standard MoE",
-        f"{OURS}, a question that the paper leaves open",
-        below("forecasting", "DSC", "Standard MoE", decimals=4),
-        "torchdsc run forecasting",
-    ),
-    Claim(
-        "Forecasts of ETTh1 have a lower squared error with DSC than with a mixture of rank-1 LoRAs",
-        f"{OURS}, a question that the paper leaves open",
-        below("forecasting", "DSC", "Mixture-of-LoRAs", decimals=4),
-        "torchdsc run forecasting",
-    ),
-    Claim(
-        "A token's memory traffic is O(K d)",
-        f"{PAPER}, section on complexity",
-        router_share(384, 1523, 4),
-        "counted: M d parameters of a linear router, 2 K d of the atoms",
-    ),
-    Claim(
-        "DSC by a linear router is below a gated dense layer whose gate sees embeddings, at equal storage",
-        f"{OURS}, recommended() until 2026-11-26",
-        below("sparse-small", "DSC by a linear router", "Gated dense"),
-        "make experiment NAME=sparse-small",
-    ),
-    Claim(
-        "DSC by n-grams is below a gated dense layer of its active size, at 16 times the storage",
-        f"{OURS}, README",
-        below("sparse", "DSC by n-grams", "Gated dense"),
-        "make experiment NAME=sparse",
-    ),
-    Claim(
-        "DSC by n-grams is below PEER routed by embeddings",
-        f"{OURS}, README",
-        below("sparse", "DSC by n-grams", "PEER"),
-        "make experiment NAME=sparse",
-    ),
-    Claim(
-        "DSC by n-grams is 0.10 below plain n-gram embedding tables, the strongest opponent",
-        f"{OURS}, the aim of sparse",
-        below("sparse", "DSC by n-grams", "n-gram tables", by=0.10),
-        "make experiment NAME=sparse",
-    ),
-    Claim(
-        "After eight times the tokens DSC by n-grams is below n-gram tables (d 64)",
-        f"{OURS}, README",
-        below("sparse-long", "DSC by n-grams", "n-gram tables, rate 0.012"),
-        "make experiment NAME=sparse-long",
-    ),
-    Claim(
-        "DSC by n-grams is below a gated dense layer of about the same step time, at 16 times the storage (d 64)",
-        f"{OURS}, README",
-        below("sparse-ratios", "DSC by n-grams, 16", "Gated dense of the same step time"),
-        "make experiment NAME=sparse-ratios",
-    ),
-    Claim(
-        "DSC by n-grams is below an MoE of equal stored and active parameters (ratio 4, d 64)",
-        f"{OURS}, experiments",
-        below("sparse-ratios", "DSC by n-grams, 4", "MoE, 4"),
-        "make experiment NAME=sparse-ratios",
-    ),
-    Claim(
-        "Where hardly more is stored than used, DSC by n-grams is below a gated dense layer of equal storage",
-        f"{OURS}, README",
-        below("sparse-small", "DSC by n-grams", "Gated dense"),
-        "make experiment NAME=sparse-small",
-    ),
-    Claim(
-        "DSC by n-grams takes no longer than a gated dense layer of its active size",
-        f"{OURS}, README says it does",
-        faster("sparse", lambda point: True, "Gated dense"),
-        "torchdsc bench sparse",
-    ),
-    Claim(
-        "Adapters of a sentence encoder score above LoRA of equal size",
-        f"{OURS}, README",
-        above("glue", "DSC 8", "LoRA 8"),
-        "make experiment NAME=glue",
-    ),
-    Claim(
-        "Adapters of a small language model reach a loss below LoRA of equal size (scores are losses with a minus)",
-        OURS,
-        above("stories", "DSC private, K 16", "LoRA 4", decimals=3),
-        "make experiment NAME=stories",
-    ),
-    Claim(
-        "DSC forgets less than LoRA there",
-        f"{OURS}, README",
-        below("stories", "DSC private, K 16", "LoRA 4", key="retain_loss_after"),
-        "make experiment NAME=stories",
-    ),
-)
+CLAIMS = read_claims()
 
 
 def render() -> str:
@@ -309,8 +146,7 @@ def render() -> str:
             "Losses are in nats per token (forecasts: squared errors of standardised values), differences the first "
             "variant less the second, ± half of the 95 % interval paired by seed. A difference is decided where its "
             "interval leaves zero (or the margin) out; one seed decides nothing. Times are medians of ratios, to the "
-            "fastest of the others, on the machines that "
-            "[benchmarks](benchmarks.md) name.",
+            "fastest of the others, on the machines that [benchmarks](benchmarks.md) name.",
             _WIDTH,
         ),
         "",
@@ -318,7 +154,8 @@ def render() -> str:
         "|---|---|---|---|---|",
     ]
     for claim in CLAIMS:
-        cells = [claim.text, claim.source, claim.found()[0], f"**{claim.found()[1]}**", f"`{claim.command}`"]
+        figure, verdict = claim.found()
+        cells = [claim.text, claim.source, figure, f"**{verdict}**", f"`{claim.command}`"]
         page.append(f"| {' | '.join(cell.replace('|', BAR) for cell in cells)} |")
     return "\n".join([*page, "", *table_1()]) + "\n"
 

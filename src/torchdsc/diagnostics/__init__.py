@@ -4,7 +4,8 @@ from typing import TYPE_CHECKING, Any
 
 from .bank import coherence, effective_rank
 from .findings import DiagnosticsWarning, Finding, findings, slow_path
-from .health import Diagnostics, LayerHealth, ModelHealth
+from .health import LayerHealth, ModelHealth
+from .measure import Diagnostics
 from .routing import LayerRouting, RoutingMonitor
 from .sensitivity import Sensitivity, sensitivity
 

@@ -47,13 +47,13 @@ def coherence(rows: Tensor, eps: float = 1e-6) -> float:
 
 def followed_atoms(bank: BasisBank) -> tuple[Tensor, Tensor]:
     """Evenly spaced unit atoms u and v, whose turn is followed."""
-    return _spaced(bank, _FOLLOWED_ROWS)
+    return spaced_atoms(bank, _FOLLOWED_ROWS)
 
 
 def measure_bank(bank: BasisBank, before: tuple[Tensor, Tensor] | None) -> dict[str, Any]:
     """Effective ranks and coherences, and the turn since :func:`followed_atoms` returned ``before``."""
     found: dict[str, Any] = {}
-    for side, rows in zip("uv", _spaced(bank, _MOST_ROWS), strict=True):
+    for side, rows in zip("uv", spaced_atoms(bank), strict=True):
         found[f"most_rank_{side}"] = min(rows.shape)
         found[f"effective_rank_{side}"], found[f"coherence_{side}"] = _geometry(rows)
     if before is not None:
@@ -66,7 +66,7 @@ def measure_bank(bank: BasisBank, before: tuple[Tensor, Tensor] | None) -> dict[
 
 
 @torch.no_grad()
-def _spaced(bank: BasisBank, most: int) -> tuple[Tensor, Tensor]:
+def spaced_atoms(bank: BasisBank, most: int = _MOST_ROWS) -> tuple[Tensor, Tensor]:
     """Unit atoms u and v, all or so many: not drawn at random, as training draws from the same numbers."""
     device = next(bank.parameters()).device
     places = torch.linspace(0, bank.num_atoms - 1, min(most, bank.num_atoms), device=device).round().long()
@@ -74,16 +74,24 @@ def _spaced(bank: BasisBank, most: int) -> tuple[Tensor, Tensor]:
     return u.float(), v.float()
 
 
-def _geometry(unit: Tensor) -> tuple[float, float]:
-    """Effective rank and coherence of unit rows (M, d), from the smaller of the two Gram matrices; NaN if a row is."""
-    rows, features = unit.shape
+def spectrum(unit: Tensor) -> Tensor | None:
+    """Squared singular values of unit rows (M, d), ascending, min(M, d) of them; None if a row is not finite."""
     if not bool(unit.isfinite().all()):
         # LAPACK would raise.
+        return None
+    rows, features = unit.shape
+    # The smaller of the two Gram matrices.
+    values: Tensor = torch.linalg.eigvalsh(unit.mT @ unit if features < rows else unit @ unit.mT)
+    return values.clamp_min(0.0)
+
+
+def _geometry(unit: Tensor) -> tuple[float, float]:
+    """Effective rank and coherence of unit rows (M, d); NaN if a row is."""
+    values, rows = spectrum(unit), unit.shape[0]
+    if values is None:
         return math.nan, math.nan
-    gram = unit.mT @ unit if features < rows else unit @ unit.mT
-    share = torch.linalg.eigvalsh(gram).clamp_min(0.0)
-    share = share / share.sum().clamp_min(torch.finfo(share.dtype).tiny)
-    # The squares of all inner products add up to the same in either matrix; rows with themselves give one each.
-    others = gram.square().sum() - unit.square().sum(1).square().sum()
+    share = values / values.sum().clamp_min(torch.finfo(values.dtype).tiny)
+    # Squares of all inner products add up to those of the eigenvalues; rows with themselves give one each.
+    others = values.square().sum() - unit.square().sum(1).square().sum()
     coherence = (others / max(1, rows * (rows - 1))).clamp_min(0.0).sqrt()
     return float(torch.special.entr(share).sum().exp()), float(coherence)

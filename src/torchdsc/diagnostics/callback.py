@@ -8,7 +8,8 @@ from transformers import Trainer, TrainerCallback
 from torchdsc.arguments import check_at_least, check_types
 
 from .findings import exploding, findings, slow_path, warn
-from .health import Diagnostics, ModelHealth
+from .health import ModelHealth
+from .measure import Diagnostics
 
 
 class DiagnosticsCallback(TrainerCallback):

@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from statistics import median
+from typing import Literal
 
 from torch import nn
 
@@ -66,18 +67,16 @@ def findings(health: ModelHealth, history: Sequence[ModelHealth] = ()) -> list[F
         What was found, one for each sign, with the layers that show it.
     """
     found: list[Finding] = []
-    for code, is_so, sign, cause, remedy in _LAYER_RULES:
-        layers = [layer for layer in health.layers if is_so(layer)]
-        if code == "routing-collapse" and history:
-            # Routers start anew in the first steps of healthy runs: it has to last.
-            before = {layer.name for layer in history[-1].layers if is_so(layer)}
-            layers = [layer for layer in layers if layer.name in before]
-        if code == ("atoms-turn" if not history else "saturated-gate"):
-            # The first steps leave the small initial rows behind; that is meant. A gate may open as training goes on.
+    for rule in _LAYER_RULES:
+        if (rule.when == "at the start" and history) or (rule.when == "later" and not history):
             continue
+        layers = [layer for layer in health.layers if rule.is_so(layer)]
+        if rule.when == "lasting" and history:
+            before = {layer.name for layer in history[-1].layers if rule.is_so(layer)}
+            layers = [layer for layer in layers if layer.name in before]
         if layers:
             names = tuple(layer.name for layer in layers)
-            found.append(Finding(code, names, sign(layers[0]), cause, remedy))
+            found.append(Finding(rule.code, names, rule.sign(layers[0]), rule.cause, rule.remedy))
     return [*found, *_exploding(health, history)]
 
 
@@ -114,7 +113,16 @@ def warn(found: Sequence[Finding], known: set[str]) -> None:
             warnings.warn(DiagnosticsWarning(str(finding)), stacklevel=3)
 
 
-_Rule = tuple[str, Callable[[LayerHealth], bool], Callable[[LayerHealth], str], str, str]
+@dataclass(frozen=True)
+class _Rule:
+    """A sign that a layer may show; see :class:`Finding`. ``when`` says at which measurements it is looked for."""
+
+    code: str
+    is_so: Callable[[LayerHealth], bool]
+    sign: Callable[[LayerHealth], str]
+    cause: str
+    remedy: str
+    when: Literal["always", "at the start", "later", "lasting"] = "always"
 
 
 def _beyond(value: float | None, limit: float) -> bool:
@@ -126,7 +134,7 @@ def _below(value: float | None, limit: float) -> bool:
 
 
 _LAYER_RULES: tuple[_Rule, ...] = (
-    (
+    _Rule(
         "signal-collapse",
         lambda layer: _below(layer.gate, _WEAK_GATE),
         lambda layer: f"the gate lets {layer.gate:.3g} of the update through (S {layer.strength:.3g})",
@@ -134,7 +142,7 @@ _LAYER_RULES: tuple[_Rule, ...] = (
         "raise budget, lower budget_weight or z_weight, take the router out of weight decay "
         "(torchdsc.parameter_groups), or lower its learning rate",
     ),
-    (
+    _Rule(
         "routing-collapse",
         lambda layer: (
             layer.num_atoms > 4 * layer.top_k
@@ -144,22 +152,24 @@ _LAYER_RULES: tuple[_Rule, ...] = (
         lambda layer: f"{layer.effective_atoms:.3g} of {layer.num_atoms} atoms do the work, K is {layer.top_k}",
         "the router sends most tokens to the same atoms",
         "raise aux_weight, lower the router's learning rate, or check that regularisers are in the loss",
+        # Routers start anew in the first steps of healthy runs.
+        when="lasting",
     ),
-    (
+    _Rule(
         "bank-collapse",
         lambda layer: _below(_rank_share(layer), _LOW_RANK),
         lambda layer: f"the atoms span {min(_ranks(layer)):.3g} directions",
         "atoms have turned to the same few directions",
         "raise frame_weight, lower the atoms' learning rate, or their number",
     ),
-    (
+    _Rule(
         "logits-clamped",
         lambda layer: _beyond(layer.clamped, _MOSTLY),
         lambda layer: f"{layer.clamped:.0%} of the selected logits are at the bounds of the clamp, without a gradient",
         "the router's logits have grown, mostly by too large a learning rate; seen before a run collapsed",
         "lower the learning rate of the router, raise z_weight, or set z_loss_on_raw_logits=True",
     ),
-    (
+    _Rule(
         "saturated-gate",
         # With many atoms the sum is large whatever the logits are, and the gate 1 by design.
         lambda layer: (
@@ -171,15 +181,19 @@ _LAYER_RULES: tuple[_Rule, ...] = (
         ),
         "logits start too large, so that the gate tells no token from another and has no gradient",
         "lower router_init_std, raise z_weight, or set gate='mean' where it is 'sum'",
+        # A gate may open as training goes on.
+        when="at the start",
     ),
-    (
+    _Rule(
         "atoms-turn",
         lambda layer: _beyond(layer.turn, _LARGE_TURN),
         lambda layer: f"one step turns atoms by {layer.turn:.0f} degrees",
         "steps are larger than the raw rows, whose norm is only a scale",
         "lower the atoms' learning rate (atom_lr_multiplier), or raise atom_init_norm",
+        # The first steps leave the small initial rows behind; that is meant.
+        when="later",
     ),
-    (
+    _Rule(
         "norm-above-bound",
         lambda layer: (
             layer.certified_norm is not None and _beyond(layer.measured_norm, _ROUNDING * layer.certified_norm)

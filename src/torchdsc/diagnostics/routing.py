@@ -40,6 +40,23 @@ class LayerRouting:
         return asdict(self)
 
 
+def num_units(layer: RoutedLayer) -> int:
+    """M, the number of atoms or experts."""
+    number: int = layer.options.num_atoms if isinstance(layer, DSC) else layer.num_experts  # type: ignore[assignment]
+    return number
+
+
+def is_gated(layer: RoutedLayer) -> bool:
+    """Whether there is a gate to watch: where atoms are hashed, S is a constant."""
+    return isinstance(layer, DSC) and not isinstance(layer.router, NgramRouter)
+
+
+def load_of(counts: Tensor) -> tuple[Tensor, float, float]:
+    """Each atom's share of all selections (M,), the share of atoms that have any, and ``exp`` of the load's entropy."""
+    share = counts.double() / counts.sum()
+    return share, float((share > 0).double().mean()), float(torch.special.entr(share).sum().exp())
+
+
 class RoutingMonitor:
     """Context manager that counts the selections of every routed layer.
 
@@ -79,9 +96,7 @@ class RoutingMonitor:
 
 class _Counter:
     def __init__(self, layer: RoutedLayer) -> None:
-        self.layer = layer
-        # Where atoms are hashed, S is a constant, and there is nothing to watch.
-        self.has_gate = isinstance(layer, DSC) and not isinstance(layer.router, NgramRouter)
+        self.layer, self.has_gate = layer, is_gated(layer)
         self.tokens = 0
         self.counts: Tensor | None = None
         self.strength_sum, self.gate_sum = 0.0, 0.0
@@ -89,25 +104,24 @@ class _Counter:
     @torch.no_grad()
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         layer: Any = self.layer
-        num_atoms = layer.options.num_atoms if isinstance(layer, DSC) else layer.num_experts
         if self.has_gate:
             options = layer.options
             strength = gate(output.logits, logit_clamp=options.logit_clamp, eps=options.eps).strength
             self.strength_sum += float(strength.sum())
             self.gate_sum += float(strength.tanh().sum())
-        counts = torch.bincount(output.indices.reshape(-1), minlength=num_atoms).cpu()
+        counts = torch.bincount(output.indices.reshape(-1), minlength=num_units(layer)).cpu()
         self.counts = counts if self.counts is None else self.counts + counts
         self.tokens += output.indices.shape[0]
 
     def result(self) -> LayerRouting:
         assert self.counts is not None
-        share = self.counts.double() / self.counts.sum()
+        share, utilization, effective = load_of(self.counts)
         load = share.sort(descending=True).values
         points = torch.linspace(0, len(load) - 1, min(_LOAD_POINTS, len(load))).round().long()
         return LayerRouting(
             num_atoms=len(share),
-            utilization=float((share > 0).double().mean()),
-            effective_atoms=float(torch.special.entr(share).sum().exp()),
+            utilization=utilization,
+            effective_atoms=effective,
             strength=self.strength_sum / self.tokens if self.has_gate else None,
             gate=self.gate_sum / self.tokens if self.has_gate else None,
             load=load[points].tolist(),

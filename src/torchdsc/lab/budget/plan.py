@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from math import isfinite
 from typing import Any
 
@@ -78,6 +78,12 @@ class Plan:
 
     def __post_init__(self) -> None:
         own_copies(self)
+
+    @property
+    def widths(self) -> dict[str, Any]:
+        """What a run's record has of it beside the counts: widths, options, and by how much they miss."""
+        names = ("intermediate_size", "options", "miss_total", "miss_active")
+        return {name: value for name, value in asdict(self).items() if name in names}
 
     def __str__(self) -> str:
         """The widths, and what they come to."""

@@ -21,11 +21,11 @@ from transformers import (
 
 import torchdsc.adapters  # noqa: F401  Makes the adapters known to PEFT.
 from torchdsc.convert import load_converted
+from torchdsc.convert.saving import CONVERSIONS
 from torchdsc.lab.training.environment import quiet_transformers
 from torchdsc.lab.training.loading import load_model
 from torchdsc.models import DSCGPTForCausalLM
 
-_CONVERSIONS = "torchdsc_conversions"
 # By PEFT's task types.
 _HEADS: dict[str | None, Any] = {
     "CAUSAL_LM": AutoModelForCausalLM,
@@ -83,7 +83,7 @@ def load_saved(folder: str | Path, *, base: str | None = None) -> Saved:
         if base is not None:
             raise ValueError(f"base must be None for a whole model, got {base!r}")
         config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-        if config.get(_CONVERSIONS):
+        if config.get(CONVERSIONS):
             return Saved("converted model", path, load_converted(path), _tokenizer(path))
         if config.get("model_type") != DSCGPTForCausalLM.config_class.model_type:
             raise ValueError(

@@ -1,9 +1,8 @@
 """What there is to say of a model's routed layers, measured once."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,14 +18,13 @@ from torchdsc.diagnostics import (
     sensitivity,
     slow_path,
 )
+from torchdsc.diagnostics.bank import spaced_atoms, spectrum
 from torchdsc.nn import DSC, BasisBank, RoutedLayer
 
 from .loading import Saved
 
-# Rows of a bank that its spectrum is taken from, and points of a curve that are kept.
-_MOST_ROWS, _POINTS = 4096, 200
-# Whose sensitivity is measured.
-_TOKENS = 64
+# Points of a curve that are kept.
+_POINTS = 200
 
 
 @dataclass(frozen=True)
@@ -90,10 +88,11 @@ def inspect(saved: Saved, *, text: str | None = None, window: int = 128, max_tok
     diagnostics = Diagnostics(model)
     is_encoder_decoder = getattr(model.config, "is_encoder_decoder", False)
     windows = [] if text is None else list(_windows(saved, text, window, max_tokens))
-    with torch.no_grad(), RoutingMonitor(model) as monitor, _inputs(model) as inputs:
+    with torch.no_grad(), RoutingMonitor(model) as monitor:
         diagnostics.begin()
         for ids in windows:
             model(input_ids=ids, **({"decoder_input_ids": ids} if is_encoder_decoder else {}))
+        samples = diagnostics.samples()
         health = diagnostics.end()
     routings = monitor.by_layer()
     layers: list[LayerState] = []
@@ -102,7 +101,7 @@ def inspect(saved: Saved, *, text: str | None = None, window: int = 128, max_tok
         spectra, norms = _curves(bank) if isinstance(bank, BasisBank) else ({}, {})
         scale = _sorted(layer.output_scale.detach().abs()) if isinstance(layer, DSC) else []
         load = [share * measured.num_atoms for share in routings[layer].load] if layer in routings else []
-        layers.append(LayerState(measured, spectra, norms, scale, load, _sensitivity(layer, inputs)))
+        layers.append(LayerState(measured, spectra, norms, scale, load, _sensitivity(layer, *samples[layer])))
     # No step has been taken, and what a gate does at the start is no matter of a trained model.
     found = [*findings(health, [health]), *filter(None, [slow_path(model)])]
     return Inspection(
@@ -114,36 +113,8 @@ def _routed(model: nn.Module) -> list[RoutedLayer]:
     return [module for module in model.modules() if isinstance(module, RoutedLayer)]
 
 
-class _Seen(NamedTuple):
-    """What a layer and its router saw first."""
-
-    x: dict[nn.Module, Tensor]
-    routed: dict[nn.Module, Tensor]
-
-
-@contextmanager
-def _inputs(model: nn.Module) -> Iterator[_Seen]:
-    """Keep the tokens of the first call of each layer, and of its router."""
-    seen, handles = _Seen({}, {}), []
-
-    def keep(into: dict[nn.Module, Tensor], layer: nn.Module) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            into.setdefault(layer, args[0].detach().reshape(-1, args[0].shape[-1]))
-
-        return hook
-
-    for layer in _routed(model):
-        handles.append(layer.register_forward_pre_hook(keep(seen.x, layer)))
-        handles.append(layer.router.register_forward_pre_hook(keep(seen.routed, layer)))
-    try:
-        yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _sensitivity(layer: RoutedLayer, seen: _Seen) -> Sensitivity | None:
-    x, routed = seen.x.get(layer), seen.routed.get(layer)
+def _sensitivity(layer: RoutedLayer, x: Tensor | None, routed: Tensor | None) -> Sensitivity | None:
+    """Where the router sees the layer's own input."""
     if not isinstance(layer, DSC) or x is None or routed is None or not torch.equal(x, routed):
         return None
     if len(x) < 2 or not bool(x.isfinite().all()):
@@ -151,7 +122,7 @@ def _sensitivity(layer: RoutedLayer, seen: _Seen) -> Sensitivity | None:
     options = layer.options
     if options.activation != "none" or options.atom_features is not None or options.offset:
         return None
-    return sensitivity(layer, x[:_TOKENS].to(layer.parameter_dtype))
+    return sensitivity(layer, x.to(layer.parameter_dtype))
 
 
 def _windows(saved: Saved, text: str, window: int, max_tokens: int) -> Iterator[Tensor]:
@@ -169,16 +140,10 @@ def _curves(bank: BasisBank) -> tuple[dict[str, list[float]], dict[str, list[flo
     """Spectra of the unit atoms and norms of the raw rows."""
     spectra: dict[str, list[float]] = {}
     norms: dict[str, list[float]] = {}
-    places = None if bank.num_atoms <= _MOST_ROWS else torch.linspace(0, bank.num_atoms - 1, _MOST_ROWS).round().long()
-    for side, unit, raw in zip("uv", bank(None, places), (bank.u, bank.v), strict=True):
-        rows = unit.detach().float()
+    for side, unit, raw in zip("uv", spaced_atoms(bank), (bank.u, bank.v), strict=True):
+        values = spectrum(unit)
+        spectra[side] = [] if values is None else _sorted(values / values.mean())
         norms[side] = _sorted(raw.detach().float().norm(dim=1))
-        if not bool(rows.isfinite().all()):
-            spectra[side] = []
-            continue
-        gram = rows.mT @ rows if rows.shape[1] < rows.shape[0] else rows @ rows.mT
-        values = torch.linalg.eigvalsh(gram).clamp_min(0.0)
-        spectra[side] = _sorted(values / values.mean())
     return spectra, norms
 
 

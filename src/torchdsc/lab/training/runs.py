@@ -19,7 +19,7 @@ from .checkpoints import last_checkpoint, remove_checkpoints
 from .environment import provenance, quiet_transformers
 from .trainer import DivergedError, LabTrainer
 
-__all__ = ["RECORD", "evaluations", "fit", "measure_pace", "recorded", "routing_of", "summary"]
+__all__ = ["RECORD", "evaluated_steps", "evaluations", "fit", "measure_pace", "recorded", "routing_of", "summary"]
 
 RECORD = "record.json"
 # What tables and reports are made from, of runs of any task.
@@ -108,6 +108,11 @@ def summary(trainer: LabTrainer, settings: Model, diverged: DivergedError | None
         "config": settings.model_dump(),
         **provenance(),
     }
+
+
+def evaluated_steps(steps: int, every: int) -> list[int]:
+    """The steps of a run that an evaluation follows: every so many, and the last."""
+    return list(dict.fromkeys([*range(every, steps + 1, every), steps]))
 
 
 def evaluations(history: History, steps: Iterable[int]) -> Iterator[tuple[int, Mapping[str, Any]]]:

@@ -1,16 +1,15 @@
-"""Transformers' Trainer as every run takes it: its arguments, and what its log has for a run's record."""
+"""Transformers' Trainer as every run takes it: what its log has for a run's record."""
 
 import math
 import sys
 import time
 from pathlib import Path
 from statistics import fmean
-from typing import Any, Protocol
+from typing import Any
 
-import torch
 from torch import nn
 from torch.optim import Optimizer
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -24,7 +23,7 @@ from torchdsc.optim import clip_grad_norm
 from .environment import peak_memory_bytes
 from .progress import QuietProgress
 
-__all__ = ["DivergedError", "LabTrainer", "Schedule", "training_arguments"]
+__all__ = ["DivergedError", "LabTrainer"]
 
 
 class DivergedError(ArithmeticError):
@@ -38,65 +37,6 @@ class DivergedError(ArithmeticError):
     def __init__(self, step: int, loss: float) -> None:
         super().__init__(f"the loss was {loss} at step {step}")
         self.step, self.loss = step, loss
-
-
-class Schedule(Protocol):
-    """The settings of a run that every task has, as its own class of settings describes them."""
-
-    steps: int
-    batch_size: int
-    accumulation: int
-    learning_rate: float
-    warmup_steps: int
-    weight_decay: float
-    max_grad_norm: float
-    precision: Any
-
-
-def training_arguments(settings: Schedule, folder: Path, seed: int, *, every: int, **own: Any) -> TrainingArguments:
-    """Trainer's arguments for a run.
-
-    Args:
-        settings: Of the run.
-        folder: The run's own.
-        seed: Of dropout and the order of examples.
-        every: Steps between checkpoints, and evaluations.
-        **own: Further arguments, which are the task's.
-
-    Raises:
-        ValueError: If several processes were launched.
-    """
-    arguments = TrainingArguments(
-        output_dir=str(folder),
-        max_steps=settings.steps,
-        per_device_train_batch_size=settings.batch_size // settings.accumulation,
-        gradient_accumulation_steps=settings.accumulation,
-        learning_rate=settings.learning_rate,
-        warmup_steps=settings.warmup_steps,
-        weight_decay=settings.weight_decay,
-        max_grad_norm=settings.max_grad_norm,
-        eval_steps=every,
-        save_strategy="steps",
-        save_steps=every,
-        save_total_limit=2,
-        # A loss that is not finite is a result, not to be replaced by the mean of those before.
-        logging_nan_inf_filter=False,
-        seed=seed,
-        data_seed=seed,
-        # Trainer takes half precision for a GPU's unless it is told.
-        use_cpu=not torch.accelerator.is_available(),
-        bf16=settings.precision == "bf16",
-        fp16=settings.precision == "fp16",
-        report_to="none",
-        remove_unused_columns=False,
-        dataloader_pin_memory=torch.cuda.is_available(),
-        **own,
-    )
-    if arguments.world_size > 1:
-        raise ValueError(f"a run of the lab takes one process, got a launch of {arguments.world_size}")
-    # More GPUs would silently multiply the batch.
-    arguments._n_gpu = min(1, arguments.n_gpu)
-    return arguments
 
 
 class LabTrainer(Trainer):
@@ -235,7 +175,7 @@ class LabTrainer(Trainer):
         health, self.health = self.health, None
         if health is None:
             return {}
-        told = {name.removeprefix("/"): value for name, value in health.metrics(prefix="").items()}
+        told: dict[str, Any] = dict(health.means())
         # What has been selected ever is known since the last interruption alone.
         told.pop("unused", None)
         # The gate at the start is no matter of a later step; any history says that there were steps before.

@@ -11,9 +11,10 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase, set_seed
 
 from torchdsc.lab.files import naming_writes
+from torchdsc.lab.training.arguments import training_arguments
 from torchdsc.lab.training.environment import reset_peak_memory
 from torchdsc.lab.training.runs import evaluations, fit, recorded, routing_of, summary
-from torchdsc.lab.training.trainer import LabTrainer, training_arguments
+from torchdsc.lab.training.trainer import LabTrainer
 
 from .examples import Data
 from .methods import adapter_parameters, build_model, solve_options

@@ -1,7 +1,6 @@
 """One training run: a method and a seed, from a series to a record."""
 
 import math
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +9,10 @@ from transformers import set_seed
 
 from torchdsc.lab.budget import Plan, solve_settings
 from torchdsc.lab.files import naming_writes, whole_folder
+from torchdsc.lab.training.arguments import evaluated_arguments
 from torchdsc.lab.training.environment import reset_peak_memory
-from torchdsc.lab.training.runs import evaluations, fit, measure_pace, recorded, routing_of, summary
-from torchdsc.lab.training.trainer import LabTrainer, training_arguments
+from torchdsc.lab.training.runs import evaluated_steps, evaluations, fit, measure_pace, recorded, routing_of, summary
+from torchdsc.lab.training.trainer import LabTrainer
 from torchdsc.optim import build_optimizer
 
 from .data import Data
@@ -23,7 +23,6 @@ __all__ = ["MODEL", "build_model", "build_trainer", "make_plan", "measure_second
 
 MODEL = "model"
 _TIMED_STEPS = 4
-_OF_PLAN = ("intermediate_size", "options", "miss_total", "miss_active")
 _REQUIRED = (
     *("params_total", "params_active", "scales"),
     *("val_mse_best", "val_mse_final", "val_mae_final", "test_mse", "test_mae"),
@@ -151,7 +150,7 @@ def _train(
         "test_mse": None if is_trial else math.nan,
         "test_mae": None if is_trial else math.nan,
         "description": plan.description,
-        "plan": {key: value for key, value in asdict(plan).items() if key in _OF_PLAN},
+        "plan": plan.widths,
         "scales": data.scales,
         "data": data.hashes,
     }
@@ -163,7 +162,7 @@ def _train(
 
 
 def _curve(settings: Settings, history: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    steps = dict.fromkeys([*range(settings.eval_every, settings.steps + 1, settings.eval_every), settings.steps])
+    steps = evaluated_steps(settings.steps, settings.eval_every)
     return [
         {"step": step, "val_mse": entry["eval_loss"], "val_mae": entry["eval_mae"]}
         for step, entry in evaluations(history, steps)
@@ -185,17 +184,7 @@ def build_trainer(
     settings: Settings, model: PatchForecaster, seed: int, data: Data, folder: Path, label: str
 ) -> LabTrainer:
     """The trainer of a run, with its schedule, data and progress bar."""
-    arguments = training_arguments(
-        settings,
-        folder,
-        seed,
-        every=settings.eval_every,
-        eval_strategy="steps",
-        logging_steps=max(1, settings.eval_every // 10),
-        per_device_eval_batch_size=settings.eval_batch_size,
-        lr_scheduler_type="cosine_with_min_lr",
-        lr_scheduler_kwargs={"min_lr_rate": settings.min_lr_ratio},
-    )
+    arguments = evaluated_arguments(settings, folder, seed)
     trainer = LabTrainer(
         label=label,
         model=model,

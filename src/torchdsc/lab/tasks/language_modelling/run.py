@@ -1,7 +1,6 @@
 """One training run: a method and a seed, from token files to a record."""
 
 import math
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +11,11 @@ from transformers import PreTrainedTokenizerBase, set_seed
 from torchdsc.lab.budget import Plan, solve_settings
 from torchdsc.lab.data.tokens import RandomWindows, ShuffledWindows
 from torchdsc.lab.files import naming_writes, whole_folder
+from torchdsc.lab.training.arguments import evaluated_arguments
 from torchdsc.lab.training.environment import reset_peak_memory
 from torchdsc.lab.training.generation import continue_text
-from torchdsc.lab.training.runs import evaluations, fit, measure_pace, recorded, routing_of, summary
-from torchdsc.lab.training.trainer import LabTrainer, training_arguments
+from torchdsc.lab.training.runs import evaluated_steps, evaluations, fit, measure_pace, recorded, routing_of, summary
+from torchdsc.lab.training.trainer import LabTrainer
 from torchdsc.models import DSCGPTConfig, DSCGPTForCausalLM
 from torchdsc.optim import build_optimizer
 
@@ -28,7 +28,6 @@ MODEL = "model"
 # Of the sample of text: tokens of the prompt, from the validation part, and tokens added to it.
 _PROMPT, _SAMPLE = 16, 48
 _TIMED_STEPS = 4
-_OF_PLAN = ("intermediate_size", "options", "miss_total", "miss_active")
 _REQUIRED = ("params_total", "params_active", "tokens", "val_loss_best", "val_loss_final", "test_loss")
 
 
@@ -154,7 +153,7 @@ def _train(
         "bytes_per_token": data.bytes_per_token,
         "sample": None,
         "description": plan.description,
-        "plan": {key: value for key, value in asdict(plan).items() if key in _OF_PLAN},
+        "plan": plan.widths,
         "data": data.hashes,
     }
     if not is_trial and diverged is None:
@@ -167,7 +166,7 @@ def _train(
 
 def _curve(settings: Settings, history: list[dict[str, Any]]) -> list[dict[str, Any]]:
     per_step = settings.batch_size * settings.window
-    steps = dict.fromkeys([*range(settings.eval_every, settings.steps + 1, settings.eval_every), settings.steps])
+    steps = evaluated_steps(settings.steps, settings.eval_every)
     return [
         {"step": step, "tokens": step * per_step, "val_loss": entry["eval_loss"]}
         for step, entry in evaluations(history, steps)
@@ -203,19 +202,7 @@ def build_trainer(
     settings: Settings, model: DSCGPTForCausalLM, seed: int, data: Data, folder: Path, label: str
 ) -> LabTrainer:
     """The trainer of a run, with its schedule, data and progress bar."""
-    arguments = training_arguments(
-        settings,
-        folder,
-        seed,
-        every=settings.eval_every,
-        eval_strategy="steps",
-        logging_steps=max(1, settings.eval_every // 10),
-        per_device_eval_batch_size=settings.eval_batch_size,
-        lr_scheduler_type="cosine_with_min_lr",
-        lr_scheduler_kwargs={"min_lr_rate": settings.min_lr_ratio},
-        torch_compile=settings.compile,
-        prediction_loss_only=True,
-    )
+    arguments = evaluated_arguments(settings, folder, seed, torch_compile=settings.compile, prediction_loss_only=True)
     windows = RandomWindows if settings.order == "random" else ShuffledWindows
     trainer = LabTrainer(
         label=label,

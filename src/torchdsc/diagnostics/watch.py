@@ -1,0 +1,142 @@
+"""What a measurement sees of one routed layer, and what it makes of it."""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torchdsc.bounds import certified_spectral_bound, spectral_norm
+from torchdsc.nn import DSC, RoutedLayer
+from torchdsc.ops import gate
+
+from .health import LayerHealth
+from .routing import is_gated, load_of, num_units
+
+
+class Watch:
+    """What a measurement sees of one layer, by hooks of the layer and its router.
+
+    Args:
+        name: Of the layer.
+        layer: The layer.
+        tokens: Whose |dW|_2 is taken and whose routing is followed.
+    """
+
+    def __init__(self, name: str, layer: RoutedLayer, tokens: int) -> None:
+        self.name, self.layer, self.tokens = name, layer, tokens
+        self.is_gated, self.num_atoms = is_gated(layer), num_units(layer)
+        self.used: Tensor | None = None
+        self._reset()
+
+    def _reset(self) -> None:
+        self.counts: Tensor | None = None
+        self.sums: dict[str, list[Tensor]] = {}
+        self.seen = 0
+        # Of a few tokens of the first call: what the router sees and selects, and what the layer sees.
+        self.rows: Tensor | None = None
+        self.selected: Tensor | None = None
+        self.x: Tensor | None = None
+
+    def start(self) -> list[Any]:
+        """Hooks of the router and the layer."""
+        self._reset()
+        return [
+            self.layer.router.register_forward_hook(self._see_routing, with_kwargs=True),
+            self.layer.register_forward_pre_hook(self._see_x, with_kwargs=True),
+        ]
+
+    @torch.no_grad()
+    def _see_routing(self, router: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        routed, indices, logits = args[0].detach(), output.indices, getattr(output, "logits", None)
+        if self.rows is None and len(routed):
+            self.rows, self.selected = self._few(routed), self._few(indices)
+        mask = kwargs.get("token_mask")
+        if mask is not None:
+            indices, logits = indices[mask], None if logits is None else logits[mask]
+        if indices.shape[0] == 0:
+            return
+        counts = torch.bincount(indices.reshape(-1), minlength=self.num_atoms)
+        self.counts = counts if self.counts is None else self.counts + counts
+        self.top_k = indices.shape[-1]
+        self.seen += indices.shape[0]
+        if self.is_gated:
+            options: Any = self.layer.options
+            assert logits is not None
+            strength = gate(logits, logit_clamp=options.logit_clamp, eps=options.eps).strength
+            gates = torch.tanh(strength / (indices.shape[-1] if options.gate == "mean" else 1))
+            found = {"strength": strength.mean(), "clamped": (logits.abs() >= options.logit_clamp).float().mean()}
+            if options.gate != "none":
+                found |= {"gate": gates.mean(), "saturated": (gates > 0.999).float().mean()}
+            for name, values in found.items():
+                self.sums.setdefault(name, []).append(values * indices.shape[0])
+
+    @torch.no_grad()
+    def _see_x(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x = args[0] if args else kwargs.get("x")
+        if self.x is None and x is not None:
+            self.x = self._few(x.detach())
+
+    def _few(self, tokens: Tensor) -> Tensor:
+        """A few evenly spaced ones, the same of any tensor for the same tokens."""
+        flat = tokens.reshape(-1, tokens.shape[-1])
+        places = torch.linspace(0, max(0, len(flat) - 1), min(self.tokens, len(flat)), device=flat.device)
+        return flat[places.round().long()]
+
+    def result(self, bank: dict[str, Any]) -> LayerHealth:
+        """The layer's state; ``bank`` is what its bank has."""
+        layer, measured = self.layer, dict(bank)
+        top_k = layer.options.top_k if isinstance(layer, DSC) else getattr(self, "top_k", 1)
+        if isinstance(layer, DSC):
+            measured["certified_norm"] = certified_spectral_bound(layer)
+        if self.counts is not None and self.rows is not None and self.selected is not None:
+            _, measured["utilization"], measured["effective_atoms"] = load_of(self.counts)
+            used = self.counts > 0
+            self.used = used if self.used is None else self.used | used
+            measured["unused"] = 1.0 - float(self.used.double().mean())
+            measured["tokens"] = self.seen
+            measured |= {name: float(sum(values)) / self.seen for name, values in self.sums.items()}
+            if isinstance(layer, DSC) and self.rows.is_floating_point():
+                # Mixed precision of FSDP holds in the forward pass alone.
+                self.rows = self.rows.to(layer.parameter_dtype)
+            with _evaluating(layer):
+                if isinstance(layer, DSC):
+                    measured["measured_norm"] = self._largest_norm(layer, self.rows)
+                # Others may route otherwise in training, by noise or statistics of the batch.
+                if self.is_gated:
+                    now = layer.route(self.rows).indices
+                    same = (now.unsqueeze(-1) == self.selected.unsqueeze(-2)).any(-1)
+                    measured["agreement"] = float(same.double().mean())
+            self._reset()
+        kind = layer.options.gate if self.is_gated and isinstance(layer, DSC) else None
+        return LayerHealth(self.name, self.num_atoms, top_k, gate_kind=kind, **measured)
+
+    def _largest_norm(self, layer: DSC, rows: Tensor) -> float | None:
+        x = self.x
+        if x is None or x.shape[0] != rows.shape[0]:
+            if layer.options.activation != "none":
+                # Which latent values are rectified depends on it.
+                return None
+            x = torch.zeros(rows.shape[0], layer.in_features, device=rows.device)
+        x = x.to(layer.parameter_dtype)
+        finite = x.isfinite().all(-1) & rows.isfinite().all(-1)
+        if not bool(finite.any()):
+            return None
+        left, right = layer.factors(x[finite], rows[finite])
+        if not bool(left.isfinite().all() & right.isfinite().all()):
+            return math.nan
+        return float(spectral_norm(layer, x[finite], router_input=rows[finite]).max())
+
+
+@contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode for a while."""
+    modes = [(each, each.training) for each in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for each, mode in modes:
+            each.training = mode
