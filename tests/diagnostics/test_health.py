@@ -6,7 +6,7 @@ from torch import nn
 
 from torchdsc import DSC, Residual, build_optimizer, certified_spectral_bound, regularization, spectral_norm
 from torchdsc.baselines import MixtureOfLoRAs, StandardMoE
-from torchdsc.diagnostics import Diagnostics, coherence, effective_rank
+from torchdsc.diagnostics import Diagnostics, coherence, effective_rank, sensitivity
 from torchdsc.ops import ngram_codes
 
 
@@ -173,6 +173,38 @@ class TestWithoutAStep:
     def test_model_without_routed_layers(self):
         with pytest.raises(ValueError, match="model must contain a routed layer, got Linear"):
             Diagnostics(nn.Linear(2, 2))
+
+
+class TestSensitivities:
+    def test_are_those_of_the_tokens_that_were_seen(self):
+        layer, x = DSC(6, 5, num_atoms=12, top_k=2), torch.randn(9, 6)
+        other = DSC(6, 5, num_atoms=12, top_k=2)
+        for each in (layer, other):
+            torch.nn.init.normal_(each.router.weight)
+        model = nn.ModuleList([layer, other])
+        diagnostics = Diagnostics(model)
+        diagnostics.begin()
+        layer(x)
+        other(x, router_input=torch.randn(9, 6))
+        # The second's router sees another input.
+        assert diagnostics.sensitivities() == {layer: sensitivity(layer, x)}
+        health = diagnostics.end().layers[0]
+        assert health.tokens == 9, "what sensitivities route is not measured"
+
+    @pytest.mark.parametrize("options", [{"activation": "relu"}, {"offset": True}, {"atom_features": 3}])
+    def test_leave_out_layers_that_have_none(self, options):
+        layer = DSC(6, 6, num_atoms=12, top_k=2, **options)
+        diagnostics = Diagnostics(layer)
+        diagnostics.begin()
+        layer(torch.randn(9, 6))
+        assert diagnostics.sensitivities() == {}
+
+    def test_leave_out_inputs_that_are_not_finite(self):
+        layer = DSC(6, 5, num_atoms=12, top_k=2)
+        diagnostics = Diagnostics(layer)
+        diagnostics.begin()
+        layer(torch.full((9, 6), torch.inf))
+        assert diagnostics.sensitivities() == {}
 
 
 class TestAroundSteps:

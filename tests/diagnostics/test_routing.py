@@ -8,6 +8,7 @@ from torch import nn
 from torchdsc import DSC, Residual
 from torchdsc.baselines import DenseFFN, MixtureOfLoRAs, StandardMoE
 from torchdsc.diagnostics import RoutingMonitor
+from torchdsc.diagnostics.routing import shared
 from torchdsc.ops import ngram_codes
 
 
@@ -28,6 +29,10 @@ def tokens(*atoms, num_atoms=6):
     return torch.eye(num_atoms)[list(atoms)]
 
 
+def test_shared_selections_count_in_any_order():
+    assert shared(torch.tensor([[0, 1], [2, 3]]), torch.tensor([[1, 0], [4, 3]])) == 0.75
+
+
 class TestDSC:
     def test_counts_a_routing_made_by_hand(self):
         layer = one_hot_dsc()
@@ -39,6 +44,17 @@ class TestDSC:
         assert routing.utilization == pytest.approx(3 / 6)
         assert routing.load == pytest.approx([4 / 8, 2 / 8, 2 / 8, 0, 0, 0])
         assert routing.effective_atoms == pytest.approx(math.exp(0.5 * math.log(2) + 0.5 * math.log(4)))
+
+    def test_keeps_the_selections_of_the_first_tokens(self):
+        layer = one_hot_dsc()
+        with RoutingMonitor(layer, tokens=3) as monitor:
+            layer(tokens(4, 0, 2, 1))
+            layer(tokens(3, 3, 3, 3))
+        (selected,) = monitor.selections()
+        assert selected.tolist() == [[4], [0], [2]]
+        with RoutingMonitor(layer) as monitor:
+            layer(tokens(4))
+        assert monitor.selections() == []
 
     @pytest.mark.parametrize(("atoms", "effective"), [((2,) * 5, 1.0), (range(6), 6.0)], ids=["collapsed", "uniform"])
     def test_effective_atoms_at_the_ends(self, atoms, effective):

@@ -13,6 +13,7 @@ from torchdsc.nn import DSC, BasisBank, RoutedLayer, Router
 
 from .bank import followed_atoms, measure_bank
 from .health import ModelHealth
+from .sensitivity import Sensitivity, has_sensitivity, sensitivity
 from .watch import Watch
 
 
@@ -88,9 +89,19 @@ class Diagnostics:
         layers = [watch.result(banks.get(id(getattr(watch.layer, "bank", None)), {})) for watch in self._watches]
         return ModelHealth(layers, gradients)
 
-    def samples(self) -> dict[RoutedLayer, tuple[Tensor | None, Tensor | None]]:
-        """Of a few tokens of each layer's first call since :meth:`begin`: what it saw, and what its router saw."""
-        return {watch.layer: (watch.x, watch.rows) for watch in self._watches}
+    def sensitivities(self) -> dict[RoutedLayer, Sensitivity]:
+        """How layers respond to their inputs, at a few tokens of their first call.
+
+        Of those alone that :func:`torchdsc.diagnostics.sensitivity` takes, and whose router sees the layer's own input.
+        To call between :meth:`begin` and :meth:`end`, after the optimizer's step: what is routed later is not measured.
+        """
+        self._drop_hooks()
+        found: dict[RoutedLayer, Sensitivity] = {}
+        for watch in self._watches:
+            layer, x = watch.layer, watch.own_input()
+            if isinstance(layer, DSC) and x is not None and has_sensitivity(layer):
+                found[layer] = sensitivity(layer, x.to(layer.parameter_dtype))
+        return found
 
     @contextmanager
     def measuring(self) -> Iterator[list[ModelHealth]]:

@@ -57,6 +57,11 @@ def load_of(counts: Tensor) -> tuple[Tensor, float, float]:
     return share, float((share > 0).double().mean()), float(torch.special.entr(share).sum().exp())
 
 
+def shared(selected: Tensor, others: Tensor) -> float:
+    """Share of the selections (tokens, K) that the same token has among others (tokens, K')."""
+    return float((selected.unsqueeze(-1) == others.unsqueeze(-2)).any(-1).double().mean())
+
+
 class RoutingMonitor:
     """Context manager that counts the selections of every routed layer.
 
@@ -68,10 +73,11 @@ class RoutingMonitor:
 
     Args:
         model: Any module that contains routed layers.
+        tokens: Of each layer's first call, whose selections are kept: to compare them with a later monitor's.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self._counters = [_Counter(module) for module in model.modules() if isinstance(module, RoutedLayer)]
+    def __init__(self, model: nn.Module, *, tokens: int = 0) -> None:
+        self._counters = [_Counter(module, tokens) for module in model.modules() if isinstance(module, RoutedLayer)]
         self._handles: list[Any] = []
 
     def __enter__(self) -> Self:
@@ -89,15 +95,21 @@ class RoutingMonitor:
         """The counts of each layer; layers that saw no token are left out."""
         return list(self.by_layer().values())
 
+    def selections(self) -> list[Tensor]:
+        """What the first tokens selected, indices of shape (tokens, K) of each layer that saw any."""
+        return [counter.selected for counter in self._counters if counter.selected is not None]
+
     def by_layer(self) -> dict[RoutedLayer, LayerRouting]:
         """The counts by layer; layers that saw no token are left out."""
         return {counter.layer: counter.result() for counter in self._counters if counter.tokens}
 
 
 class _Counter:
-    def __init__(self, layer: RoutedLayer) -> None:
+    def __init__(self, layer: RoutedLayer, followed: int) -> None:
         self.layer, self.has_gate = layer, is_gated(layer)
+        self.followed = followed
         self.tokens = 0
+        self.selected: Tensor | None = None
         self.counts: Tensor | None = None
         self.strength_sum, self.gate_sum = 0.0, 0.0
 
@@ -112,6 +124,8 @@ class _Counter:
         counts = torch.bincount(output.indices.reshape(-1), minlength=num_units(layer)).cpu()
         self.counts = counts if self.counts is None else self.counts + counts
         self.tokens += output.indices.shape[0]
+        if self.followed and self.selected is None:
+            self.selected = output.indices[: self.followed].cpu()
 
     def result(self) -> LayerRouting:
         assert self.counts is not None

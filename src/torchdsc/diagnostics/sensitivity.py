@@ -44,6 +44,13 @@ class Sensitivity:
         return asdict(self)
 
 
+def has_sensitivity(layer: DSC) -> bool:
+    """Whether :func:`sensitivity` takes a layer: one whose router sees x, linear in it, and without thin atoms."""
+    options = layer.options
+    is_plain = options.activation == "none" and options.atom_features is None and not options.offset
+    return is_plain and not isinstance(layer.router, NgramRouter)
+
+
 def sensitivity(layer: DSC, x: Tensor, *, step: float = 0.01, seed: int = 0) -> Sensitivity:
     """Measure how a layer whose router sees x responds to small steps, and to noise.
 
@@ -64,10 +71,9 @@ def sensitivity(layer: DSC, x: Tensor, *, step: float = 0.01, seed: int = 0) -> 
         ValueError: If ``step`` is not positive, or the layer is of another kind or routed by n-grams.
     """
     check_positive(step=step)
-    options = layer.options
     if isinstance(layer.router, NgramRouter):
         raise ValueError("layer must be routed by x, got router = 'ngram'")
-    if options.activation != "none" or options.atom_features is not None or options.offset:
+    if not has_sensitivity(layer):
         raise ValueError("layer must have no activation, thin atoms or offset")
     was_training = layer.training
     layer.eval()

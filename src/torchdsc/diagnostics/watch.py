@@ -13,7 +13,7 @@ from torchdsc.nn import DSC, RoutedLayer
 from torchdsc.ops import gate
 
 from .health import LayerHealth
-from .routing import is_gated, load_of, num_units
+from .routing import is_gated, load_of, num_units, shared
 
 
 class Watch:
@@ -85,6 +85,13 @@ class Watch:
         places = torch.linspace(0, max(0, len(flat) - 1), min(self.tokens, len(flat)), device=flat.device)
         return flat[places.round().long()]
 
+    def own_input(self) -> Tensor | None:
+        """Of the few tokens, at least two, where the router sees it as the layer does, and it is finite."""
+        x = self.x
+        if x is None or self.rows is None or len(x) < 2 or not torch.equal(x, self.rows):
+            return None
+        return x if bool(x.isfinite().all()) else None
+
     def result(self, bank: dict[str, Any]) -> LayerHealth:
         """The layer's state; ``bank`` is what its bank has."""
         layer, measured = self.layer, dict(bank)
@@ -106,9 +113,7 @@ class Watch:
                     measured["measured_norm"] = self._largest_norm(layer, self.rows)
                 # Others may route otherwise in training, by noise or statistics of the batch.
                 if self.is_gated:
-                    now = layer.route(self.rows).indices
-                    same = (now.unsqueeze(-1) == self.selected.unsqueeze(-2)).any(-1)
-                    measured["agreement"] = float(same.double().mean())
+                    measured["agreement"] = shared(layer.route(self.rows).indices, self.selected)
             self._reset()
         kind = layer.options.gate if self.is_gated and isinstance(layer, DSC) else None
         return LayerHealth(self.name, self.num_atoms, top_k, gate_kind=kind, **measured)

@@ -15,7 +15,6 @@ from torchdsc.diagnostics import (
     RoutingMonitor,
     Sensitivity,
     findings,
-    sensitivity,
     slow_path,
 )
 from torchdsc.diagnostics.bank import spaced_atoms, spectrum
@@ -92,8 +91,7 @@ def inspect(saved: Saved, *, text: str | None = None, window: int = 128, max_tok
         diagnostics.begin()
         for ids in windows:
             model(input_ids=ids, **({"decoder_input_ids": ids} if is_encoder_decoder else {}))
-        samples = diagnostics.samples()
-        health = diagnostics.end()
+    sensitivities, health = diagnostics.sensitivities(), diagnostics.end()
     routings = monitor.by_layer()
     layers: list[LayerState] = []
     for layer, measured in zip(_routed(model), health.layers, strict=True):
@@ -101,7 +99,7 @@ def inspect(saved: Saved, *, text: str | None = None, window: int = 128, max_tok
         spectra, norms = _curves(bank) if isinstance(bank, BasisBank) else ({}, {})
         scale = _sorted(layer.output_scale.detach().abs()) if isinstance(layer, DSC) else []
         load = [share * measured.num_atoms for share in routings[layer].load] if layer in routings else []
-        layers.append(LayerState(measured, spectra, norms, scale, load, _sensitivity(layer, *samples[layer])))
+        layers.append(LayerState(measured, spectra, norms, scale, load, sensitivities.get(layer)))
     # No step has been taken, and what a gate does at the start is no matter of a trained model.
     found = [*findings(health, [health]), *filter(None, [slow_path(model)])]
     return Inspection(
@@ -111,18 +109,6 @@ def inspect(saved: Saved, *, text: str | None = None, window: int = 128, max_tok
 
 def _routed(model: nn.Module) -> list[RoutedLayer]:
     return [module for module in model.modules() if isinstance(module, RoutedLayer)]
-
-
-def _sensitivity(layer: RoutedLayer, x: Tensor | None, routed: Tensor | None) -> Sensitivity | None:
-    """Where the router sees the layer's own input."""
-    if not isinstance(layer, DSC) or x is None or routed is None or not torch.equal(x, routed):
-        return None
-    if len(x) < 2 or not bool(x.isfinite().all()):
-        return None
-    options = layer.options
-    if options.activation != "none" or options.atom_features is not None or options.offset:
-        return None
-    return sensitivity(layer, x.to(layer.parameter_dtype))
 
 
 def _windows(saved: Saved, text: str, window: int, max_tokens: int) -> Iterator[Tensor]:

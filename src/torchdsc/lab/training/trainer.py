@@ -7,7 +7,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import Trainer, TrainerCallback, TrainerControl
 from transformers.trainer import TRAINER_STATE_NAME
@@ -15,6 +16,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback, Tra
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from torchdsc.diagnostics import DiagnosticsCallback, ModelHealth, RoutingMonitor, findings
+from torchdsc.diagnostics.routing import shared
 from torchdsc.lab.files import naming_writes
 from torchdsc.losses import last_regularization
 from torchdsc.nn import RoutedLayer
@@ -24,6 +26,13 @@ from .environment import peak_memory_bytes
 from .progress import QuietProgress
 
 __all__ = ["DivergedError", "LabTrainer"]
+
+# Tokens of an evaluation whose selections are compared with those of the evaluation before.
+_FOLLOWED = 64
+# Where the log keeps them.
+_SELECTED = "routing_selected"
+# What records have of a layer's sensitivity; the others they have under other names.
+_SENSITIVITY = ("local_lipschitz", "changed", "jump", "noise_strength", "noise_gate", "noise_norm")
 
 
 class DivergedError(ArithmeticError):
@@ -44,7 +53,8 @@ class LabTrainer(Trainer):
 
     Beside transformers' entries the log has the task loss without regularisers or, for adapters, the regularisers; the
     seconds of training (without evaluations), the peak memory so far, and the routing at every evaluation, with what
-    :class:`torchdsc.diagnostics.Diagnostics` says of the step before it. The log is part of a checkpoint, so that all
+    :class:`torchdsc.diagnostics.Diagnostics` says of the step before it, and how much of the selections the evaluation
+    before had too (``kept``). The log is part of a checkpoint, so that all
     of these continue after an interruption. Files that cannot be written are named.
 
     Args:
@@ -53,7 +63,7 @@ class LabTrainer(Trainer):
 
     Attributes:
         label: The same.
-        health: Of the model at the step before the next evaluation; None where no step was measured.
+        health: What was measured at the step before the next evaluation, by name; empty where no step was.
         has_task_loss: Whether the model tells the task loss; known from the first step on.
     """
 
@@ -69,7 +79,7 @@ class LabTrainer(Trainer):
         # When the clock was started; None while it stands.
         self._since: float | None = None
         self._peak_before = 0
-        self.health: ModelHealth | None = None
+        self.health: dict[str, Any] = {}
         super().__init__(**kwargs)
         self.add_callback(_LogBeforeCheckpoint())
         if any(isinstance(module, RoutedLayer) for module in self.model.modules()):
@@ -144,7 +154,7 @@ class LabTrainer(Trainer):
         terms = last_regularization(self.model)
         super().log(logs | ({"regularization": terms} if terms else {}), *args, **kwargs)
 
-    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Evaluate, with the clock stopped. The log gets the routing, averaged over layers.
 
         The routing of each layer is only kept for the last evaluation.
@@ -154,14 +164,15 @@ class LabTrainer(Trainer):
         """
         trains = self._since is not None
         self._seconds, self._since = self.seconds, None
-        with RoutingMonitor(self.model) as monitor:
-            metrics: dict[str, float] = super().evaluate(*args, **kwargs)
+        with RoutingMonitor(self.model, tokens=_FOLLOWED) as monitor:
+            metrics: dict[str, float] = super().evaluate(eval_dataset, *args, **kwargs)
         layers = [layer.as_dict() for layer in monitor.layers()]
         if layers:
             for entry in self.state.log_history:
                 entry.pop("routing_layers", None)
+            kept = self._compare(monitor.selections()) if eval_dataset is None else {}
             self.state.log_history[-1] |= {
-                "routing": self._tell_health() | _mean_routing(layers),
+                "routing": self._tell_health() | kept | _mean_routing(layers),
                 "routing_layers": layers,
             }
         if trains:
@@ -171,16 +182,18 @@ class LabTrainer(Trainer):
         return metrics
 
     def _tell_health(self) -> dict[str, Any]:
-        """What was measured at the last step, and signs of failure, by their codes."""
-        health, self.health = self.health, None
-        if health is None:
+        """What was measured at the last step, which is told once."""
+        health, self.health = self.health, {}
+        return health
+
+    def _compare(self, selections: list[Tensor]) -> dict[str, float]:
+        """Selections of the same tokens with those of the evaluation before, which the log has."""
+        before = [entry.pop(_SELECTED) for entry in self.state.log_history if _SELECTED in entry]
+        self.state.log_history[-1][_SELECTED] = [selected.tolist() for selected in selections]
+        if not before:
             return {}
-        told: dict[str, Any] = dict(health.means())
-        # What has been selected ever is known since the last interruption alone.
-        told.pop("unused", None)
-        # The gate at the start is no matter of a later step; any history says that there were steps before.
-        found = findings(health, [health])
-        return told | ({"findings": [finding.code for finding in found]} if found else {})
+        pairs = zip(selections, map(torch.tensor, before[-1]), strict=True)
+        return {"kept": fmean(shared(now, earlier) for now, earlier in pairs)}
 
     def _check(self, step: int, loss: float) -> None:
         if not math.isfinite(loss):
@@ -221,6 +234,7 @@ class _MeasureHealth(DiagnosticsCallback):
     def __init__(self, trainer: LabTrainer) -> None:
         super().__init__(trainer)
         self._lab = trainer
+        self._sensitivity: dict[str, float] = {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Nothing: runs may ask for any implementation."""
@@ -229,8 +243,19 @@ class _MeasureHealth(DiagnosticsCallback):
         arguments = self._lab.args
         return step % max(1, int(arguments.eval_steps or 1)) == 0 or step == arguments.max_steps
 
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._measures:
+            found = [each.as_dict() for each in self._diagnostics.sensitivities().values()]
+            self._sensitivity = {name: fmean(each[name] for each in found) for name in _SENSITIVITY} if found else {}
+        super().on_step_end(args, state, control, **kwargs)
+
     def tell(self, health: ModelHealth) -> None:
-        self._lab.health = health
+        told: dict[str, Any] = health.means() | self._sensitivity
+        # What has been selected ever is known since the last interruption alone.
+        told.pop("unused", None)
+        # The gate at the start is no matter of a later step; any history says that there were steps before.
+        found = findings(health, [health])
+        self._lab.health = told | ({"findings": [finding.code for finding in found]} if found else {})
 
 
 class _LogBeforeCheckpoint(TrainerCallback):

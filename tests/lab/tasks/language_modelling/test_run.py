@@ -138,6 +138,11 @@ class TestRecord:
             assert 0 < point["measured_norm"] < point["certified_norm"]
             assert point["gradient_norm_atoms"] > 0
             assert point["turn"] > 0
+            assert point["local_lipschitz"] > 0
+            assert 0 <= point["changed"] <= 1
+            assert point["noise_norm"] > 0
+        assert "kept" not in history[0]
+        assert all(0 < point["kept"] <= 1 for point in history[1:])
 
     def test_sample_goes_on_from_the_validation_part(self, train, tiny_data, tmp_path):
         record = train(tmp_path, window=80, method="dense", steps=1, warmup_steps=0)
