@@ -7,7 +7,7 @@ from typing import Any
 from benchmarks.case import Point, Row
 from benchmarks.suite.compose import BASE
 
-from . import ahead, compiled, figures, layers, sparse
+from . import ahead, compiled, figures, layers, sparse, traffic
 from .markdown import NONE, achieved, floor_ms, left_out, mebibytes, ms, number, ratio, table
 
 Result = Mapping[str, Any]
@@ -232,6 +232,15 @@ SECTIONS = {
         "atoms gradients of the bank are row-sparse and the frame term is estimated from 1,024 of its rows.",
         _router_tables,
         _router_figures,
+    ),
+    "traffic": Section(
+        "Traffic",
+        "The DSC layer alone as d and M grow in the paper's proportion (M 3.97 d, K 4), by its router: low-rank of d / "
+        "4, product keys of one head and d / 2 features, n-grams of four orders. Counted are the bytes of parameters "
+        "that a forward pass in float32 has to read: the router's, and the selected rows of both banks, each once. "
+        "The time is that of the forward pass.",
+        traffic.tables,
+        lambda result: {},
     ),
     "ahead": Section(
         "Routing ahead",

@@ -13,6 +13,7 @@ _REGISTERED = {
     "layer_sweep": "layer:LAYER_SWEEP",
     "recommended": "recommended:RECOMMENDED",
     "routers": "routers:ROUTERS_BENCHMARK",
+    "traffic": "traffic:TRAFFIC",
     "ahead": "ahead:AHEAD",
     "model": "model:MODEL",
     "sparse": "sparse:SPARSE",

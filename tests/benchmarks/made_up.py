@@ -128,6 +128,18 @@ def sparse_ratios():
     return {**sparse(), "benchmark": "sparse_ratios"}
 
 
+def traffic():
+    rows, counted = [], []
+    for width, tokens in product((96, 192), (1, 4096)):
+        times = {"linear": 0.02 * width * tokens**0.5, "ngram": 0.01 * width * tokens**0.5}
+        rows.append(row({"d": width, "tokens": tokens}, "linear", times))
+        for router in times:
+            router_bytes = 16 * width * width if router == "linear" else 0
+            point = {"d": width, "M": 4 * width, "router": router, "tokens": tokens}
+            counted.append(point | {"router": router, "router_bytes": router_bytes, "atom_bytes": 32 * width})
+    return result("traffic", rows, counted=counted)
+
+
 def diagnostics():
     times = {"step with a measurement": 1.2, "step": 1.0}
     point = {"model": "small", "batch": 12, "tokens": 128}
@@ -193,6 +205,7 @@ ALL = {
         sparse,
         sparse_ratios,
         diagnostics,
+        traffic,
         memory,
         compose,
         crossover,
