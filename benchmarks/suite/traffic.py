@@ -45,8 +45,7 @@ def _layer(width: int, router: str, tokens: int, device: str) -> tuple[DSC, Tens
     sizes = Sizes().scaled(width, Sizes().top_k)
     num_atoms = isqrt(sizes.num_atoms) ** 2 if router == "product_key" else sizes.num_atoms
     by_ngrams = router == "ngram"
-    options = {"ngram_orders": _ORDERS} if by_ngrams else {}
-    layer = DSC(width, num_atoms=num_atoms, top_k=sizes.top_k, router=router, device=device, **options).eval()
+    layer = DSC(width, num_atoms=num_atoms, top_k=sizes.top_k, router=router, device=device).eval()
     x = torch.randn(tokens, width, device=device)
     return layer, x, ngram_codes(torch.randint(_VOCABULARY, (tokens,), device=device), _ORDERS) if by_ngrams else x
 

@@ -18,7 +18,7 @@ def test_linear_router_and_selected_rows():
 
 @pytest.mark.parametrize("width", [8, 16])
 def test_ngrams_read_no_router_and_at_most_k_rows(width):
-    layer = DSC(width, num_atoms=4 * width, top_k=4, router="ngram", ngram_orders=(1, 2, 3, 4)).eval()
+    layer = DSC(width, num_atoms=4 * width, top_k=4, router="ngram").eval()
     found = read_bytes(layer, ngram_codes(torch.tensor([3]), (1, 2, 3, 4)))
     assert found["router_bytes"] == 0
     assert found["atom_bytes"] == 4 * 4 * 2 * width
