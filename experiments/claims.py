@@ -14,6 +14,7 @@ from functools import cache, partial
 from pathlib import Path
 from statistics import fmean
 from textwrap import wrap
+from typing import Any
 
 import yaml
 
@@ -54,11 +55,12 @@ def results(name: str) -> Results:
 
 
 def values(name: str, variant: str, key: str | None = None) -> dict[str, dict[int, float]]:
-    """A figure by case and seed; the experiment's measure by default."""
+    """A figure by case and seed: the experiment's measure by default, or what the last measurement of routing has."""
     found: dict[str, dict[int, float]] = {}
     own = results(name)
     for run in own.runs_of(variant):
-        found.setdefault(run["case"], {})[run["seed"]] = run[key or own.task.measure.key]
+        known = run if key is None or key in run else run["routing"]["history"][-1]
+        found.setdefault(run["case"], {})[run["seed"]] = known[key or own.task.measure.key]
     return found
 
 
@@ -69,9 +71,9 @@ def below(experiment: str, variants: list[str], by: float = 0.0, key: str | None
     return _in_words(difference, own, decimals), judge(difference, by)
 
 
-def above(experiment: str, variants: list[str], decimals: int = 2) -> Found:
+def above(experiment: str, variants: list[str], key: str | None = None, decimals: int = 2) -> Found:
     """Whether it is higher: told as it is, judged the other way round."""
-    own, others = (values(experiment, variant) for variant in variants)
+    own, others = (values(experiment, variant, key) for variant in variants)
     return _in_words(mean_difference(own, others), own, decimals), judge(mean_difference(others, own))
 
 
@@ -82,11 +84,17 @@ def judge(found: Interval, margin: float = 0.0) -> str:
     return YES if found.high < -margin else NO if found.low > -margin else OPEN
 
 
+def measured(benchmark: str) -> dict[str, Any]:
+    """A committed result of a benchmark."""
+    text = (ROOT / "benchmarks" / "results" / f"{benchmark}.json").read_text(encoding="utf-8")
+    result: dict[str, Any] = json.loads(text)
+    return result
+
+
 def faster(benchmark: str, others: str, tokens: int = 1) -> Found:
     """Whether the subject takes less time than every call whose name begins like this, at points of so many tokens."""
-    result = json.loads((ROOT / "benchmarks" / "results" / f"{benchmark}.json").read_text(encoding="utf-8"))
     ratios = {}
-    for row in result["rows"]:
+    for row in measured(benchmark)["rows"]:
         point = row["point"]
         if point["tokens"] >= tokens:
             found = [
@@ -106,11 +114,15 @@ def norms(experiment: str) -> Found:
     return f"{text}, {len(ratios)} means over layers of the largest of 64 tokens", YES if max(ratios) <= 1 else NO
 
 
-def router_share(d: int, atoms: int, top_k: int) -> Found:
-    """Whether the parameters that a token's layer reads are O(K d), counted: a linear router's M d are read too."""
-    router, read = d * atoms, d * atoms + 2 * top_k * d
-    text = f"d {d}, M {atoms}, K {top_k}: {router:,} of {read:,} parameters read are the router's ({router / read:.1%})"
-    return text, NO if router > read - router else YES
+def traffic(router: str) -> Found:
+    """Whether the bytes that one token's layer reads grow no faster than d, at fixed K and with M in proportion to d."""
+    points = [point for point in measured("traffic")["counted"] if (point["router"], point["tokens"]) == (router, 1)]
+    first, *_, last = sorted(points, key=lambda point: point["d"])
+    shares = [point["router_bytes"] / (point["router_bytes"] + point["atom_bytes"]) for point in (first, last)]
+    growth = (last["router_bytes"] + last["atom_bytes"]) / (first["router_bytes"] + first["atom_bytes"])
+    wider = last["d"] / first["d"]
+    text = f"from d {first['d']} to {last['d']} ({wider:g} times) bytes grow {growth:.1f} times; the router's share is "
+    return f"{text}{shares[0]:.1%} and {shares[1]:.1%}", YES if growth <= wider else NO
 
 
 def _in_words(difference: Interval, own: dict[str, dict[int, float]], decimals: int) -> str:
@@ -118,9 +130,7 @@ def _in_words(difference: Interval, own: dict[str, dict[int, float]], decimals: 
     return f"{format_interval(difference, decimals)} ({seeds} seed{'s' if seeds > 1 else ''})"
 
 
-JUDGES: dict[str, Callable[..., Found]] = {
-    judged.__name__: judged for judged in (below, above, faster, norms, router_share)
-}
+JUDGES: dict[str, Callable[..., Found]] = {judged.__name__: judged for judged in (below, above, faster, norms, traffic)}
 
 
 def read_claims() -> list[Claim]:
