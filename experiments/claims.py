@@ -115,7 +115,7 @@ def norms(experiment: str) -> Found:
 
 
 def traffic(router: str) -> Found:
-    """Whether the bytes that one token's layer reads grow no faster than d, at fixed K and with M in proportion to d."""
+    """Whether the bytes that one token's layer reads grow no faster than d, with M in proportion to d at fixed K."""
     points = [point for point in measured("traffic")["counted"] if (point["router"], point["tokens"]) == (router, 1)]
     first, *_, last = sorted(points, key=lambda point: point["d"])
     shares = [point["router_bytes"] / (point["router_bytes"] + point["atom_bytes"]) for point in (first, last)]
