@@ -146,6 +146,19 @@ def test_loss_that_is_no_number_warns_and_does_not_raise(tmp_path):
         trainer.train()
 
 
+def test_overflow_of_float16_is_no_explosion(tmp_path, monkeypatch):
+    trainer, _ = trainer_of(dscgpt(), tmp_path, logging_nan_inf_filter=False, max_steps=1, logging_steps=1)
+    callback = DiagnosticsCallback(trainer, every=1)
+    trainer.add_callback(callback)
+    whole = trainer.compute_loss
+    trainer.compute_loss = lambda *args, **kwargs: whole(*args, **kwargs) * torch.inf
+    # As a scaler says that has found the overflow.
+    monkeypatch.setattr(type(trainer.accelerator), "optimizer_step_was_skipped", property(lambda self: True))
+    trainer.train()
+    assert "exploding-gradients" not in callback.found
+    assert callback.latest.gradient_norms == {}
+
+
 def test_an_error_within_a_step_leaves_no_hooks(tmp_path):
     model = dscgpt()
     trainer, _ = trainer_of(model, tmp_path)

@@ -1,5 +1,6 @@
 """Diagnostics for transformers' Trainer, and those built on it, such as TRL's."""
 
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -71,7 +72,7 @@ class DiagnosticsCallback(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Judge the norm of all gradients before clipping, which Trainer logs."""
         norm = (kwargs.get("logs") or {}).get("grad_norm")
-        if isinstance(norm, float):
+        if isinstance(norm, float) and not self._was_skipped():
             found = exploding(norm, self._norms, " before clipping")
             warn([found] if found else [], self._warned)
             self._norms.append(norm)
@@ -95,7 +96,12 @@ class DiagnosticsCallback(TrainerCallback):
         """End the measurement, and tell of it."""
         if self._measures:
             self._measures = False
-            self.tell(self._diagnostics.end())
+            health = self._diagnostics.end()
+            self.tell(replace(health, gradient_norms={}) if self._was_skipped() else health)
+
+    def _was_skipped(self) -> bool:
+        """Whether the last step's float16 gradients overflowed, which only lowers their scale."""
+        return bool(self._trainer.accelerator.optimizer_step_was_skipped)
 
     def is_due(self, step: int) -> bool:
         """Whether a step, counted from 1, is measured."""

@@ -24,7 +24,7 @@ class LayerRouting:
         effective_atoms: ``exp`` of the entropy of the load; M if it is uniform.
         strength: Mean signal strength S; None for layers without a gate, and where
             atoms are hashed, as S is constant then.
-        gate: Mean tanh(S); None likewise.
+        gate: Mean tanh S; tanh (S / K) for ``gate="mean"``; None likewise, and for ``gate="none"``.
         load: Each atom's share of all selections, in descending order, thinned to at most 200 evenly spaced points.
     """
 
@@ -49,6 +49,15 @@ def num_units(layer: RoutedLayer) -> int:
 def is_gated(layer: RoutedLayer) -> bool:
     """Whether there is a gate to watch: where atoms are hashed, S is a constant."""
     return isinstance(layer, DSC) and not isinstance(layer.router, NgramRouter)
+
+
+def gates_of(layer: DSC, logits: Tensor) -> tuple[Tensor, Tensor | None]:
+    """S of selected logits (T, K) and what the layer makes of it, tanh S or tanh (S / K); None without a gate."""
+    options = layer.options
+    strength = gate(logits, logit_clamp=options.logit_clamp, eps=options.eps).strength
+    if options.gate == "none":
+        return strength, None
+    return strength, torch.tanh(strength / (logits.shape[-1] if options.gate == "mean" else 1))
 
 
 def load_of(counts: Tensor) -> tuple[Tensor, float, float]:
@@ -111,17 +120,16 @@ class _Counter:
         self.tokens = 0
         self.selected: Tensor | None = None
         self.counts: Tensor | None = None
-        self.strength_sum, self.gate_sum = 0.0, 0.0
+        self.strength_sum = 0.0
+        self.gate_sum: float | None = None
 
     @torch.no_grad()
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        layer: Any = self.layer
-        if self.has_gate:
-            options = layer.options
-            strength = gate(output.logits, logit_clamp=options.logit_clamp, eps=options.eps).strength
+        if isinstance(self.layer, DSC) and self.has_gate:
+            strength, gates = gates_of(self.layer, output.logits)
             self.strength_sum += float(strength.sum())
-            self.gate_sum += float(strength.tanh().sum())
-        counts = torch.bincount(output.indices.reshape(-1), minlength=num_units(layer)).cpu()
+            self.gate_sum = None if gates is None else (self.gate_sum or 0.0) + float(gates.sum())
+        counts = torch.bincount(output.indices.reshape(-1), minlength=num_units(self.layer)).cpu()
         self.counts = counts if self.counts is None else self.counts + counts
         self.tokens += output.indices.shape[0]
         if self.followed and self.selected is None:
@@ -137,6 +145,6 @@ class _Counter:
             utilization=utilization,
             effective_atoms=effective,
             strength=self.strength_sum / self.tokens if self.has_gate else None,
-            gate=self.gate_sum / self.tokens if self.has_gate else None,
+            gate=None if self.gate_sum is None else self.gate_sum / self.tokens,
             load=load[points].tolist(),
         )

@@ -10,10 +10,9 @@ from torch import Tensor, nn
 
 from torchdsc.bounds import certified_spectral_bound, spectral_norm
 from torchdsc.nn import DSC, RoutedLayer
-from torchdsc.ops import gate
 
 from .health import LayerHealth
-from .routing import is_gated, load_of, num_units, shared
+from .routing import gates_of, is_gated, load_of, num_units, shared
 
 
 class Watch:
@@ -63,12 +62,12 @@ class Watch:
         self.top_k = indices.shape[-1]
         self.seen += indices.shape[0]
         if self.is_gated:
-            options: Any = self.layer.options
+            layer: Any = self.layer
             assert logits is not None
-            strength = gate(logits, logit_clamp=options.logit_clamp, eps=options.eps).strength
-            gates = torch.tanh(strength / (indices.shape[-1] if options.gate == "mean" else 1))
-            found = {"strength": strength.mean(), "clamped": (logits.abs() >= options.logit_clamp).float().mean()}
-            if options.gate != "none":
+            strength, gates = gates_of(layer, logits)
+            clamped = logits.abs() >= layer.options.logit_clamp
+            found = {"strength": strength.mean(), "clamped": clamped.float().mean()}
+            if gates is not None:
                 found |= {"gate": gates.mean(), "saturated": (gates > 0.999).float().mean()}
             for name, values in found.items():
                 self.sums.setdefault(name, []).append(values * indices.shape[0])
