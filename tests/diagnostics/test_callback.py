@@ -146,6 +146,14 @@ def test_loss_that_is_no_number_warns_and_does_not_raise(tmp_path):
         trainer.train()
 
 
+def test_the_loss_is_logged_at_measured_steps_too(tmp_path):
+    trainer, reporter = trainer_of(dscgpt(), tmp_path, logging_steps=1)
+    trainer.add_callback(DiagnosticsCallback(trainer, every=1))
+    trainer.train()
+    assert reporter.steps == [1, 2, 3, 4, 5]
+    assert [step for step, logs in reporter.logs if "loss" in logs] == [1, 2, 3, 4, 5]
+
+
 def test_overflow_of_float16_is_no_explosion(tmp_path, monkeypatch):
     trainer, _ = trainer_of(dscgpt(), tmp_path, logging_nan_inf_filter=False, max_steps=1, logging_steps=1)
     callback = DiagnosticsCallback(trainer, every=1)

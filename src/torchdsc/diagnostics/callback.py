@@ -113,4 +113,8 @@ class DiagnosticsCallback(TrainerCallback):
         history = self._history or ([health] if self._trainer.state.global_step > 1 else [])
         warn(findings(health, history), self._warned)
         self._history.append(health)
+        control = self._trainer.control
+        # A log takes back that Trainer is to log its loss at this step.
+        should_log = control.should_log
         self._trainer.log(health.metrics(per_layer=self._per_layer, max_keys=self._max_keys))
+        control.should_log = should_log
