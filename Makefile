@@ -21,7 +21,7 @@ types: .venv/ready
 
 # docs/claims.md, from the committed records.
 claims: .venv/ready
-	$(BIN)/python experiments/claims.py
+	$(BIN)/python -m experiments.claims
 
 bench: .venv/ready
 	$(BIN)/torchdsc bench $(ARGS)

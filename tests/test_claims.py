@@ -18,6 +18,11 @@ def test_page_is_that_of_the_records():
     assert (ROOT / "docs" / "claims.md").read_text(encoding="utf-8") == claims.render()
 
 
+def test_figures_are_those_of_the_records():
+    for file, svg in claims.draw().items():
+        assert (ROOT / "docs" / "figures" / file).read_text(encoding="utf-8") == svg
+
+
 def test_every_claim_has_a_verdict_and_a_command():
     page = claims.render().partition("## ")[0]
     rows = re.findall(r"^\| (.*) \|$", page, re.MULTILINE)[1:]
