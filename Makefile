@@ -21,7 +21,7 @@ types: .venv/ready
 
 # docs/claims.md, from the committed records.
 claims: .venv/ready
-	$(BIN)/python -m experiments.claims
+	$(BIN)/python experiments/claims.py
 
 bench: .venv/ready
 	$(BIN)/torchdsc bench $(ARGS)

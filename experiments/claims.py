@@ -1,6 +1,6 @@
 """Writes docs/claims.md: what the paper and this project claim, beside what the committed records say of it.
 
-    python -m experiments.claims          # or: make claims
+    python experiments/claims.py          # or: make claims
 
 What is claimed stands in ``claims.yaml``. Every figure is computed from ``experiments/*/results.json`` and
 ``benchmarks/results/*.json``. A claim about a loss is decided by the one rule of experiments: a difference paired by
@@ -18,11 +18,11 @@ from typing import Any
 
 import yaml
 
-from benchmarks.page.canvas import own_font, to_svg
 from torchdsc.lab.experiment.intervals import DASH, Interval, format_interval, format_mean, mean_difference
 from torchdsc.lab.experiment.report import Page
 from torchdsc.lab.experiment.results import Results
 from torchdsc.lab.figures.looks import Group
+from torchdsc.lab.figures.style import to_svg
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "claims.md"
@@ -222,11 +222,10 @@ def draw() -> dict[str, str]:
     """The figures as SVG, by file."""
     drawn = {}
     for file, name, curve, key, words in FIGURES:
-        with own_font():
-            page = Page(results(name))
-            figure = page.draw_curves(Group("", list(PAPER_METHODS)), curve, key, words)
-            assert figure is not None
-            drawn[file] = to_svg(figure, file.removesuffix(".svg"))
+        figure = Page(results(name)).draw_curves(Group("", list(PAPER_METHODS)), curve, key, words)
+        assert figure is not None
+        svg = to_svg(figure, file.removesuffix(".svg"), f"{words} over steps: {', '.join(PAPER_METHODS)}")
+        drawn[file] = svg.replace("<svg ", '<svg style="background: white; font-family: sans-serif" ', 1)
     return drawn
 
 
