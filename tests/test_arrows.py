@@ -11,26 +11,40 @@ import torchdsc
 
 PACKAGE = Path(torchdsc.__file__).parent
 # Every part, and the parts of the package that it may import: ops <- nn, losses <- {...} <- lab <- cli.
-CORE = {"arguments", "ops", "nn", "losses"}
+CORE = {"arguments", "kinds", "ops", "nn", "losses"}
 ALLOWED = {
     "arguments": set(),
+    "kinds": set(),
     "ops": set(),
-    "nn": {"arguments", "ops"},
+    "nn": {"arguments", "kinds", "ops"},
     "losses": {"arguments", "ops", "nn"},
     "baselines": CORE,
     "bounds": CORE,
-    "convert": CORE,
+    "conversion": CORE,
     "optim": CORE,
     "diagnostics": CORE | {"bounds"},
     "models": CORE | {"baselines"},
     "adapters": CORE | {"baselines"},
-    "lab": CORE | {"baselines", "bounds", "convert", "diagnostics", "models", "adapters", "optim", "torchdsc"},
-    "cli": CORE | {"baselines", "bounds", "convert", "diagnostics", "models", "adapters", "lab", "optim", "torchdsc"},
-    "torchdsc": CORE | {"bounds", "convert", "optim"},
+    "lab": CORE | {"baselines", "bounds", "conversion", "diagnostics", "models", "adapters", "optim", "torchdsc"},
+    "cli": CORE
+    | {"baselines", "bounds", "conversion", "diagnostics", "models", "adapters", "lab", "optim", "torchdsc"},
+    "torchdsc": CORE | {"bounds", "conversion", "optim"},
     "__main__": {"cli"},
 }
 # The core may import torch and the standard library; the parts for an extra import the extra's packages at their top.
-TORCH_ONLY = ("arguments", "ops", "nn", "losses", "bounds", "convert", "optim", "baselines", "diagnostics", "torchdsc")
+TORCH_ONLY = (
+    "arguments",
+    "kinds",
+    "ops",
+    "nn",
+    "losses",
+    "bounds",
+    "conversion",
+    "optim",
+    "baselines",
+    "diagnostics",
+    "torchdsc",
+)
 OPTIONAL = {"accelerate", "datasets", "filelock", "jinja2", "matplotlib", "numpy", "peft", "psutil", "pydantic"}
 OPTIONAL |= {"rich", "safetensors", "scipy", "tokenizers", "tqdm", "transformers", "yaml"}
 MODULES = sorted(PACKAGE.rglob("*.py"))

@@ -410,4 +410,7 @@ def test_as_dict():
 
 def test_public_names():
     assert set(torchdsc.__all__) <= set(dir(torchdsc))
+    assert all(getattr(torchdsc, name).__module__.startswith("torchdsc.") for name in torchdsc.__all__)
+    with pytest.raises(AttributeError, match="module 'torchdsc' has no attribute 'DSD'"):
+        torchdsc.DSD  # noqa: B018
     assert copy.copy(torchdsc.Regularization)

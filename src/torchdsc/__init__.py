@@ -1,10 +1,17 @@
-"""Dynamic Subspace Composition: weights composed, token by token, from a shared bank of unit-norm rank-1 atoms."""
+"""Dynamic Subspace Composition: weights composed, token by token, from a shared bank of unit-norm rank-1 atoms.
 
-from .bounds import certified_spectral_bound, spectral_norm
-from .convert import convert, load_converted
-from .losses import Regularization, RegularizedLoss, frame_regularization, last_regularization, regularization
-from .nn import DSC, BasisBank, DSCFeedForward, DSCOptions, Residual, Routing, ShortConvolution, recommended
-from .optim import build_optimizer, decay_parameter_names, parameter_groups
+Names are imported when they are first asked for, so that the command line answers without torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .bounds import certified_spectral_bound, spectral_norm
+    from .conversion import convert, load_converted
+    from .losses import Regularization, RegularizedLoss, frame_regularization, last_regularization, regularization
+    from .nn import DSC, BasisBank, DSCFeedForward, DSCOptions, Residual, Routing, ShortConvolution, recommended
+    from .optim import build_optimizer, decay_parameter_names, parameter_groups
 
 __version__ = "0.1.0.dev0"
 
@@ -30,3 +37,22 @@ __all__ = [
     "regularization",
     "spectral_norm",
 ]
+
+# Where public names are, and what else `import torchdsc` alone gives.
+_MODULES = ("nn", "ops", "losses", "bounds", "conversion", "optim")
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return import_module(f"{__name__}.{name}")
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    for module in map(__getattr__, _MODULES):
+        if name in getattr(module, "__all__", ()):
+            value = globals()[name] = getattr(module, name)
+            return value
+    raise AssertionError(f"no module has {name}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, *_MODULES})

@@ -1,7 +1,7 @@
 """Parameter groups and optimizers, also for banks with row-sparse gradients."""
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -9,18 +9,16 @@ from torch.nn.utils import get_total_norm
 from torch.optim import AdamW, Optimizer, SparseAdam
 
 from torchdsc.arguments import check_not_negative, check_positive
+from torchdsc.kinds import OptimizerKind
 from torchdsc.nn import BasisBank, RoutedLayer, Router, ShortConvolution
 
 __all__ = [
     "JoinedOptimizer",
-    "OptimizerKind",
     "build_optimizer",
     "clip_grad_norm",
     "decay_parameter_names",
     "parameter_groups",
 ]
-
-OptimizerKind = Literal["adamw", "muon"]
 
 
 def parameter_groups(

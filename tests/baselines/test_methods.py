@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from torchdsc.baselines import MixtureOfLoRAs
-from torchdsc.baselines.methods import METHODS, FeedForwardKind
+from torchdsc.baselines.methods import METHODS
+from torchdsc.kinds import FeedForwardKind
 from torchdsc.lab.budget import Budget, feed_forward_parameters, solve
 from torchdsc.models.feed_forward import build_feed_forward
 from torchdsc.models.options import ModelOptions, split_options

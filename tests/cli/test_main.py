@@ -10,7 +10,7 @@ from torchdsc.cli import main as cli_main
 from torchdsc.lab.experiment.config import read_experiment
 from torchdsc.lab.experiment.presets import preset_names
 
-COMMANDS = ("run", "report", "presets", "budget", "generate", "bench")
+COMMANDS = ("run", "report", "presets", "budget", "inspect", "generate", "bench")
 
 
 class TestHelp:
@@ -48,16 +48,23 @@ class TestHelp:
         done = subprocess.run([sys.executable, "-m", "torchdsc", "--version"], capture_output=True, text=True)
         assert (done.returncode, done.stdout, done.stderr) == (0, f"torchdsc {package.__version__}\n", "")
 
-    def test_as_a_module_without_loading_transformers(self):
+    @pytest.mark.parametrize(
+        ("arguments", "status"),
+        [
+            *((["--help"], 0), (["--version"], 0), (["nonsense"], 2)),
+            *(([command, "--help"], 0) for command in COMMANDS),
+            *((["run", "--foo", "1"], 2), (["run", "glue", "--stepz", "1"], 2), (["budget", "--total", "much"], 2)),
+        ],
+    )
+    def test_help_and_wrong_arguments_are_answered_without_torch(self, arguments, status):
         script = (
-            "import sys, runpy; sys.argv = ['torchdsc', 'run', '--help']\n"
-            "try: runpy.run_module('torchdsc.cli', run_name='__main__')\n"
-            "except SystemExit as leave: assert not leave.code\n"
-            "assert 'transformers' not in sys.modules"
+            f"import sys, runpy; sys.argv = ['torchdsc', *{arguments}]\n"
+            "try: runpy.run_module('torchdsc', run_name='__main__')\n"
+            f"except SystemExit as leave: assert leave.code == {status}, leave.code\n"
+            "assert not {'torch', 'transformers'} & set(sys.modules)"
         )
         done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-        assert (done.returncode, done.stderr) == (0, "")
-        assert done.stdout.startswith("usage: torchdsc run")
+        assert done.returncode == 0, done.stderr
 
 
 class TestErrors:

@@ -10,7 +10,6 @@ from .mixture_of_loras import MixtureOfLoRAs
 from .moe import StandardMoE
 from .peer import PEER
 
-FeedForwardKind = Literal["dense", "gated", "moe", "mixture_of_loras", "peer", "dsc"]
 Form = Literal["dense", "experts", "update"]
 _TABLES = frozenset({"ngram_rows", "ngram_orders", "ngram_heads"})
 _CONTEXT = _TABLES | {"router_input", "router_context", "input_context"}

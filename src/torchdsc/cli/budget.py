@@ -2,15 +2,16 @@
 
 import json
 from dataclasses import asdict
-from typing import get_args
+from typing import TYPE_CHECKING, get_args
 
-from rich.console import Console
-from rich.table import Table
-
-from torchdsc.lab.budget import Budget, Plan, solve_all
-from torchdsc.nn.options import RouterKind
+from torchdsc.kinds import RouterKind
 
 from .parsing import ArgumentParser
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from torchdsc.lab.budget import Plan
 
 
 def run(arguments: list[str]) -> int:
@@ -36,6 +37,10 @@ def run(arguments: list[str]) -> int:
     parser.add_argument("--router_heads", type=int, default=1, help="of a product_key router")
     parser.add_argument("--json", action="store_true", help="print JSON")
     options = parser.parse_args(arguments)
+    from rich.console import Console
+
+    from torchdsc.lab.budget import Budget, solve_all
+
     sizes = ("total", "active", "d_model", "n_layer", "vocab_size", "n_positions")
     budget = Budget(**{name: getattr(options, name) for name in sizes})
     router = ("router", "router_rank", "router_heads")
@@ -56,7 +61,9 @@ def run(arguments: list[str]) -> int:
     return 0
 
 
-def _table(plans: list[Plan]) -> Table:
+def _table(plans: "list[Plan]") -> "Table":
+    from rich.table import Table
+
     table = Table("method", "widths", caption="miss: realised feed-forward parameters against the target")
     for heading in ("total M", "miss", "active M", "miss"):
         table.add_column(heading, justify="right")

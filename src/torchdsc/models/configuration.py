@@ -9,10 +9,11 @@ from typing import Any, ClassVar, Literal
 from transformers import PretrainedConfig
 
 from torchdsc.arguments import check_at_least, check_not_negative, check_positive, check_types
+from torchdsc.kinds import FeedForwardKind
 
 from .feed_forward import check_feed_forward
 from .loading import AUTO_MAP, write_module
-from .options import FeedForwardKind, ModelOptions, split_options
+from .options import ModelOptions, split_options
 
 ResidualInit = Literal["gpt2", "published", "none"]
 

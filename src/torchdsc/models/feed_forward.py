@@ -7,10 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from torchdsc.baselines.methods import METHODS
+from torchdsc.kinds import FeedForwardKind
 from torchdsc.nn import DSC, BasisBank, Residual
 from torchdsc.nn.residual import build_static
 
-from .options import FeedForwardKind, split_options
+from .options import split_options
 
 
 def build_feed_forward(

@@ -6,10 +6,11 @@ from typing import Any
 
 from torchdsc.arguments import check_at_least
 from torchdsc.baselines import NgramTables
-from torchdsc.baselines.methods import METHODS, FeedForwardKind
+from torchdsc.baselines.methods import METHODS
+from torchdsc.kinds import FeedForwardKind
 from torchdsc.nn import ContextOptions
 
-__all__ = ["FeedForwardKind", "ModelOptions", "split_options"]
+__all__ = ["ModelOptions", "split_options"]
 
 
 @dataclass(kw_only=True, unsafe_hash=True)

@@ -5,13 +5,13 @@ from dataclasses import FrozenInstanceError, dataclass, fields, replace
 from typing import Any, Literal, Self, TypedDict
 
 from torchdsc.arguments import check_at_least, check_finite, check_not_negative, check_positive, check_types
+from torchdsc.kinds import RouterKind
 from torchdsc.ops.compose.api import Implementation
 from torchdsc.ops.gate import GateKind
 from torchdsc.ops.ngrams import check_orders
 
 from .regularizers import RegularizerWeights
 
-RouterKind = Literal["linear", "low_rank", "product_key", "ngram"]
 RouterInput = Literal["hidden", "embeddings"]
 RouterNorm = Literal["layer", "layer_affine", "none"]
 Activation = Literal["none", "relu"]

@@ -5,7 +5,8 @@ from __future__ import annotations
 from math import floor
 from typing import Any
 
-from torchdsc.baselines.methods import METHODS, FeedForwardKind
+from torchdsc.baselines.methods import METHODS
+from torchdsc.kinds import FeedForwardKind
 
 from .plan import Budget, Plan
 from .solvers import SOLVERS

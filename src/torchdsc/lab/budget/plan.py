@@ -7,7 +7,8 @@ from math import isfinite
 from typing import Any
 
 from torchdsc.arguments import own_copies
-from torchdsc.baselines.methods import METHODS, FeedForwardKind
+from torchdsc.baselines.methods import METHODS
+from torchdsc.kinds import FeedForwardKind
 
 # Plans that miss a target by more than this share of it are reported.
 MISS_TO_SAY = 0.01

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from torchdsc.baselines.methods import METHODS, FeedForwardKind
+from torchdsc.baselines.methods import METHODS
+from torchdsc.kinds import FeedForwardKind
 
 from .plan import Budget, Plan, feed_forward_parameters
 

@@ -20,8 +20,8 @@ from transformers import (
 )
 
 import torchdsc.adapters  # noqa: F401  Makes the adapters known to PEFT.
-from torchdsc.convert import load_converted
-from torchdsc.convert.saving import CONVERSIONS
+from torchdsc.conversion import load_converted
+from torchdsc.conversion.saving import CONVERSIONS
 from torchdsc.lab.training.environment import quiet_transformers
 from torchdsc.lab.training.loading import load_model
 from torchdsc.models import DSCGPTForCausalLM

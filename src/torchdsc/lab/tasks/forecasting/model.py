@@ -10,7 +10,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import ModelOutput
 
-from torchdsc.baselines.methods import FeedForwardKind
+from torchdsc.kinds import FeedForwardKind
 from torchdsc.losses.host import regularized
 from torchdsc.models.feed_forward import build_feed_forward
 from torchdsc.models.initialization import initialize, mark_residual_writers

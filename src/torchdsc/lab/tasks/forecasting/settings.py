@@ -1,20 +1,20 @@
 """Settings of a run: series, budget, feed-forward layer, model and schedule."""
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from torchdsc.baselines.methods import METHODS, FeedForwardKind
-from torchdsc.lab.budget import Budget
+from torchdsc.kinds import FeedForwardKind
 from torchdsc.lab.schema import Count, Model, Name, Rate, shorten
+
+if TYPE_CHECKING:
+    from torchdsc.lab.budget import Budget
 
 __all__ = ["Attention", "Settings", "check_feed_forward_options"]
 
 Attention = Literal["full", "causal"]
 _Share = Annotated[float, Field(ge=0, lt=1)]
-# Of the model around its layers: what sees token embeddings or ids, or what layers share. A static layer is a part.
-_AROUND = frozenset().union(*(method.model_options for method in METHODS.values())) - {"static"}
 
 
 class Settings(Model):
@@ -143,8 +143,10 @@ class Settings(Model):
         return (self.look_back - self.patch_length) // self.stride + 1
 
     @property
-    def budget(self) -> Budget:
+    def budget(self) -> "Budget":
         """The budget of the solver; embedding of patches, positions and head are outside the blocks."""
+        from torchdsc.lab.budget import Budget
+
         embedding = (self.patch_length + self.n_patches) * self.d_model
         head = (self.n_patches * self.d_model + 1) * self.horizon
         return Budget(self.total, self.active, self.d_model, self.n_layer, outside=embedding + head)
@@ -156,8 +158,14 @@ def check_feed_forward_options(options: Mapping[str, Any]) -> None:
     Raises:
         ValueError: If there is one; it names it.
     """
+    if not options:
+        return
+    from torchdsc.baselines.methods import METHODS
+
+    # Of the model around its layers: what sees token embeddings or ids, or what layers share. A static layer is a part.
+    around = frozenset().union(*(method.model_options for method in METHODS.values())) - {"static"}
     for name, value in options.items():
-        if name in _AROUND or (name, value) == ("router", "ngram"):
+        if name in around or (name, value) == ("router", "ngram"):
             raise ValueError(
                 f"feed_forward must be options of a layer that sees its own input alone, as patches have no token "
                 f"embeddings or ids, got {name} = {shorten(value)}"

@@ -1,13 +1,14 @@
 """Settings of a run: corpus, budget, feed-forward layer, model and schedule."""
 
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from torchdsc.baselines.methods import FeedForwardKind
-from torchdsc.lab.budget import Budget
+from torchdsc.kinds import FeedForwardKind, OptimizerKind
 from torchdsc.lab.schema import Count, Model, Name, Rate
-from torchdsc.optim import OptimizerKind
+
+if TYPE_CHECKING:
+    from torchdsc.lab.budget import Budget
 
 __all__ = ["Settings"]
 
@@ -115,8 +116,10 @@ class Settings(Model):
         """The settings that its tokens depend on."""
         return self.corpus, self.preparation, self.max_bytes, self.tokenizer, self.vocab_size, self.window
 
-    def budget(self, vocab_size: int) -> Budget:
+    def budget(self, vocab_size: int) -> "Budget":
         """The budget of the solver, for a vocabulary of ``vocab_size`` tokens."""
+        from torchdsc.lab.budget import Budget
+
         return Budget(self.total, self.active, self.d_model, self.n_layer, vocab_size, self.window)
 
     def doubts(self) -> list[str]:
