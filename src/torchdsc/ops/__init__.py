@@ -4,6 +4,7 @@ from .compose import compose
 from .frame import frame_potential
 from .gate import gate
 from .latents import latents
+from .native import build_name
 from .ngrams import ngram_codes, ngram_rows
 from .product_key import select_product_key
 from .route import route
@@ -12,6 +13,7 @@ from .short_convolution import short_convolution
 
 __all__ = [
     "Selection",
+    "build_name",
     "compose",
     "frame_potential",
     "gate",

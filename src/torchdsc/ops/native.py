@@ -35,7 +35,10 @@ _native = _load()
 
 
 def build_name() -> str | None:
-    """Name of the build in use, which last bits of results depend on; None without one."""
+    """Name of the compiled build in use, for the processor at hand; None where none was built or fits.
+
+    ``_native_avx512``, ``_native_avx2`` or ``_native``. Last bits of results depend on it.
+    """
     return None if _native is None else _native.__name__.rpartition(".")[2]
 
 
