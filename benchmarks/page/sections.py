@@ -289,6 +289,12 @@ SECTIONS = {
         sparse.tables,
         lambda result: {},
     ),
+    "ablations": Section(
+        "Parts of the paper's layer in whole models",
+        "The same for the preset `ablations` (d 64, 4 layers, M 256): one thing changed at a time, K among them.",
+        sparse.tables,
+        lambda result: {},
+    ),
     "diagnostics": Section(
         "Diagnostics",
         "A step of training around which the routed layers are measured (`torchdsc.diagnostics.Diagnostics`), over the "

@@ -18,6 +18,7 @@ _REGISTERED = {
     "model": "model:MODEL",
     "sparse": "sparse:SPARSE",
     "sparse_ratios": "sparse:SPARSE_RATIOS",
+    "ablations": "sparse:ABLATIONS",
     "diagnostics": "diagnostics:DIAGNOSTICS",
     "memory": "memory:MEMORY",
     "compose": "compose:COMPOSE",

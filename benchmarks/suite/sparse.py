@@ -1,4 +1,4 @@
-"""Whole models of the sparse presets, as the first trial of each variant has them: equal active parameters, timed.
+"""Whole models of presets, as the first trial of each variant has them, timed.
 
 A forward pass in evaluation, and a whole step of training. Tokens are random and weights new: what a corpus would
 change is how often n-grams, and so rows of banks and tables, come again.
@@ -22,9 +22,9 @@ from torchdsc.optim import clip_grad_norm
 from .layer import EXPERT_KERNELS, GATHERS_EXPERTS
 
 # Preset, and the variant whose time is compared.
-SUBJECTS = {"sparse": "DSC by n-grams", "sparse-ratios": "DSC by n-grams, 16"}
+SUBJECTS = {"sparse": "DSC by n-grams", "sparse-ratios": "DSC by n-grams, 16", "ablations": "DSC"}
 # By what quick runs divide the parameters: product keys of the smaller preset would not fit in an eighth.
-_SHARES = {"sparse": 8, "sparse-ratios": 6}
+_SHARES = {"sparse": 8, "sparse-ratios": 6, "ablations": 7}
 BATCH = 8
 KINDS = ("forward", "training")
 
@@ -70,7 +70,8 @@ def run_settings(preset: str, *, quick: bool) -> dict[str, RunSettings]:
     experiment = build(Experiment, read_experiment(preset))
     found = {}
     for variant in experiment.variants:
-        job = Job(variant.name, variant.trials[0], next(iter(experiment.cases)), seed=0, is_trial=False)
+        first = next(iter(variant.trials), {})
+        job = Job(variant.name, first, next(iter(experiment.cases)), seed=0, is_trial=False)
         settings = experiment.settings_of(job)
         found[variant.name] = _small(settings, _SHARES[preset]) if quick else settings
     return found
@@ -144,6 +145,12 @@ _TESTS = (
 )
 _WORDS = "at equal active parameters: a forward pass, and a step of training"
 SPARSE = Benchmark("sparse", f"whole models of the preset sparse, {_WORDS}", _TESTS, partial(_cases, "sparse"))
+ABLATIONS = Benchmark(
+    "ablations",
+    "whole models of the preset ablations: a forward pass, and a step of training",
+    _TESTS,
+    partial(_cases, "ablations"),
+)
 SPARSE_RATIOS = Benchmark(
     "sparse_ratios", f"whole models of the preset sparse-ratios, {_WORDS}", _TESTS, partial(_cases, "sparse-ratios")
 )

@@ -128,6 +128,10 @@ def sparse_ratios():
     return {**sparse(), "benchmark": "sparse_ratios"}
 
 
+def ablations():
+    return {**sparse(), "benchmark": "ablations"}
+
+
 def traffic():
     rows, counted = [], []
     for width, tokens in product((96, 192), (1, 4096)):
@@ -204,6 +208,7 @@ ALL = {
         model,
         sparse,
         sparse_ratios,
+        ablations,
         diagnostics,
         traffic,
         memory,

@@ -111,6 +111,12 @@ class TestCases:
             next(cases)
 
 
+@pytest.mark.parametrize("preset", SUBJECTS)
+def test_quick_models_of_every_preset_can_be_built(preset):
+    for name, settings in run_settings(preset, quick=True).items():
+        assert make_plan(settings, settings.vocab_size).params_total > 0, name
+
+
 def test_a_step_is_that_of_a_training_loop(run):
     settings = run_settings("sparse", quick=True)[SUBJECT]
     model = copy.deepcopy(run.model)
