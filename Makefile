@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: compare test check lint types claims bench experiment clean
+.PHONY: compare test check lint types docs claims bench experiment clean
 
 compare: .venv/ready
 	$(BIN)/torchdsc run quick $(ARGS)
@@ -10,7 +10,7 @@ compare: .venv/ready
 test: .venv/ready
 	$(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
 
-check: lint types test
+check: lint types docs test
 
 lint: .venv/ready
 	$(BIN)/ruff format --check .
@@ -18,6 +18,10 @@ lint: .venv/ready
 
 types: .venv/ready
 	$(BIN)/mypy
+
+# The documentation's site, in runs/site; a link that leads nowhere is an error.
+docs: .venv/ready
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 # docs/claims.md, from the committed records.
 claims: .venv/ready

@@ -93,8 +93,9 @@ class DSCAdapterConfig(AdapterConfig, DSCFields, ContextFields):
     Args:
         share_bank: One bank for all target modules of the same sizes, instead of one for each.
         share_router: One router for all target modules of the same sizes. Short convolutions are not shared.
-        **options: Fields of :class:`torchdsc.DSCOptions`, some with other defaults, and of
-            :class:`torchdsc.nn.ContextOptions`.
+
+    Fields of :class:`torchdsc.DSCOptions`, some with other defaults, and of :class:`torchdsc.nn.ContextOptions` are
+    arguments too.
 
     Raises:
         TypeError: If a field has another type.
