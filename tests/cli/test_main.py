@@ -10,7 +10,7 @@ from torchdsc.cli import main as cli_main
 from torchdsc.lab.experiment.config import read_experiment
 from torchdsc.lab.experiment.presets import preset_names
 
-COMMANDS = ("run", "report", "presets", "budget", "inspect", "generate", "bench")
+COMMANDS = ("run", "report", "presets", "budget", "inspect", "generate", "serve", "bench")
 
 
 class TestHelp:
@@ -69,7 +69,7 @@ class TestHelp:
 
 class TestErrors:
     def test_unknown_command(self, fails):
-        known = "torchdsc: command must be one of run, report, presets, budget, inspect, generate, bench"
+        known = "torchdsc: command must be one of run, report, presets, budget, inspect, generate, serve, bench"
         assert fails("repor") == f"{known}, got 'repor' (did you mean report?)"
         assert fails("xyz") == f"{known}, got 'xyz'"
 

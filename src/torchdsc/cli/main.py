@@ -14,6 +14,7 @@ _COMMANDS = {
     "budget": ("torchdsc.cli.budget", "solve the widths of each method for a parameter budget"),
     "inspect": ("torchdsc.cli.inspect", "say what state a saved model or adapter is in, with a page of pictures"),
     "generate": ("torchdsc.cli.generate", "generate text with a trained model"),
+    "serve": ("torchdsc.cli.serve", "serve a saved model or adapter over an OpenAI-compatible endpoint"),
     "bench": ("torchdsc.cli.bench", "time the library against its baselines, in a checkout"),
 }
 

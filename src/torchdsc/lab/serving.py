@@ -1,0 +1,72 @@
+"""A saved model or adapter behind an OpenAI-compatible endpoint: transformers' own server."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from torchdsc.lab.inspection.loading import Saved, load_saved
+
+__all__ = ["serve"]
+
+
+def serve(
+    folder: str | Path, *, base: str | None = None, host: str = "localhost", port: int = 8000, device: str = "auto"
+) -> None:
+    """Serve a model until the process is interrupted.
+
+    Transformers' server looks for architectures among its own alone. Here it is given the loaded model: a DSCGPT, a
+    converted model, or an adapter on its base. Requests call it by the name of its folder.
+
+    Args:
+        folder: See :func:`torchdsc.lab.inspection.load_saved`.
+        base: The base model of an adapter; by default the one that it names.
+        host: To listen on.
+        port: The same; 0 to 65535.
+        device: "auto" for an accelerator where there is one, or torch's name of a device.
+
+    Raises:
+        ImportError: If the extra "serve" is missing.
+        FileNotFoundError: If there is no model.
+        ValueError: If there is no tokenizer beside the model, or it is none of ours.
+    """
+    try:
+        import uvicorn  # noqa: F401
+        from transformers.cli import serve as server
+        from transformers.cli.serving import model_manager
+    except ImportError as error:
+        raise ImportError("serving needs fastapi and uvicorn: pip install 'torchdsc[serve]'") from error
+    if not 0 <= port <= 65535:
+        raise ValueError(f"port must be 0 to 65535, got {port}")
+    saved = load_saved(folder, base=base)
+    if saved.tokenizer is None:
+        raise ValueError(f"folder must hold a tokenizer beside its model, and there is none in {saved.folder}")
+    if device == "auto":
+        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        device = "cpu" if accelerator is None else accelerator.type
+    saved.model.to(device)
+
+    class Manager(model_manager.ModelManager):
+        """Knows one model, which is loaded."""
+
+        _load_model, _load_processor = _returning(saved.model), _returning(saved.tokenizer)
+
+    # What the server makes its manager of.
+    own, model_manager.ModelManager = model_manager.ModelManager, Manager
+    print(f"{saved.kind} {_name(saved)!r} at http://{host}:{port}/v1", flush=True)
+    try:
+        server.Serve(force_model=_name(saved), device=device, host=host, port=port)
+    finally:
+        model_manager.ModelManager = own
+
+
+def _returning(value: Any) -> Any:
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return value
+
+    return method
+
+
+def _name(saved: Saved) -> str:
+    """What the server calls the model, without the sign that begins a revision."""
+    return saved.folder.resolve().name.replace("@", "-")

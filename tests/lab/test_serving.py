@@ -1,0 +1,91 @@
+"""Saved models behind the endpoint stream what they generate."""
+
+import json
+import socket
+import subprocess
+import sys
+import time
+from urllib.error import URLError
+from urllib.request import Request, urlopen
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+import torchdsc
+from torchdsc.lab.inspection import load_saved
+from torchdsc.lab.serving import serve
+from torchdsc.models import DSCGPTConfig, DSCGPTForCausalLM
+
+SIZES = {"vocab_size": 5, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+
+
+def dscgpt():
+    layer = torchdsc.recommended("ngrams", num_atoms=60)
+    return DSCGPTForCausalLM(
+        DSCGPTConfig(**SIZES, intermediate_size=16, initializer_range=0.5, feed_forward_options=layer)
+    )
+
+
+def converted():
+    model = LlamaForCausalLM(LlamaConfig(**SIZES, intermediate_size=48, initializer_range=0.5))
+    torchdsc.convert(model, num_atoms=40, top_k=4, gamma_init=1.0)
+    return model
+
+
+@pytest.fixture
+def folder(tmp_path):
+    words = Tokenizer(models.WordLevel({letter: place for place, letter in enumerate("abcd ")}, "a"))
+    words.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(tmp_path / "served")
+    return tmp_path / "served"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("build", [dscgpt, converted], ids=lambda build: build.__name__)
+def test_a_completion_is_streamed(folder, build):
+    torch.manual_seed(0)
+    build().save_pretrained(folder)
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "torchdsc", "serve", str(folder), "--device", "cpu", "--port", str(port)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as server:
+        try:
+            wait_for(f"http://localhost:{port}/health", server)
+            wanted = {"model": folder.name, "prompt": "abc", "stream": True, "max_tokens": 8, "temperature": 0}
+            headers = {"content-type": "application/json"}
+            request = Request(f"http://localhost:{port}/v1/completions", json.dumps(wanted).encode(), headers)
+            with urlopen(request, timeout=60) as answer:
+                events = [json.loads(line[6:]) for line in answer if line.startswith(b"data: {")]
+        finally:
+            server.terminate()
+    parts = [event["choices"][0]["text"] for event in events]
+    saved = load_saved(folder)
+    ids = saved.tokenizer("abc", return_tensors="pt")["input_ids"]
+    expected = saved.model.generate(ids, max_new_tokens=8, do_sample=False)[0, ids.shape[1] :]
+    assert len(parts) > 2, "in parts"
+    assert "".join(parts).replace(" ", "") == saved.tokenizer.decode(expected).replace(" ", "")
+
+
+def wait_for(url, server):
+    for _ in range(240):
+        try:
+            with urlopen(url, timeout=5):
+                return
+        except URLError:
+            assert server.poll() is None, server.stdout.read()
+            time.sleep(0.25)
+    raise TimeoutError(url)
+
+
+def test_a_model_without_a_tokenizer_is_refused(tmp_path):
+    dscgpt().save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match="folder must hold a tokenizer beside its model, and there is none in"):
+        serve(tmp_path / "model")
+
+
+def test_bad_port(folder):
+    with pytest.raises(ValueError, match="port must be 0 to 65535, got 70000"):
+        serve(folder, port=70000)
