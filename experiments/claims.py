@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
 from textwrap import wrap
 from typing import Any
 
@@ -115,11 +115,29 @@ def faster(benchmark: str, others: str, tokens: int = 1) -> Found:
     return f"{text} of its time", verdict
 
 
-def norms(experiment: str) -> Found:
+def at_most(experiment: str, variant: str, key: str, limit: float, decimals: int = 2) -> Found:
+    """Whether a figure lies below a limit with every seed."""
+    found = [value for by_seed in values(experiment, variant, key).values() for value in by_seed.values()]
+    verdict = YES if max(found) <= limit else NO if min(found) > limit else OPEN
+    return f"{format_mean(found, decimals)} ({len(found)} seeds), limit {limit:g}", verdict
+
+
+def steady(experiment: str, times: float) -> Found:
+    """Whether norms of gradients, before clipping, stay within so many times the median of their run after warm-up."""
+    peaks = []
+    for run in results(experiment).runs:
+        norms = [point["grad_norm"] for point in run["train_curve"] if point["step"] > run["config"]["warmup_steps"]]
+        peaks.append(max(norms) / median(norms))
+    text = f"largest over median: {fmean(peaks):.1f} in the mean, {max(peaks):.1f} at most, {len(peaks)} runs"
+    return text, YES if max(peaks) <= times else NO
+
+
+def norms(experiment: str, key: str = "measured_norm") -> Found:
     """Whether measured norms stay below their bounds, at every measurement of every run."""
     points = [point for run in results(experiment).runs for point in (run["routing"] or {"history": []})["history"]]
-    ratios = [point["measured_norm"] / point["certified_norm"] for point in points if "measured_norm" in point]
-    text = f"|dW| over its bound: {fmean(ratios):.2f} in the mean, {max(ratios):.2f} at most"
+    ratios = [point[key] / point["certified_norm"] for point in points if key in point]
+    words = {"measured_norm": "|dW|", "local_lipschitz": "local Lipschitz constant"}[key]
+    text = f"{words} over its bound: {fmean(ratios):.2f} in the mean, {max(ratios):.2f} at most"
     return f"{text}, {len(ratios)} means over layers of the largest of 64 tokens", YES if max(ratios) <= 1 else NO
 
 
@@ -139,7 +157,9 @@ def _in_words(difference: Interval, own: dict[str, dict[int, float]], decimals: 
     return f"{format_interval(difference, decimals)} ({seeds} seed{'s' if seeds > 1 else ''})"
 
 
-JUDGES: dict[str, Callable[..., Found]] = {judged.__name__: judged for judged in (below, above, faster, norms, traffic)}
+JUDGES: dict[str, Callable[..., Found]] = {
+    judged.__name__: judged for judged in (below, above, at_most, steady, faster, norms, traffic)
+}
 
 
 def read_claims() -> list[Claim]:
