@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+import torch._dynamo.testing
 import transformers
 from torch.nn import functional
 
@@ -234,6 +235,32 @@ def test_compiles_to_one_graph(kind, checkpointed, backend, make_training, step)
     compiled.backward()
     torch.testing.assert_close(compiled, loss)
     torch.testing.assert_close(gradients(model), expected, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "is_trained", "dynamic"),
+    [
+        *(("dsc", True, True), ("dsc", True, None), ("dsc", False, None)),
+        *(("dsc, embeddings", True, None), ("dsc, n-grams", True, None), ("mixture_of_loras", True, True)),
+    ],
+)
+def test_does_not_compile_anew_for_other_sizes(kind, is_trained, dynamic, make_training):
+    model = make_training(kind, dtype=torch.float32, num_hidden_layers=1).train(is_trained)
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, fullgraph=True, backend=counter, dynamic=dynamic)
+    graphs = []
+    for batch, length in ((2, 9), (3, 12), (5, 7), (4, 15)):
+        ids = torch.randint(model.config.vocab_size, (batch, length))
+        with torch.set_grad_enabled(is_trained):
+            loss = compiled(input_ids=ids, labels=ids, use_cache=False).loss
+        if is_trained:
+            loss.backward()
+        torch.testing.assert_close(loss, model(input_ids=ids, labels=ids, use_cache=False).loss)
+        graphs.append(counter.frame_count)
+    # Once for the first size, and once for any.
+    assert graphs[0] <= graphs[1] == graphs[-1] == 2
 
 
 class TestAccumulation:

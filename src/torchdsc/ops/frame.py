@@ -21,7 +21,9 @@ def frame_potential(rows: Tensor, eps: float = 1e-6) -> Tensor:
     """
     with torch.autocast(rows.device.type, enabled=False):
         precise = rows.to(torch.promote_types(rows.dtype, torch.float32))
-        potential: Tensor = _FramePotential.apply(precise, eps)  # type: ignore[no-untyped-call]
+        # Compiled for dynamic sizes, a number of a module is a symbol, which no autograd function takes.
+        least = precise.new_full((), eps) if torch.compiler.is_compiling() else eps
+        potential: Tensor = _FramePotential.apply(precise, least)  # type: ignore[no-untyped-call]
         return potential
 
 
@@ -32,7 +34,7 @@ class _FramePotential(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, eps: float) -> Tensor:
+    def forward(ctx: Any, rows: Tensor, eps: float | Tensor) -> Tensor:
         norms = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
         scale = norms.clamp_min(eps).reciprocal_()
         unit = rows * scale
