@@ -26,11 +26,6 @@ from torchdsc.lab.figures.style import to_svg
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "claims.md"
-# Of the paper's methods over training: file, experiment, curve, figure in it and its name.
-FIGURES = (
-    ("claims-paper-enwiki.svg", "paper-enwiki", "train_curve", "task_loss", "training loss"),
-    ("claims-small.svg", "small", "curve", "val_loss", "validation loss"),
-)
 PAPER_METHODS = ("Dense", "Standard MoE", "DSC")
 # Of the page.
 _WIDTH = 120
@@ -162,11 +157,13 @@ JUDGES: dict[str, Callable[..., Found]] = {
 }
 
 
+STATED = yaml.safe_load((ROOT / "experiments" / "claims.yaml").read_text(encoding="utf-8"))
+
+
 def read_claims() -> list[Claim]:
     """The claims of ``claims.yaml``, in its order."""
-    rows = yaml.safe_load((ROOT / "experiments" / "claims.yaml").read_text(encoding="utf-8"))
     found = []
-    for row in rows:
+    for row in STATED["claims"]:
         ((kind, arguments),) = ((name, row[name]) for name in JUDGES if name in row)
         found.append(Claim(row["claim"], row["source"], partial(JUDGES[kind], **arguments), row["command"]))
     return found
@@ -223,29 +220,26 @@ def table_1() -> list[str]:
 
 
 def training_figures() -> list[str]:
-    """Loss over training of the paper's methods, as we measured it."""
-    lines = [
-        "## Loss over training",
-        "",
-        *wrap(
-            "Of the paper's methods, here: at its size over 120 steps (training loss), and in `small` over 1,200 "
-            "(validation loss). The paper's Figure 1 is not redrawn: this project has no numbers of it.",
-            _WIDTH,
-        ),
-    ]
-    for file, name, _, _, words in FIGURES:
-        lines += ["", f"![{words} of {', '.join(PAPER_METHODS)} over the steps of {name}](figures/{file})"]
+    """What is drawn over training, with its text."""
+    lines = ["## Over training"]
+    for row in STATED["figures"]:
+        lines += ["", *wrap(row["text"], _WIDTH), "", f"![{_described(row)}](figures/{row['file']})"]
     return lines
+
+
+def _described(row: dict[str, Any]) -> str:
+    return f"{row['name']} over the steps of {row['experiment']}: {', '.join(row['variants'])}"
 
 
 def draw() -> dict[str, str]:
     """The figures as SVG, by file."""
     drawn = {}
-    for file, name, curve, key, words in FIGURES:
-        figure = Page(results(name)).draw_curves(Group("", list(PAPER_METHODS)), curve, key, words)
+    for row in STATED["figures"]:
+        page = Page(results(row["experiment"]))
+        figure = page.draw_curves(Group("", row["variants"]), row["curve"], row["key"], row["name"])
         assert figure is not None
-        svg = to_svg(figure, file.removesuffix(".svg"), f"{words} over steps: {', '.join(PAPER_METHODS)}")
-        drawn[file] = svg.replace("<svg ", '<svg style="background: white; font-family: sans-serif" ', 1)
+        svg = to_svg(figure, row["file"].removesuffix(".svg"), _described(row))
+        drawn[row["file"]] = svg.replace("<svg ", '<svg style="background: white; font-family: sans-serif" ', 1)
     return drawn
 
 
