@@ -30,7 +30,7 @@ if WANTED == "0" or (WANTED == "auto" and sys.platform == "win32"):
 
 
 class BuildExtensions(build_ext):
-    """Without the paths of the Python that builds, which are those of one machine."""
+    """Without the paths of the Python that builds, which are those of one machine (nor, by -g0, of the sources)."""
 
     def build_extensions(self) -> None:
         """See setuptools."""
@@ -63,7 +63,7 @@ setup(
             sorted(str(path) for path in SOURCES.glob("*.c")),
             depends=[str(SOURCES / "native.h")],
             libraries=[] if sys.platform == "win32" else ["m"],
-            extra_compile_args=["-O3", "-fno-math-errno", "-fno-trapping-math", *processor, *OPENMP],
+            extra_compile_args=["-O3", "-g0", "-fno-math-errno", "-fno-trapping-math", *processor, *OPENMP],
             extra_link_args=OPENMP,
             define_macros=[("Py_LIMITED_API", "0x030B0000"), ("MODULE", name)],
             py_limited_api=True,

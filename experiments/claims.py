@@ -8,6 +8,7 @@ seed whose 95 % interval leaves zero out.
 """
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
@@ -63,7 +64,9 @@ def values(name: str, variant: str, key: str | None = None) -> dict[str, dict[in
     found: dict[str, dict[int, float]] = {}
     own = results(name)
     for run in own.runs_of(variant):
-        known = run if key is None or key in run else run["routing"]["history"][-1]
+        known = run if key is None or key in run else (run["routing"] or {"history": [{}]})["history"][-1]
+        if key is not None and key not in known:
+            raise ValueError(f"records of {variant!r} in {name} must have {key}, and have none")
         found.setdefault(run["case"], {})[run["seed"]] = known[key or own.task.measure.key]
     return found
 
@@ -117,22 +120,30 @@ def at_most(experiment: str, variant: str, key: str, limit: float, decimals: int
     return f"{format_mean(found, decimals)} ({len(found)} seeds), limit {limit:g}", verdict
 
 
-def steady(experiment: str, times: float) -> Found:
-    """Whether norms of gradients, before clipping, stay within so many times the median of their run after warm-up."""
+def steady(experiment: str, method: str, times: float) -> Found:
+    """Whether the logged norms of gradients, before clipping, stay within so many times the median after warm-up.
+
+    Of all runs of a method; one that diverged is not steady.
+    """
     peaks = []
     for run in results(experiment).runs:
-        norms = [point["grad_norm"] for point in run["train_curve"] if point["step"] > run["config"]["warmup_steps"]]
-        peaks.append(max(norms) / median(norms))
+        if run["method"] == method:
+            after = [point for point in run["train_curve"] if point["step"] > run["config"]["warmup_steps"]]
+            found = [point["grad_norm"] for point in after if "grad_norm" in point]
+            if not found:
+                raise ValueError(f"records of {experiment} must have norms of gradients, and have none")
+            diverged = run["diverged_at_step"] is not None
+            peaks.append(math.inf if diverged else max(found) / median(found))
     text = f"largest over median: {fmean(peaks):.1f} in the mean, {max(peaks):.1f} at most, {len(peaks)} runs"
     return text, YES if max(peaks) <= times else NO
 
 
 def norms(experiment: str, key: str = "measured_norm") -> Found:
-    """Whether measured norms stay below their bounds, at every measurement of every run."""
+    """Whether measured norms stay below the bound of |dW|, at every measurement of every run."""
     points = [point for run in results(experiment).runs for point in (run["routing"] or {"history": []})["history"]]
     ratios = [point[key] / point["certified_norm"] for point in points if key in point]
     words = {"measured_norm": "|dW|", "local_lipschitz": "local Lipschitz constant"}[key]
-    text = f"{words} over its bound: {fmean(ratios):.2f} in the mean, {max(ratios):.2f} at most"
+    text = f"{words} over the bound of |dW|: {fmean(ratios):.2f} in the mean, {max(ratios):.2f} at most"
     return f"{text}, {len(ratios)} means over layers of the largest of 64 tokens", YES if max(ratios) <= 1 else NO
 
 

@@ -60,3 +60,41 @@ def test_figures_are_the_experiments_own():
     found = claims.values("small", "DSC")
     runs = claims.results("small").runs_of("DSC")
     assert found == {runs[0]["case"]: {run["seed"]: run["val_loss_final"] for run in runs}}
+
+
+class Made:
+    """Records made by hand."""
+
+    def __init__(self, *norms, diverged=None):
+        curve = [{"step": step, "grad_norm": norm} for step, norm in enumerate(norms, 1)]
+        curve += [] if diverged is None else [{"step": diverged, "loss": float("nan")}]
+        run = {"method": "dsc", "train_curve": curve, "config": {"warmup_steps": 1}, "diverged_at_step": diverged}
+        self.runs = [run | {"routing": None, "case": "", "seed": 0}]
+
+    def runs_of(self, variant):
+        return self.runs
+
+
+@pytest.mark.parametrize(
+    ("made", "verdict"),
+    [
+        (Made(90.0, 1.0, 2.0, 3.0), "supported"),
+        (Made(1.0, 1.0, 1.0, 1.0, 30.0), "not supported"),
+        (Made(1.0, 1.0, 1.0, diverged=4), "not supported"),
+    ],
+)
+def test_gradients_are_judged_after_warm_up(made, verdict, monkeypatch):
+    monkeypatch.setattr(claims, "results", lambda name: made)
+    assert claims.steady("made", "dsc", 5)[1] == verdict
+
+
+def test_what_records_do_not_have_is_named():
+    with pytest.raises(ValueError, match="records of 'Dense' in small must have kept, and have none"):
+        claims.at_most("small", "Dense", "kept", 1.0)
+    with pytest.raises(ValueError, match="records of small must have norms of gradients"):
+        claims.steady("small", "dsc", 5)
+
+
+@pytest.mark.parametrize(("limit", "verdict"), [(5.0, "supported"), (4.4, "not supported"), (4.43, "not decided")])
+def test_limits(limit, verdict):
+    assert claims.at_most("small", "DSC", "val_loss_final", limit)[1] == verdict

@@ -199,6 +199,16 @@ class TestSensitivities:
         layer(torch.randn(9, 6))
         assert diagnostics.sensitivities() == {}
 
+    @pytest.mark.parametrize("name", ["bank.u", "gamma", "router.weight"])
+    def test_leave_out_layers_that_a_step_has_spoilt(self, name):
+        layer = DSC(6, 5, num_atoms=12, top_k=2)
+        diagnostics = Diagnostics(layer)
+        diagnostics.begin()
+        layer(torch.randn(9, 6))
+        with torch.no_grad():
+            layer.get_parameter(name)[0] = torch.nan
+        assert diagnostics.sensitivities() == {}
+
     def test_leave_out_inputs_that_are_not_finite(self):
         layer = DSC(6, 5, num_atoms=12, top_k=2)
         diagnostics = Diagnostics(layer)

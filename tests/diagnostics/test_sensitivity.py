@@ -33,6 +33,15 @@ def test_local_lipschitz_is_that_of_the_jacobian(layer, x, gate):
     assert found.fixed_norm != pytest.approx(found.local_lipschitz, rel=1e-3)
 
 
+def test_of_an_update_that_is_zero_and_of_no_gate_there_is_no_figure(x):
+    zero = DSC(10, 7, num_atoms=24, top_k=3, gamma_init=0.0, dtype=torch.float64)
+    assert sensitivity(zero, x).noise_norm is None
+    ungated = DSC(10, 7, num_atoms=24, top_k=3, gate="none", dtype=torch.float64)
+    found = sensitivity(ungated, x)
+    assert found.gate is found.noise_gate is None
+    assert found.noise_norm > 0
+
+
 def test_without_a_router_that_moves_it_is_the_fixed_norm(layer, x):
     torch.nn.init.zeros_(layer.router.weight)
     layer.router.bias = torch.nn.Parameter(torch.randn(24, dtype=torch.float64))

@@ -10,10 +10,12 @@ from urllib.request import Request, urlopen
 
 import pytest
 import torch
+from peft import get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import torchdsc
+from torchdsc.adapters import DSCAdapterConfig
 from torchdsc.lab.inspection import load_saved
 from torchdsc.lab.serving import serve
 from torchdsc.models import DSCGPTConfig, DSCGPTForCausalLM
@@ -21,17 +23,24 @@ from torchdsc.models import DSCGPTConfig, DSCGPTForCausalLM
 SIZES = {"vocab_size": 5, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 
 
-def dscgpt():
+def dscgpt(base=None):
     layer = torchdsc.recommended("ngrams", num_atoms=60)
     return DSCGPTForCausalLM(
         DSCGPTConfig(**SIZES, intermediate_size=16, initializer_range=0.5, feed_forward_options=layer)
     )
 
 
-def converted():
+def converted(base):
     model = LlamaForCausalLM(LlamaConfig(**SIZES, intermediate_size=48, initializer_range=0.5))
     torchdsc.convert(model, num_atoms=40, top_k=4, gamma_init=1.0)
     return model
+
+
+def adapted(base):
+    LlamaForCausalLM(LlamaConfig(**SIZES, intermediate_size=48, initializer_range=0.5)).save_pretrained(base)
+    model = LlamaForCausalLM.from_pretrained(base)
+    config = DSCAdapterConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], num_atoms=24, top_k=2, gamma_init=1.0)
+    return get_peft_model(model, config)
 
 
 @pytest.fixture
@@ -43,10 +52,10 @@ def folder(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("build", [dscgpt, converted], ids=lambda build: build.__name__)
-def test_a_completion_is_streamed(folder, build):
+@pytest.mark.parametrize("build", [dscgpt, converted, adapted], ids=lambda build: build.__name__)
+def test_a_completion_is_streamed(folder, build, tmp_path):
     torch.manual_seed(0)
-    build().save_pretrained(folder)
+    build(tmp_path / "base").save_pretrained(folder)
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -57,6 +66,8 @@ def test_a_completion_is_streamed(folder, build):
             wanted = {"model": folder.name, "prompt": "abc", "stream": True, "max_tokens": 8, "temperature": 0}
             headers = {"content-type": "application/json"}
             request = Request(f"http://localhost:{port}/v1/completions", json.dumps(wanted).encode(), headers)
+            with urlopen(f"http://localhost:{port}/v1/models", timeout=60) as answer:
+                assert [each["id"] for each in json.load(answer)["data"]] == [folder.name]
             with urlopen(request, timeout=60) as answer:
                 events = [json.loads(line[6:]) for line in answer if line.startswith(b"data: {")]
         finally:
@@ -87,5 +98,5 @@ def test_a_model_without_a_tokenizer_is_refused(tmp_path):
 
 
 def test_bad_port(folder):
-    with pytest.raises(ValueError, match="port must be 0 to 65535, got 70000"):
+    with pytest.raises(ValueError, match="port must be 1 to 65535, got 70000"):
         serve(folder, port=70000)

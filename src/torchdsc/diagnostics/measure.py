@@ -99,7 +99,10 @@ class Diagnostics:
         found: dict[RoutedLayer, Sensitivity] = {}
         for watch in self._watches:
             layer, x = watch.layer, watch.own_input()
-            if isinstance(layer, DSC) and x is not None and has_sensitivity(layer):
+            if not isinstance(layer, DSC) or x is None or not has_sensitivity(layer):
+                continue
+            # Of weights that a step has spoilt there is nothing to measure.
+            if all(bool(parameter.isfinite().all()) for parameter in layer.parameters()):
                 found[layer] = sensitivity(layer, x.to(layer.parameter_dtype))
         return found
 

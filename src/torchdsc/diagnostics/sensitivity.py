@@ -10,6 +10,8 @@ from torchdsc.arguments import check_positive
 from torchdsc.bounds import spectral_norm
 from torchdsc.nn import DSC, NgramRouter
 
+from .routing import gates_of
+
 # Halvings of the way between two inputs, down to the rounding of float32.
 _HALVINGS = 24
 
@@ -25,9 +27,9 @@ class Sensitivity:
         jump: Mean size of the jump of the output where the selection first changes on such a step, over the size of
             the output there; 0 where none changes.
         noise_strength: Mean S of noise, over that of the tokens.
-        noise_gate: Mean tanh S of noise; tanh (S / K) for ``gate="mean"``.
+        noise_gate: Mean tanh S of noise; tanh (S / K) for ``gate="mean"``, None for ``gate="none"``.
         gate: The same of the tokens.
-        noise_norm: Mean |dW|_2 of noise, over that of the tokens.
+        noise_norm: Mean |dW|_2 of noise, over that of the tokens; None where that is 0, as at gamma = 0.
     """
 
     fixed_norm: float
@@ -35,9 +37,9 @@ class Sensitivity:
     changed: float
     jump: float
     noise_strength: float
-    noise_gate: float
-    gate: float
-    noise_norm: float
+    noise_gate: float | None
+    gate: float | None
+    noise_norm: float | None
 
     def as_dict(self) -> dict[str, Any]:
         """The fields, for JSON."""
@@ -92,20 +94,20 @@ def _measure(layer: DSC, x: Tensor, step: float, seed: int) -> Sensitivity:
     with torch.no_grad():
         norms, noise_norms = spectral_norm(layer, x), spectral_norm(layer, noise)
         changed, jump = _jumps(layer, x, moved)
-        own, others = layer.route(x).strength, layer.route(noise).strength
-        assert own is not None
-        assert others is not None
-        # What S is divided by before tanh.
-        divisor = layer.options.top_k if layer.options.gate == "mean" else 1
+        own_logits, other_logits = layer.route(x).logits, layer.route(noise).logits
+        assert own_logits is not None
+        assert other_logits is not None
+        own, gates = gates_of(layer, own_logits)
+        others, noise_gates = gates_of(layer, other_logits)
     return Sensitivity(
         fixed_norm=float(norms.max()),
         local_lipschitz=float(lipschitz.max()),
         changed=changed,
         jump=jump,
         noise_strength=float(others.mean() / own.mean()),
-        noise_gate=float((others / divisor).tanh().mean()),
-        gate=float((own / divisor).tanh().mean()),
-        noise_norm=float(noise_norms.mean() / norms.mean()),
+        noise_gate=None if noise_gates is None else float(noise_gates.mean()),
+        gate=None if gates is None else float(gates.mean()),
+        noise_norm=float(noise_norms.mean() / norms.mean()) if bool(norms.any()) else None,
     )
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from torchdsc.lab.inspection.loading import Saved, load_saved
+from torchdsc.lab.inspection.loading import load_saved
 
 __all__ = ["serve"]
 
@@ -16,19 +16,21 @@ def serve(
     """Serve a model until the process is interrupted.
 
     Transformers' server looks for architectures among its own alone. Here it is given the loaded model: a DSCGPT, a
-    converted model, or an adapter on its base. Requests call it by the name of its folder.
+    converted model, or an adapter on its base. Requests call it by the name of the folder that holds it ("model" in a
+    run's), which is printed and stands under ``/v1/models``. There is no authentication.
 
     Args:
         folder: See :func:`torchdsc.lab.inspection.load_saved`.
         base: The base model of an adapter; by default the one that it names.
         host: To listen on.
-        port: The same; 0 to 65535.
+        port: The same; 1 to 65535.
         device: "auto" for an accelerator where there is one, or torch's name of a device.
 
     Raises:
         ImportError: If the extra "serve" is missing.
         FileNotFoundError: If there is no model.
-        ValueError: If there is no tokenizer beside the model, or it is none of ours.
+        ValueError: If there is no tokenizer beside the model, the model is one that torchdsc knows nothing of, or
+            ``port`` is out of its range.
     """
     try:
         import uvicorn  # noqa: F401
@@ -36,8 +38,8 @@ def serve(
         from transformers.cli.serving import model_manager
     except ImportError as error:
         raise ImportError("serving needs fastapi and uvicorn: pip install 'torchdsc[serve]'") from error
-    if not 0 <= port <= 65535:
-        raise ValueError(f"port must be 0 to 65535, got {port}")
+    if not 1 <= port <= 65535:
+        raise ValueError(f"port must be 1 to 65535, got {port}")
     saved = load_saved(folder, base=base)
     if saved.tokenizer is None:
         raise ValueError(f"folder must hold a tokenizer beside its model, and there is none in {saved.folder}")
@@ -46,16 +48,20 @@ def serve(
         device = "cpu" if accelerator is None else accelerator.type
     saved.model.to(device)
 
+    # Without the sign that begins a revision.
+    name = saved.folder.resolve().name.replace("@", "-")
+
     class Manager(model_manager.ModelManager):
         """Knows one model, which is loaded."""
 
         _load_model, _load_processor = _returning(saved.model), _returning(saved.tokenizer)
+        get_gen_models = _returning([{"id": name, "object": "model", "created": 0, "owned_by": "torchdsc"}])
 
     # What the server makes its manager of.
     own, model_manager.ModelManager = model_manager.ModelManager, Manager
-    print(f"{saved.kind} {_name(saved)!r} at http://{host}:{port}/v1", flush=True)
+    print(f"{saved.kind} as {name!r} at http://{host}:{port}/v1", flush=True)
     try:
-        server.Serve(force_model=_name(saved), device=device, host=host, port=port)
+        server.Serve(force_model=name, device=device, host=host, port=port)
     finally:
         model_manager.ModelManager = own
 
@@ -65,8 +71,3 @@ def _returning(value: Any) -> Any:
         return value
 
     return method
-
-
-def _name(saved: Saved) -> str:
-    """What the server calls the model, without the sign that begins a revision."""
-    return saved.folder.resolve().name.replace("@", "-")

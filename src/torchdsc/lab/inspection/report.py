@@ -33,7 +33,7 @@ def sensitivity_table(layers: Sequence[LayerState]) -> list[list[str]]:
     return [
         [
             *(name, f"{s.fixed_norm:.3g}", f"{s.local_lipschitz:.3g}", f"{s.changed:.0%}", f"{s.jump:.2%}"),
-            *(f"{s.gate:.3f}", f"{s.noise_gate:.3f}", f"{s.noise_norm:.2f}"),
+            *(_number(s.gate), _number(s.noise_gate), _number(s.noise_norm)),
         ]
         for name, s in found
     ]
@@ -102,10 +102,11 @@ def _tables(layers: Sequence[LayerState]) -> list[tuple[str, Sequence[str], list
     return [(ranks, *table(layers)), (moves, _SENSITIVE, sensitivity_table(layers))]
 
 
-def _row(health: LayerHealth) -> list[str]:
-    def number(value: float | None, form: str = ".3g") -> str:
-        return _DASH if value is None else f"{value:{form}}"
+def _number(value: float | None, form: str = ".3g") -> str:
+    return _DASH if value is None else f"{value:{form}}"
 
+
+def _row(health: LayerHealth) -> list[str]:
     def rank(value: float | None, most: int | None) -> str:
         return _DASH if value is None else f"{value:.1f} of {most}"
 
@@ -113,10 +114,10 @@ def _row(health: LayerHealth) -> list[str]:
         *(health.name, f"{health.num_atoms:,}", str(health.top_k)),
         rank(health.effective_rank_u, health.most_rank_u),
         rank(health.effective_rank_v, health.most_rank_v),
-        number(health.coherence_u),
-        *(number(health.certified_norm), number(health.measured_norm)),
-        *(number(health.gate, ".2f"), number(health.clamped, ".0%"), number(health.utilization, ".0%")),
-        number(health.effective_atoms, ",.1f"),
+        _number(health.coherence_u),
+        *(_number(health.certified_norm), _number(health.measured_norm)),
+        *(_number(health.gate, ".2f"), _number(health.clamped, ".0%"), _number(health.utilization, ".0%")),
+        _number(health.effective_atoms, ",.1f"),
     ]
 
 

@@ -3,6 +3,8 @@
 import math
 import sys
 import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -31,7 +33,9 @@ __all__ = ["DivergedError", "LabTrainer"]
 _FOLLOWED = 64
 # Where the log keeps them.
 _SELECTED = "routing_selected"
-# What records have of a layer's sensitivity; the others they have under other names.
+# What records have of a layer's routing in the evaluation.
+_ROUTING = ("utilization", "effective_atoms", "strength", "gate")
+# And of its sensitivity; the others they have under other names.
 _SENSITIVITY = ("local_lipschitz", "changed", "jump", "noise_strength", "noise_gate", "noise_norm")
 
 
@@ -163,8 +167,7 @@ class LabTrainer(Trainer):
             DivergedError: If it is the one after the last step of training, and its loss is not finite.
         """
         trains = self._since is not None
-        self._seconds, self._since = self.seconds, None
-        with RoutingMonitor(self.model, tokens=_FOLLOWED) as monitor:
+        with self.clock_stopped(), RoutingMonitor(self.model, tokens=_FOLLOWED) as monitor:
             metrics: dict[str, float] = super().evaluate(eval_dataset, *args, **kwargs)
         layers = [layer.as_dict() for layer in monitor.layers()]
         if layers:
@@ -172,14 +175,22 @@ class LabTrainer(Trainer):
                 entry.pop("routing_layers", None)
             kept = self._compare(monitor.selections()) if eval_dataset is None else {}
             self.state.log_history[-1] |= {
-                "routing": self._tell_health() | kept | _mean_routing(layers),
+                "routing": self._tell_health() | kept | _means(layers, _ROUTING),
                 "routing_layers": layers,
             }
-        if trains:
-            self._since = time.perf_counter()
-            if self.state.global_step >= self.args.max_steps:
-                self._check(self.state.global_step, metrics["eval_loss"])
+        if trains and self.state.global_step >= self.args.max_steps:
+            self._check(self.state.global_step, metrics["eval_loss"])
         return metrics
+
+    @contextmanager
+    def clock_stopped(self) -> Iterator[None]:
+        """For what is none of the training."""
+        trains = self._since is not None
+        self._seconds, self._since = self.seconds, None
+        try:
+            yield
+        finally:
+            self._since = time.perf_counter() if trains else None
 
     def _tell_health(self) -> dict[str, Any]:
         """What was measured at the last step, which is told once."""
@@ -219,13 +230,11 @@ class LabTrainer(Trainer):
             super()._save_checkpoint(*args, **kwargs)
 
 
-def _mean_routing(layers: list[dict[str, Any]]) -> dict[str, float]:
-    # Not all have a gate.
-    found = {
-        key: [layer[key] for layer in layers if layer[key] is not None]
-        for key in ("utilization", "effective_atoms", "strength", "gate")
-    }
-    return {key: fmean(values) for key, values in found.items() if values}
+def _means(layers: Iterable[dict[str, Any]], names: Sequence[str]) -> dict[str, float]:
+    """Of figures over the layers that have them: not all have a gate."""
+    known = list(layers)
+    found = {name: [layer[name] for layer in known if layer[name] is not None] for name in names}
+    return {name: fmean(values) for name, values in found.items() if values}
 
 
 class _MeasureHealth(DiagnosticsCallback):
@@ -244,10 +253,12 @@ class _MeasureHealth(DiagnosticsCallback):
         return step % max(1, int(arguments.eval_steps or 1)) == 0 or step == arguments.max_steps
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._measures:
-            found = [each.as_dict() for each in self._diagnostics.sensitivities().values()]
-            self._sensitivity = {name: fmean(each[name] for each in found) for name in _SENSITIVITY} if found else {}
-        super().on_step_end(args, state, control, **kwargs)
+        if not self._measures:
+            return
+        with self._lab.clock_stopped():
+            found = self._diagnostics.sensitivities().values()
+            self._sensitivity = _means((each.as_dict() for each in found), _SENSITIVITY)
+            super().on_step_end(args, state, control, **kwargs)
 
     def tell(self, health: ModelHealth) -> None:
         told: dict[str, Any] = health.means() | self._sensitivity
