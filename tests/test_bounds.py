@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from torchdsc import DSC, certified_spectral_bound, spectral_norm
+from torchdsc import DSC, Residual, certified_spectral_bound, spectral_norm
 from torchdsc.bounds import frame_excess, welch_bound
 
 
@@ -42,3 +42,10 @@ def test_frame_excess_is_zero_for_a_tight_frame_and_full_for_equal_rows():
     basis = torch.eye(4)
     assert abs(frame_excess(torch.cat([basis, basis * 3]))) < 1e-12
     assert math.isclose(frame_excess(torch.ones(6, 3)), 30 - welch_bound(6, 3))
+
+
+@pytest.mark.parametrize("bound", [certified_spectral_bound, lambda layer: spectral_norm(layer, torch.randn(2, 4))])
+def test_what_stands_around_a_layer_is_named(bound):
+    around = Residual(torch.nn.Linear(4, 4), DSC(4, num_atoms=5, top_k=2))
+    with pytest.raises(TypeError, match=r"layer must be a DSC, got Residual: pass layer\.dsc"):
+        bound(around)

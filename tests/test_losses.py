@@ -393,8 +393,15 @@ def test_evaluation_and_zero_weights_keep_nothing():
     sum(output.sum() for output in outputs).backward()
 
 
+def test_without_weights_there_is_nothing_to_add():
+    layer = DSC(4, num_atoms=6, top_k=3, router="ngram", frame_weight=0.0)
+    terms = regularization(layer)
+    assert set(terms.as_dict().values()) == {0.0}
+    (torch.ones((), requires_grad=True) + terms.total).backward()
+
+
 def test_collection_errors():
-    with pytest.raises(ValueError, match="must hold a DSC"):
+    with pytest.raises(ValueError, match="model must hold a DSC or other routed layer, got Linear without one"):
         regularization(torch.nn.Linear(2, 2))
     with pytest.raises(ValueError, match="must have run in training"):
         regularization(DSC(4, num_atoms=5, top_k=2))
@@ -411,6 +418,8 @@ def test_as_dict():
 def test_public_names():
     assert set(torchdsc.__all__) <= set(dir(torchdsc))
     assert all(getattr(torchdsc, name).__module__.startswith("torchdsc.") for name in torchdsc.__all__)
+    assert torchdsc.diagnostics.sensitivity
+    assert torchdsc.baselines.PEER
     with pytest.raises(AttributeError, match="module 'torchdsc' has no attribute 'DSD'"):
         torchdsc.DSD  # noqa: B018
     assert copy.copy(torchdsc.Regularization)

@@ -40,10 +40,11 @@ __all__ = [
 
 # Where public names are, and what else `import torchdsc` alone gives.
 _MODULES = ("nn", "ops", "losses", "bounds", "conversion", "optim")
+_OTHERS = ("baselines", "diagnostics", "models", "adapters")
 
 
 def __getattr__(name: str) -> Any:
-    if name in _MODULES:
+    if name in (*_MODULES, *_OTHERS):
         return import_module(f"{__name__}.{name}")
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
@@ -55,4 +56,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__, *_MODULES})
+    return sorted({*globals(), *__all__, *_MODULES, *_OTHERS})

@@ -44,13 +44,21 @@ def check_at_least(least: int, **values: int | None) -> None:
 
 def check_positive(**values: float | None) -> None:
     """Refuse numbers that are not finite and above 0; None passes."""
+    _check_numbers(values)
     for name, value in values.items():
         if value is not None and not 0 < value < float("inf"):
             raise ValueError(f"{name} must be finite and > 0, got {value}")
 
 
+def _check_numbers(values: Mapping[str, Any]) -> None:
+    for name, value in values.items():
+        if isinstance(value, str):
+            raise TypeError(f"{name} must be a number, got {value!r}")
+
+
 def check_not_negative(**values: float | None) -> None:
     """Refuse numbers that are not finite and at least 0; None passes."""
+    _check_numbers(values)
     for name, value in values.items():
         if value is not None and not 0 <= value < float("inf"):
             raise ValueError(f"{name} must be finite and >= 0, got {value}")

@@ -1,7 +1,7 @@
 """Certified bounds of the composed update, and measurements of what they bound."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .losses import frame_potential
 from .nn import DSC
@@ -22,7 +22,11 @@ def certified_spectral_bound(layer: DSC) -> float:
 
     Returns:
         The bound; 0 for a layer without output features.
+
+    Raises:
+        TypeError: If ``layer`` is no DSC, as the module around one.
     """
+    _check_layer(layer)
     bound = float(layer.output_scale.detach().abs().max())
     for projection in (layer.reduce, layer.expand):
         if projection is not None:
@@ -44,12 +48,23 @@ def spectral_norm(layer: DSC, x: Tensor, router_input: Tensor | None = None) -> 
 
     Returns:
         Tensor of shape (...), in the dtype of the coefficients.
+
+    Raises:
+        TypeError: If ``layer`` is no DSC.
     """
+    _check_layer(layer)
     left, right = layer.factors(x, router_input)
     r_left = torch.linalg.qr(left.mT, mode="r").R
     r_right = torch.linalg.qr(right.mT, mode="r").R
     norm: Tensor = torch.linalg.matrix_norm(r_left @ r_right.mT, ord=2)
     return norm
+
+
+def _check_layer(layer: nn.Module) -> None:
+    if not isinstance(layer, DSC):
+        inside = getattr(layer, "dsc", None)
+        hint = ": pass layer.dsc" if isinstance(inside, DSC) else ""
+        raise TypeError(f"layer must be a DSC, got {type(layer).__name__}{hint}")
 
 
 def welch_bound(num_atoms: int, num_features: int) -> float:

@@ -108,7 +108,10 @@ class TestErrors:
             ),
             (["report", "nowhere"], "No such file or directory: nowhere/results.json"),
             (["generate"], "the following arguments are required: model (see torchdsc generate --help)"),
-            (["generate", "nowhere"], "no model in nowhere: a run's folder holds model/config.json"),
+            (
+                ["generate", "nowhere"],
+                "no model in nowhere: a folder of a model has config.json",
+            ),
             (["generate", "nowhere", "--temperature", "warm"], "--temperature must be a number, got 'warm' (see"),
             (["generate", "x", "--top-pp", "3"], "unrecognized arguments: --top_pp 3 (did you mean --top_p?) (see"),
             (["budget", "--total", "1e6"], "the following arguments are required: --active, --d_model, --n_layer (see"),

@@ -5,14 +5,14 @@ import socket
 import subprocess
 import sys
 import time
-from urllib.error import URLError
+from urllib.error import HTTPError, URLError
 from urllib.request import Request, urlopen
 
 import pytest
 import torch
 from peft import get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
 
 import torchdsc
 from torchdsc.adapters import DSCAdapterConfig
@@ -20,7 +20,9 @@ from torchdsc.lab.inspection import load_saved
 from torchdsc.lab.serving import serve
 from torchdsc.models import DSCGPTConfig, DSCGPTForCausalLM
 
+POSITIONS = 32
 SIZES = {"vocab_size": 5, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+SIZES |= {"max_position_embeddings": POSITIONS}
 
 
 def dscgpt(base=None):
@@ -70,6 +72,14 @@ def test_a_completion_is_streamed(folder, build, tmp_path):
                 assert [each["id"] for each in json.load(answer)["data"]] == [folder.name]
             with urlopen(request, timeout=60) as answer:
                 events = [json.loads(line[6:]) for line in answer if line.startswith(b"data: {")]
+            # As many tokens as there are positions, if the request does not say how many; an error says why.
+            short = Request(request.full_url, json.dumps({"model": folder.name, "prompt": "abc"}).encode(), headers)
+            with urlopen(short, timeout=60) as answer:
+                assert json.load(answer)["usage"]["total_tokens"] <= POSITIONS
+            long = Request(request.full_url, json.dumps({"model": folder.name, "prompt": "ab" * 40}).encode(), headers)
+            with pytest.raises(HTTPError, match="400") as refused:
+                urlopen(long, timeout=60)
+            assert f"the model's {POSITIONS} positions" in refused.value.read().decode()
         finally:
             server.terminate()
     parts = [event["choices"][0]["text"] for event in events]
@@ -95,6 +105,16 @@ def test_a_model_without_a_tokenizer_is_refused(tmp_path):
     dscgpt().save_pretrained(tmp_path / "model")
     with pytest.raises(ValueError, match="folder must hold a tokenizer beside its model, and there is none in"):
         serve(tmp_path / "model")
+
+
+def test_a_model_that_does_not_generate_is_refused(folder, tmp_path):
+    base = LlamaForSequenceClassification(LlamaConfig(**SIZES, intermediate_size=48))
+    base.save_pretrained(tmp_path / "base")
+    model = LlamaForSequenceClassification.from_pretrained(tmp_path / "base")
+    config = DSCAdapterConfig(task_type="SEQ_CLS", target_modules=["q_proj"], num_atoms=24, top_k=2)
+    get_peft_model(model, config).save_pretrained(folder)
+    with pytest.raises(ValueError, match="must generate text, and is a PeftModelForSequenceClassification"):
+        serve(folder)
 
 
 def test_bad_port(folder):

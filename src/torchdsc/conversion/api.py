@@ -84,7 +84,8 @@ def convert(
     _check_combination(mode, match, hidden_features, share_bank, context)
     names = _matches(model, target)
     if not names:
-        raise ValueError(f"target must match a module of model, got {target!r}, which matches none")
+        done = " that is not converted yet" if any(isinstance(module, _Converted) for module in model.modules()) else ""
+        raise ValueError(f"target must match a module of model{done}, got {target!r}, which matches none")
     # All layers are built before any module is replaced, so that an error leaves the model as it was.
     layers: list[_Converted] = []
     sizes: list[tuple[int, int | None]] = []

@@ -5,7 +5,8 @@ from typing import Any
 
 import torch
 
-from torchdsc.lab.inspection.loading import load_saved
+from torchdsc.lab.saved import load_saved
+from torchdsc.lab.training.generation import generates
 
 __all__ = ["serve"]
 
@@ -20,7 +21,7 @@ def serve(
     run's), which is printed and stands under ``/v1/models``. There is no authentication.
 
     Args:
-        folder: See :func:`torchdsc.lab.inspection.load_saved`.
+        folder: See :func:`torchdsc.lab.saved.load_saved`.
         base: The base model of an adapter; by default the one that it names.
         host: To listen on.
         port: The same; 1 to 65535.
@@ -36,6 +37,7 @@ def serve(
         import uvicorn  # noqa: F401
         from transformers.cli import serve as server
         from transformers.cli.serving import model_manager
+        from transformers.cli.serving import server as endpoints
     except ImportError as error:
         raise ImportError("serving needs fastapi and uvicorn: pip install 'torchdsc[serve]'") from error
     if not 1 <= port <= 65535:
@@ -43,10 +45,13 @@ def serve(
     saved = load_saved(folder, base=base)
     if saved.tokenizer is None:
         raise ValueError(f"folder must hold a tokenizer beside its model, and there is none in {saved.folder}")
+    if not generates(saved.model):
+        raise ValueError(f"the model in {saved.folder} must generate text, and is a {type(saved.model).__name__}")
     if device == "auto":
         accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
         device = "cpu" if accelerator is None else accelerator.type
     saved.model.to(device)
+    saved.model.generate = _within_positions(saved.model)
 
     # Without the sign that begins a revision.
     name = saved.folder.resolve().name.replace("@", "-")
@@ -57,13 +62,50 @@ def serve(
         _load_model, _load_processor = _returning(saved.model), _returning(saved.tokenizer)
         get_gen_models = _returning([{"id": name, "object": "model", "created": 0, "owned_by": "torchdsc"}])
 
-    # What the server makes its manager of.
-    own, model_manager.ModelManager = model_manager.ModelManager, Manager
+    if saved.tokenizer.chat_template is None:
+        print("the tokenizer has no chat template: completions alone, no chat", flush=True)
     print(f"{saved.kind} as {name!r} at http://{host}:{port}/v1", flush=True)
+    # What the server is made of.
+    own, model_manager.ModelManager = model_manager.ModelManager, Manager
+    build, endpoints.build_server = endpoints.build_server, _telling(endpoints.build_server)
     try:
         server.Serve(force_model=name, device=device, host=host, port=port)
     finally:
-        model_manager.ModelManager = own
+        model_manager.ModelManager, endpoints.build_server = own, build
+
+
+def _within_positions(model: Any) -> Any:
+    """The model's ``generate`` for no more tokens than it has positions: a request need not say how many it wants."""
+    generate, positions = model.generate, model.config.max_position_embeddings
+
+    def bounded(*args: Any, **kwargs: Any) -> Any:
+        length = kwargs["input_ids"].shape[-1]
+        if length >= positions:
+            raise ValueError(
+                f"the prompt must leave room in the model's {positions} positions, and has {length} tokens"
+            )
+        config = kwargs["generation_config"]
+        config.max_new_tokens = min(config.max_new_tokens, positions - length)
+        return generate(*args, **kwargs)
+
+    return bounded
+
+
+def _telling(build: Any) -> Any:
+    """The server with an answer that names what is wrong with a request."""
+
+    def built(*args: Any, **kwargs: Any) -> Any:
+        from fastapi.responses import JSONResponse
+
+        app = build(*args, **kwargs)
+
+        @app.exception_handler(ValueError)
+        async def refuse(request: Any, error: ValueError) -> JSONResponse:
+            return JSONResponse({"error": {"message": str(error), "type": "invalid_request_error"}}, status_code=400)
+
+        return app
+
+    return built
 
 
 def _returning(value: Any) -> Any:

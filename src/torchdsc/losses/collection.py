@@ -66,19 +66,22 @@ def regularization(
         synchronize: Take the batch means of L_aux and L_budget over all processes of the default group.
 
     Returns:
-        The weighted total and the terms.
+        The weighted total and the terms; zeros if no routed layer has a regulariser of positive weight.
 
     Raises:
         TypeError: If an argument has another type.
-        ValueError: If a number is out of its range, ``model`` has no regularised layer, or there is no forward pass in
+        ValueError: If a number is out of its range, ``model`` has no routed layer, or there is no forward pass in
             training mode to collect.
         RuntimeError: If a layer's statistics carry no gradient although its router requires one, as after reentrant
             checkpointing or ``torch.no_grad``.
     """
     _check_arguments(model, num_tokens, frame_share, synchronize)
+    if not any(isinstance(module, RoutedLayer) for module in model.modules()):
+        raise ValueError(f"model must hold a DSC or other routed layer, got {type(model).__name__} without one")
     layers = list(_regularized_layers(model))
     if not layers:
-        raise ValueError("model must hold a DSC or other routed layer with a regulariser of positive weight, got none")
+        # Nothing is regularised, as where atoms are addressed by n-grams.
+        return _Sums(list(model.parameters())).result()
     collected = [(layer, entry) for layer in layers for entry in layer.statistics_log.take()]
     if not collected and any(layer.training and layer.regularizers.need_tokens for layer in layers):
         raise ValueError(

@@ -269,7 +269,8 @@ def embedding_size(model: nn.Module) -> int | None:
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False) or not isinstance(embedding, nn.Module):
         raise ValueError(
             "router_input and input_context must leave embeddings out, and router n-grams, for a model that is no "
-            f"decoder with get_input_embeddings(), got {type(model).__name__}"
+            f"decoder with get_input_embeddings(), got {type(model).__name__}. In a model of your own use "
+            "torchdsc.DSCFeedForward"
         )
     return getattr(embedding, "embedding_dim", None)
 

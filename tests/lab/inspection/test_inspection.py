@@ -12,6 +12,7 @@ from torchdsc.cli.main import main
 from torchdsc.diagnostics import coherence, effective_rank
 from torchdsc.lab.inspection import inspect, load_saved
 from torchdsc.lab.inspection.report import lines, render_inspection
+from torchdsc.lab.training.generation import generate
 from torchdsc.models import DSCGPTConfig, DSCGPTForCausalLM
 
 SIZES = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
@@ -52,6 +53,12 @@ def folders(tmp_path):
 
 
 KINDS = {"dscgpt": "DSCGPT", "converted": "converted model", "adapter": "adapter"}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_generates(folders, kind):
+    text = generate(folders / kind, "abc", max_new_tokens=4, temperature=0.0)
+    assert text.startswith("abc") or text.startswith("a b c")
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -83,7 +83,7 @@ def test_weights_that_are_missing(experiment, tmp_path):
 
 @pytest.mark.parametrize(
     ("folder", "message"),
-    [(".", "a run's folder holds model/config.json"), ("experiment", "choose one of its runs: dsc-seed1")],
+    [(".", "a folder of a model has config.json"), ("experiment", "choose one of its runs: dsc-seed1")],
 )
 def test_no_model(experiment, tmp_path, folder, message):
     shutil.copytree(experiment, tmp_path / "experiment")

@@ -1,6 +1,7 @@
 """A saved model or adapter as it is: its routed layers, their atoms, bounds and routing."""
 
-from .loading import Saved, load_saved
+from torchdsc.lab.saved import Saved, load_saved
+
 from .report import write_inspection
 from .state import Inspection, inspect
 

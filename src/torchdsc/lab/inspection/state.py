@@ -18,9 +18,8 @@ from torchdsc.diagnostics import (
     slow_path,
 )
 from torchdsc.diagnostics.bank import spaced_atoms, spectrum
+from torchdsc.lab.saved import Saved
 from torchdsc.nn import DSC, BasisBank, RoutedLayer
-
-from .loading import Saved
 
 # Points of a curve that are kept.
 _POINTS = 200

@@ -7,28 +7,29 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from torchdsc.models import DSCGPTForCausalLM
+from torchdsc.lab.saved import load_saved
 
 from .environment import quiet_transformers
-from .loading import load_model
 
-__all__ = ["continue_text", "generate"]
+__all__ = ["continue_text", "generate", "generates"]
 
 
 def generate(
     folder: Path,
     prompt: str,
     *,
+    base: str | None = None,
     max_new_tokens: int = 100,
     temperature: float = 0.8,
     top_p: float = 0.95,
     seed: int = 42,
 ) -> str:
-    """Continue a prompt with the model of a run.
+    """Continue a prompt with a saved DSCGPT, converted model or adapter.
 
     Args:
-        folder: A run's folder, or the model's inside it, which holds the tokenizer too.
+        folder: A run's folder, or the model's or adapter's, which holds the tokenizer too.
         prompt: Text to go on from.
+        base: The base model of an adapter; by default the one that it names.
         max_new_tokens: Tokens to add, >= 1.
         temperature: Of sampling; 0 takes the likeliest token.
         top_p: Nucleus to sample from.
@@ -39,8 +40,8 @@ def generate(
 
     Raises:
         FileNotFoundError: If there is no model or tokenizer.
-        ValueError: If an argument is out of its range, the folder does not hold the model's weights, or prompt and new
-            tokens do not fit the positions.
+        ValueError: If an argument is out of its range, the folder does not hold the model's weights, the model does not
+            generate text, or prompt and new tokens do not fit the positions.
     """
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be >= 1, got {max_new_tokens}")
@@ -48,19 +49,10 @@ def generate(
         raise ValueError(f"temperature must be >= 0, got {temperature}")
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p must be in (0, 1], got {top_p}")
-    path = next((p for p in (folder / "model", folder) if (p / "config.json").is_file()), None)
-    if path is None:
-        runs = sorted(p.parents[1].name for p in folder.glob("*/model/config.json"))
-        hint = f"choose one of its runs: {', '.join(runs)}" if runs else "a run's folder holds model/config.json"
-        raise FileNotFoundError(f"no model in {folder}: {hint}")
-    # Models of earlier versions have the tokenizer of their experiment, in a folder beside or above them.
-    places = (path, *(folder / "tokenizer" for folder in (path, *path.resolve().parents[:2])))
-    tokenizer_path = next((place for place in places if (place / "tokenizer_config.json").is_file()), None)
-    if tokenizer_path is None:
-        raise FileNotFoundError(f"no tokenizer in {path}, nor a folder tokenizer beside or above it")
-    with quiet_transformers():
-        tokenizer = AutoTokenizer.from_pretrained(tokenizer_path)
-        model: Any = load_model(DSCGPTForCausalLM, path).eval()
+    saved = load_saved(folder, base=base)
+    tokenizer, model = saved.tokenizer or _earlier_tokenizer(saved.folder), saved.model
+    if not generates(model):
+        raise ValueError(f"the model in {saved.folder} must generate text, and is a {type(model).__name__}")
     ids = torch.tensor([tokenizer(prompt)["input_ids"] or [tokenizer.eos_token_id]])
     limit = model.config.max_position_embeddings
     if ids.shape[1] + max_new_tokens > limit:
@@ -72,6 +64,22 @@ def generate(
         model, tokenizer, ids, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed
     )
     return begun + added
+
+
+def generates(model: Any) -> bool:
+    """Whether a model, or the base of an adapter, generates text."""
+    return bool(getattr(model, "can_generate", lambda: False)())
+
+
+def _earlier_tokenizer(path: Path) -> PreTrainedTokenizerBase:
+    """Models of earlier versions have the tokenizer of their experiment, in a folder beside or above them."""
+    places = (folder / "tokenizer" for folder in (path, *path.resolve().parents[:2]))
+    place = next((place for place in places if (place / "tokenizer_config.json").is_file()), None)
+    if place is None:
+        raise FileNotFoundError(f"no tokenizer in {path}, nor a folder tokenizer beside or above it")
+    with quiet_transformers():
+        found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(place)
+    return found
 
 
 def continue_text(

@@ -151,7 +151,8 @@ class Router(nn.Module):
 
 def _full_precision(x: Tensor) -> AbstractContextManager[Any]:
     """Switch autocast off, if it is on: entering the context costs more than a token's selection."""
-    if torch.is_autocast_enabled(x.device.type):
+    # Meta tensors have no autocast.
+    if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
         return torch.autocast(x.device.type, enabled=False)
     return nullcontext()
 

@@ -70,9 +70,12 @@ def load_saved(folder: str | Path, *, base: str | None = None) -> Saved:
     given = Path(folder)
     path = next((place for place in (given, given / "model", given / "adapter") if _kind(place)), None)
     if path is None:
-        raise FileNotFoundError(
-            f"no model in {given}: a folder of a model has config.json, and one of an adapter adapter_config.json"
+        runs = sorted(
+            {p.parents[1].name for name in ("model", "adapter") for p in given.glob(f"*/{name}/*config.json")}
         )
+        known = "a folder of a model has config.json, and one of an adapter adapter_config.json"
+        hint = f"choose one of its runs: {', '.join(runs)}" if runs else known
+        raise FileNotFoundError(f"no model in {given}: {hint}")
     with quiet_transformers():
         if _kind(path) == "adapter":
             name = base or PeftConfig.from_pretrained(str(path)).base_model_name_or_path
