@@ -144,6 +144,8 @@ class TestOlder:
     def test_names_of_before(self, monkeypatch):
         assert older._either("Residual", "DSCResidual") is torchdsc.Residual
         monkeypatch.delattr(torchdsc, "Residual")
+        # Nor found when it is asked for.
+        monkeypatch.setattr(torchdsc, "__all__", [name for name in torchdsc.__all__ if name != "Residual"])
         monkeypatch.setattr(torchdsc, "DSCResidual", DSC, raising=False)
         assert older._either("Residual", "DSCResidual") is DSC
 
