@@ -1,18 +1,12 @@
-"""One section a benchmark: what is compared, its tables and its figures."""
+"""One section a benchmark: its title, what is compared, and what makes its tables and figures."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
-from benchmarks.case import Point, Row
 from benchmarks.suite.compose import BASE
 
-from . import ahead, compiled, figures, layers, sparse, traffic
-from .markdown import NONE, achieved, floor_ms, left_out, mebibytes, ms, number, ratio, table
-
-Result = Mapping[str, Any]
-# SVG and what it shows, by name.
-Figures = dict[str, tuple[str, str]]
+from . import ahead, compiled, layers, presets, tables, traffic
+from .tables import Figures, Result
 
 INTRODUCTION = """\
 # Benchmarks
@@ -47,164 +41,6 @@ class Section:
     figures: Callable[[Result], Figures]
 
 
-def _compose_tables(result: Result) -> list[str]:
-    base, rows = BASE, result["rows"]
-    corner = {name: max((row["point"][name] for row in rows), default=0) for name in base}
-
-    def shown(point: Point) -> bool:
-        return sum(point[name] != value for name, value in base.items()) <= 1 or corner.items() <= point.items()
-
-    implementations = [name for name in ("gather", "triton") if any(name in row["calls"] for row in rows)]
-    headings = [
-        *("pass", "tokens", "M", "K", "d", "dense", "floor", *implementations, "published"),
-        *("auto takes", "auto / published"),
-    ]
-    lines = [
-        [
-            *(str(row["point"][name]) for name in ("kind", "tokens", "M", "K", "d")),
-            *(ms(row, "dense"), floor_ms(row), *(ms(row, name) for name in implementations), ms(row, "published")),
-            *(row["subject"], ratio(row, "published")),
-        ]
-        for row in sorted(rows, key=lambda row: row["point"]["kind"])
-        if shown(row["point"])
-    ]
-    return _with_reasons(table(headings, lines), rows, "Milliseconds. ")
-
-
-def _compose_figures(result: Result) -> Figures:
-    drawn: Figures = {}
-    for kind, name in (("forward", "compose-forward"), ("forward+backward", "compose-training")):
-        rows = [row for row in result["rows"] if row["point"]["kind"] == kind]
-        description = f"compose, {kind}: milliseconds against tokens, M, K and d for each implementation"
-        drawn[name] = figures.compose(rows, name), description
-    return drawn
-
-
-def _select_tables(result: Result) -> list[str]:
-    headings = ["pass", "tokens", "M", "K", "floor", "topk alone", "select", "published", "select / published"]
-    lines = [
-        [
-            *(str(row["point"][name]) for name in ("kind", "tokens", "M", "K")),
-            *(floor_ms(row), ms(row, "topk alone"), ms(row, "select"), ms(row, "published"), ratio(row, "published")),
-        ]
-        for row in sorted(result["rows"], key=lambda row: row["point"]["kind"])
-    ]
-    return [table(headings, lines) + "\n\nMilliseconds."]
-
-
-def _select_figures(result: Result) -> Figures:
-    description = "select, milliseconds against tokens: one pass, the plain formulation, and topk alone"
-    return {"select": (figures.select(result["rows"], "select"), description)}
-
-
-def _router_tables(result: Result) -> list[str]:
-    beside = [row for row in result["rows"] if "published" in row["calls"]]
-    others = ("dense", "linear", "published")
-    lines = [
-        [
-            f"{row['point']['router']}, {figures.pass_name(row['point']['kind'])}",
-            f"{row['point']['M']:,}",
-            ms(row, row["subject"]),
-            *(ratio(row, name) for name in others),
-        ]
-        for row in beside
-    ]
-    headings = ["router, pass", "M", "ms", "over Dense", "over the linear router", "over published"]
-    first = table(headings, lines) + "\n\nThe layer with its static part of width 327, 4096 tokens."
-    lines = [
-        [figures.pass_name(row["point"]["kind"]), f"{int(name):,}", ms(row, name), ratio(row, name)]
-        for row in result["rows"]
-        if row not in beside
-        for name in row["calls"]
-    ]
-    most = max(row["point"]["M"] for row in result["rows"])
-    headings = ["pass", "M", "ms", f"M {most:,} over it"]
-    return [first, table(headings, lines) + "\n\nProduct keys without a static layer, 4096 tokens, K 4, d 384."]
-
-
-def _router_figures(result: Result) -> Figures:
-    rows = [row for row in result["rows"] if "published" not in row["calls"]]
-    description = "Milliseconds against the number of atoms with product keys, forward and in training"
-    return {"routers": (figures.atoms(rows, "routers"), description)}
-
-
-def _model_tables(result: Result) -> list[str]:
-    rows = result["rows"]
-    names = list(dict.fromkeys(name for row in rows for name in row["calls"]))
-    others = [name for name in names if name not in ("dense", "dsc", "published")]
-    columns = ["dense", "floor", "dsc", *others, "published"]
-    headings = ["", *(layers.label(name) for name in columns), "floor reached"]
-    lines, shares = [], []
-    for row in rows:
-        title = figures.model_title(row)
-        lines.append([title, *(floor_ms(row) if name == "floor" else ms(row, name) for name in columns), achieved(row)])
-        shares.append([title, *(ratio(row, name) for name in columns if name not in ("floor", "dsc"))])
-    headings_of_shares = ["DSC's time over", *(layers.label(name) for name in columns if name not in ("floor", "dsc"))]
-    return [*_with_reasons(table(headings, lines), rows, "Milliseconds. "), table(headings_of_shares, shares)]
-
-
-def _model_figures(result: Result) -> Figures:
-    description = "Milliseconds of each model: prefill of 256 tokens at batch 1 and 8, and a new token in generate()"
-    return {"model": (figures.models(result["rows"], layers.label, "model"), description)}
-
-
-def _diagnostics_tables(result: Result) -> list[str]:
-    lines = [
-        [f"{row['point']['model']}, {row['point']['batch']} x {row['point']['tokens']}", ratio(row, "step")]
-        for row in result["rows"]
-    ]
-    return [table(["model", "over the step alone"], lines)]
-
-
-def _memory_tables(result: Result) -> list[str]:
-    lines = []
-    for row in result["rows"]:
-        calls, computed = row["calls"], row["computed"]["published"]["bytes"]
-        measured = calls.get("published")
-        lines.append(
-            [
-                *(f"{row['point'][name]:,}" for name in ("tokens", "d", "M", "K")),
-                mebibytes(calls["dsc"]["bytes"]),
-                f"{(measured or {'bytes': computed})['bytes'] / calls['dsc']['bytes']:.1f}",
-                mebibytes(computed),
-                NONE if measured is None else mebibytes(measured["bytes"]),
-            ]
-        )
-    headings = ["tokens", "d", "M", "K", "DSC", "published over DSC", "published, computed", "published, measured"]
-    tables = _with_reasons(table(headings, lines), result["rows"], "MiB. ")
-    if result["rows"]:
-        terms = result["rows"][-1]["computed"]["published"]["terms"]
-        listed = ", ".join(f"{name} {mebibytes(size)}" for name, size in terms.items())
-        tables.append(f"The computed figure of the last row is made up of: {listed} MiB.")
-    return tables
-
-
-def _memory_figures(result: Result) -> Figures:
-    description = "Peak memory of a training step in GiB: DSC, and the published formulation measured and computed"
-    return {"memory": (figures.memory(result["rows"], "memory"), description)}
-
-
-def _crossover_tables(result: Result) -> list[str]:
-    lines = [
-        [*(str(point[name]) for name in ("tokens", "atoms", "width")), _share(point["ratio"])]
-        for point in result["crossovers"]
-    ]
-    return [table(["tokens", "M", "d", "K / M"], lines, text_columns=0)]
-
-
-def _share(value: float) -> str:
-    return "never" if value > 1 else number(value)
-
-
-def _crossover_figures(result: Result) -> Figures:
-    description = "Share K / M from which the masked product is the quicker, against tokens, for M and d"
-    return {"crossover": (figures.crossovers(result["crossovers"], "crossover"), description)}
-
-
-def _with_reasons(text: str, rows: list[Row], lead: str) -> list[str]:
-    return [f"{text}\n\n{lead}{left_out(rows)}".rstrip()]
-
-
 SECTIONS = {
     "layer": Section(
         "The layer",
@@ -230,8 +66,8 @@ SECTIONS = {
         "A low-rank router (rank d / 4) and product keys (one head, queries of d / 2 features) in the layer of the "
         "paper's size, and product keys alone over banks of a thousand to a million atoms. In training with a million "
         "atoms gradients of the bank are row-sparse and the frame term is estimated from 1,024 of its rows.",
-        _router_tables,
-        _router_figures,
+        tables.router_tables,
+        tables.router_figures,
     ),
     "traffic": Section(
         "Traffic",
@@ -268,8 +104,8 @@ SECTIONS = {
         "over 256 tokens without gradients, and greedy decoding of 32 tokens after a prompt of 64 through "
         "`generate()`, whose time is given per new token with the prompt's pass in it. The published formulation is "
         "the DSC model with its feed-forward layers replaced. The floor reads each weight in use once a pass.",
-        _model_tables,
-        _model_figures,
+        tables.model_tables,
+        tables.model_figures,
     ),
     "sparse": Section(
         "A sparse bank in whole models",
@@ -279,20 +115,20 @@ SECTIONS = {
         "forward, backward, clipping and the optimizer, which moves every stored parameter, however few tokens a step "
         "has. The preset trains in bfloat16 on 64 sequences a step; this is float32 and eight, the same in each round. "
         "Their tokens are random, so that few n-grams, and few rows of banks and tables, come twice.",
-        sparse.tables,
+        presets.tables,
         lambda result: {},
     ),
     "sparse_ratios": Section(
         "Banks of other ratios in whole models",
         "The same for the preset `sparse-ratios` (d 64): variants are named by the ratio of stored to active ones. "
         "`Gated dense of the same step time` is as wide as makes a step of training take about as long as that of DSC.",
-        sparse.tables,
+        presets.tables,
         lambda result: {},
     ),
     "ablations": Section(
         "Parts of the paper's layer in whole models",
         "The same for the preset `ablations` (d 64, 4 layers, M 256): one thing changed at a time, K among them.",
-        sparse.tables,
+        presets.tables,
         lambda result: {},
     ),
     "diagnostics": Section(
@@ -300,7 +136,7 @@ SECTIONS = {
         "A step of training around which the routed layers are measured (`torchdsc.diagnostics.Diagnostics`), over the "
         "same step without, for DSC of the presets `small` (d 128, 4 layers) and `paper` (d 384, 6 layers; vocabulary "
         "4,096). A measurement every 100 steps adds a hundredth of what is above 1.",
-        _diagnostics_tables,
+        tables.diagnostics_tables,
         lambda result: {},
     ),
     "memory": Section(
@@ -309,8 +145,8 @@ SECTIONS = {
         "input, each step in fresh processes whose median counts. The published formulation is also computed by adding "
         "up the tensors that it keeps alive, since it need not fit; the smaller point shows how far that computation "
         "can be trusted.",
-        _memory_tables,
-        _memory_figures,
+        tables.memory_tables,
+        tables.memory_figures,
     ),
     "compose": Section(
         "The composition",
@@ -318,24 +154,24 @@ SECTIONS = {
         f"size at a time is varied around {', '.join(f'{size} {value}' for size, value in BASE.items())}, and the "
         "largest point is added. `dense` is the masked product over all M atoms, and `auto` is what a call gets "
         "without asking.",
-        _compose_tables,
-        _compose_figures,
+        tables.compose_tables,
+        tables.compose_figures,
     ),
     "crossover": Section(
         "What auto takes",
         "The masked product costs tokens x M whatever K is, the gathered one tokens x K: from some share K / M on, the "
         'masked one is the quicker, forward and backward together. `impl="auto"` follows these measurements, nearest '
         "point first.",
-        _crossover_tables,
-        _crossover_figures,
+        tables.crossover_tables,
+        tables.crossover_figures,
     ),
     "select": Section(
         "Selection",
         "`torchdsc.ops.select` takes top-K and the statistics of the regularisers in one pass over the logits; the "
         "plain formulation clamps, takes top-K, softmax and logsumexp one after another. Top-K alone is what inference "
         "does.",
-        _select_tables,
-        _select_figures,
+        tables.select_tables,
+        tables.select_figures,
     ),
     "compiled": Section(
         "Compiled functions",

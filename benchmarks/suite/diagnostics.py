@@ -17,7 +17,7 @@ from torchdsc.lab.tasks.language_modelling.settings import Settings as RunSettin
 from torchdsc.lab.training.environment import quiet_transformers
 from torchdsc.optim import clip_grad_norm
 
-from .sparse import Run
+from .presets import Run
 
 SUBJECT, PLAIN = "step with a measurement", "step"
 # Preset, its variant, and sequences of a batch.

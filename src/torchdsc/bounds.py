@@ -26,7 +26,7 @@ def certified_spectral_bound(layer: DSC) -> float:
     Raises:
         TypeError: If ``layer`` is no DSC, as the module around one.
     """
-    _check_layer(layer)
+    check_layer(layer)
     bound = float(layer.output_scale.detach().abs().max())
     for projection in (layer.reduce, layer.expand):
         if projection is not None:
@@ -52,7 +52,7 @@ def spectral_norm(layer: DSC, x: Tensor, router_input: Tensor | None = None) -> 
     Raises:
         TypeError: If ``layer`` is no DSC.
     """
-    _check_layer(layer)
+    check_layer(layer)
     left, right = layer.factors(x, router_input)
     r_left = torch.linalg.qr(left.mT, mode="r").R
     r_right = torch.linalg.qr(right.mT, mode="r").R
@@ -60,7 +60,8 @@ def spectral_norm(layer: DSC, x: Tensor, router_input: Tensor | None = None) -> 
     return norm
 
 
-def _check_layer(layer: nn.Module) -> None:
+def check_layer(layer: nn.Module) -> None:
+    """Refuse what is no DSC, and name the one inside."""
     if not isinstance(layer, DSC):
         inside = getattr(layer, "dsc", None)
         hint = ": pass layer.dsc" if isinstance(inside, DSC) else ""

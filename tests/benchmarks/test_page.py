@@ -190,7 +190,7 @@ class TestTables:
         assert shares[0][1] == "Dense"
         assert shares[0][-1] == "published"
 
-    def test_sparse(self, put):
+    def test_presets(self, put):
         text = section(render(put(sparse=MADE_UP.sparse()))[0], "A sparse bank in whole models")
         [table] = tables(text)
         assert table == [

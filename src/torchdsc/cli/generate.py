@@ -9,7 +9,7 @@ def run(arguments: list[str]) -> int:
     """Generate text with a trained model."""
     parser = ArgumentParser("generate", "Generate text with a trained model.")
     parser.add_argument("model", type=Path, help="folder of a model, an adapter or a run")
-    parser.add_argument("--base", help="base model of an adapter: folder or hub id (default: the one it names)")
+    parser.add_base()
     parser.add_argument("--prompt", default="The ", help="text to go on from")
     parser.add_argument("--max_new_tokens", type=int, default=100, help="tokens to add (default: 100)")
     parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token (default: 0.8)")

@@ -15,7 +15,7 @@ def run(arguments: list[str]) -> int:
     parser.add_argument(
         "--text", type=Path, help="file of text to route; without it only atoms and bounds are looked at"
     )
-    parser.add_argument("--base", help="base model of an adapter: folder or hub id (default: the one it names)")
+    parser.add_base()
     parser.add_argument("--output", type=Path, help="page to write (default: inspection.html in the folder)")
     options = parser.parse_args(arguments)
     from torchdsc.lab.inspection import inspect, load_saved, write_inspection

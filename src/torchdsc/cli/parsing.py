@@ -28,6 +28,10 @@ class ArgumentParser(argparse.ArgumentParser):
             **options,
         )
 
+    def add_base(self) -> None:
+        """Add ``--base``, for commands that load an adapter."""
+        self.add_argument("--base", help="base model of an adapter: folder or hub id (default: the one it names)")
+
     def error(self, message: str) -> NoReturn:
         """Raise ``ArgumentError``, with the guess."""
         unknown = _UNKNOWN.match(message)

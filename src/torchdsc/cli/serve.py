@@ -9,7 +9,7 @@ def run(arguments: list[str]) -> int:
     """Serve a saved model or adapter over an OpenAI-compatible endpoint."""
     parser = ArgumentParser("serve", "Serve a saved model or adapter over an OpenAI-compatible endpoint.")
     parser.add_argument("folder", type=Path, help="folder of a model, an adapter, a checkpoint or a run")
-    parser.add_argument("--base", help="base model of an adapter: folder or hub id (default: the one it names)")
+    parser.add_base()
     parser.add_argument("--host", default="localhost", help="to listen on (default: localhost)")
     parser.add_argument("--port", type=int, default=8000, help="to listen on (default: 8000)")
     parser.add_argument("--device", default="auto", help="cpu, cuda, ... (default: an accelerator if there is one)")

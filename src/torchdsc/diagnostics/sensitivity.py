@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from torchdsc.arguments import check_positive
-from torchdsc.bounds import spectral_norm
+from torchdsc.bounds import check_layer, spectral_norm
 from torchdsc.nn import DSC, NgramRouter
 
 from .routing import gates_of
@@ -73,8 +73,7 @@ def sensitivity(layer: DSC, x: Tensor, *, step: float = 0.01, seed: int = 0) -> 
         ValueError: If ``step`` is not positive, or the layer is of another kind or routed by n-grams.
     """
     check_positive(step=step)
-    if not isinstance(layer, DSC):
-        raise TypeError(f"layer must be a DSC, got {type(layer).__name__}")
+    check_layer(layer)
     if isinstance(layer.router, NgramRouter):
         raise ValueError("layer must be routed by x, got router = 'ngram'")
     if not has_sensitivity(layer):

@@ -173,9 +173,11 @@ class LabTrainer(Trainer):
         if layers:
             for entry in self.state.log_history:
                 entry.pop("routing_layers", None)
+            # Told once.
+            health, self.health = self.health, {}
             kept = self._compare(monitor.selections()) if eval_dataset is None else {}
             self.state.log_history[-1] |= {
-                "routing": self._tell_health() | kept | _means(layers, _ROUTING),
+                "routing": health | kept | _means(layers, _ROUTING),
                 "routing_layers": layers,
             }
         if trains and self.state.global_step >= self.args.max_steps:
@@ -191,11 +193,6 @@ class LabTrainer(Trainer):
             yield
         finally:
             self._since = time.perf_counter() if trains else None
-
-    def _tell_health(self) -> dict[str, Any]:
-        """What was measured at the last step, which is told once."""
-        health, self.health = self.health, {}
-        return health
 
     def _compare(self, selections: list[Tensor]) -> dict[str, float]:
         """Selections of the same tokens with those of the evaluation before, which the log has."""

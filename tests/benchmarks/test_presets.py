@@ -7,7 +7,7 @@ import torch
 
 from benchmarks.case import Settings
 from benchmarks.suite import load
-from benchmarks.suite.sparse import SUBJECTS, Run, by_kernel, run_settings
+from benchmarks.suite.presets import SUBJECTS, Run, by_kernel, run_settings
 from torchdsc.baselines import StandardMoE
 from torchdsc.lab.budget import describe_misses
 from torchdsc.lab.experiment.config import read_experiment

@@ -1,4 +1,4 @@
-"""The sections of the sparse presets: ratios of its first variant's time to each other's, beside their parameters."""
+"""The sections of whole models of presets: ratios of one variant's time to each other's, beside their parameters."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -141,7 +141,7 @@ def _parameters(variants: Mapping[str, RunSettings]) -> dict[str, dict[str, int]
 
 _TESTS = (
     *("tests/ops", "tests/nn", "tests/baselines", "tests/models", "tests/test_optim.py"),
-    "tests/benchmarks/test_sparse.py",
+    "tests/benchmarks/test_presets.py",
 )
 _WORDS = "at equal active parameters: a forward pass, and a step of training"
 SPARSE = Benchmark("sparse", f"whole models of the preset sparse, {_WORDS}", _TESTS, partial(_cases, "sparse"))
