@@ -30,6 +30,42 @@ def test_certified_bound_is_the_largest_gamma():
     )
 
 
+class TestMaxUpdateNorm:
+    def layer(self, most=0.25, **options):
+        torch.manual_seed(0)
+        layer = DSC(6, num_atoms=12, top_k=3, max_update_norm=most, scale=8.0, **options).double()
+        torch.nn.init.normal_(layer.router.weight, std=3.0)
+        return layer
+
+    @pytest.mark.parametrize("options", [{}, {"offset": True}, {"activation": "relu"}, {"gate": "none"}], ids=str)
+    def test_no_update_exceeds_it(self, options):
+        layer, x = self.layer(**options), torch.randn(50, 6, dtype=torch.float64)
+        torch.nn.init.constant_(layer.gamma, 100.0)
+        assert certified_spectral_bound(layer) == 0.25
+        norms = spectral_norm(layer, x)
+        assert (norms <= 0.25 * (1 + 1e-12)).all()
+        assert norms.max() > 0.1
+
+    def test_outputs_are_those_of_the_weight(self):
+        layer, x = self.layer(gamma_init=0.03), torch.randn(5, 6, dtype=torch.float64)
+        expected = torch.einsum("ti,tio->to", x, layer.delta_weight(x))
+        torch.testing.assert_close(layer(x), expected)
+        torch.testing.assert_close(layer.eval()(x), expected)
+        plain = self.layer(most=None, gamma_init=0.25 * math.tanh(0.03 * 8 / 0.25) / 8)
+        torch.testing.assert_close(plain(x), expected)
+
+    def test_a_small_gamma_is_hardly_changed_and_a_large_one_still_learns(self):
+        layer = self.layer(gamma_init=1e-4)
+        torch.testing.assert_close(layer.output_scale, 8 * layer.gamma, rtol=1e-5, atol=0)
+        layer = self.layer(gamma_init=0.05).eval()
+        layer(torch.randn(5, 6, dtype=torch.float64)).square().sum().backward()
+        assert (layer.gamma.grad.abs() > 0).all()
+
+    def test_thin_atoms_are_refused(self):
+        with pytest.raises(ValueError, match=r"max_update_norm must be None for thin atoms, .* got 0.25"):
+            self.layer(atom_features=4)
+
+
 def test_welch_bound_of_the_paper():
     assert math.isclose(welch_bound(1523, 384), 4517.44, abs_tol=0.01)
     assert welch_bound(3, 8) == 0.0

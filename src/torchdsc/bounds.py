@@ -11,7 +11,7 @@ __all__ = ["certified_spectral_bound", "frame_excess", "spectral_norm", "welch_b
 
 def certified_spectral_bound(layer: DSC) -> float:
     """Bound on ``|dW|_2`` for every input: ``scale max_i |gamma_i|``, equations (7) and (8); of thin atoms that times
-    ``|P|_2 |Q|_2``.
+    ``|P|_2 |Q|_2``; at most ``max_update_norm``, where the layer has one.
 
     It holds up to rounding, a few units in the last place, also for ``gate="none"``, as coefficients never sum to more
     than 1. It bounds the update for a fixed routing. It is not a Lipschitz constant of the whole map, because the

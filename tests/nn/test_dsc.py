@@ -315,6 +315,7 @@ def test_one_atom_without_a_gate_is_not_trained():
         ({"logit_clamp": -1.0}, ValueError, "logit_clamp must be finite and > 0, got -1.0"),
         ({"eps": 0.0}, ValueError, "eps must be"),
         ({"atom_init_norm": 0.0}, ValueError, "atom_init_norm must be"),
+        ({"max_update_norm": -1.0}, ValueError, "max_update_norm must be finite and > 0, got -1.0"),
         ({"router_init_std": 0.0}, ValueError, "router_init_std must be finite and > 0, got 0.0"),
         ({"z_weight": -0.1}, ValueError, "z_weight must be finite and >= 0"),
         ({"frame_weight": float("nan")}, ValueError, "frame_weight must be"),

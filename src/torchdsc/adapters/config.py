@@ -93,6 +93,12 @@ class DSCAdapterConfig(AdapterConfig, DSCFields, ContextFields):
     Args:
         share_bank: One bank for all target modules of the same sizes, instead of one for each.
         share_router: One router for all target modules of the same sizes. Short convolutions are not shared.
+        train_atoms_only: Train atoms and their rows of the router alone; gamma, norms, projections and short
+            convolutions stay as they are. Set by :func:`torchdsc.adapters.add_atoms`.
+        atom_origins: Names of what atoms were added for, the first for those of the beginning; ``bank.origin`` has the
+            index of each atom's. Written by ``add_atoms``.
+        atom_counts: By the name of a target, M and how many atoms are kept, where these were changed. Written by
+            ``add_atoms``, ``freeze_atoms`` and ``remove_atoms``.
 
     Fields of :class:`torchdsc.DSCOptions`, some with other defaults, and of :class:`torchdsc.nn.ContextOptions` are
     arguments too.
@@ -106,6 +112,9 @@ class DSCAdapterConfig(AdapterConfig, DSCFields, ContextFields):
 
     share_bank: bool = field(default=False, metadata={"help": "One bank for all target modules of a shape."})
     share_router: bool = field(default=False, metadata={"help": "One router for all target modules of a shape."})
+    train_atoms_only: bool = field(default=False, metadata={"help": "Train atoms and their rows of the router alone."})
+    atom_origins: list[str] | None = field(default=None, metadata={"help": "What atoms were added for."})
+    atom_counts: dict[str, list[int]] | None = field(default=None, metadata={"help": "Atoms of changed targets."})
     num_atoms: int = field(default=64, metadata={"help": "M, atoms in a bank."})
     top_k: int = field(default=4, metadata={"help": "K, atoms composed per token."})
     gamma_init: float = field(default=0.0, metadata={"help": "0 for an adapter that starts as the identity."})
@@ -116,6 +125,8 @@ class DSCAdapterConfig(AdapterConfig, DSCFields, ContextFields):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.options()
+        if self.train_atoms_only and self.gamma_init == 0 and self.atom_counts is None:
+            raise ValueError("gamma_init must not be 0 for train_atoms_only: nothing would be trained, got 0")
         # A file holds a list.
         self.ngram_orders = self.context().ngram_orders
 

@@ -1,6 +1,7 @@
 """A target module with its adapters: ``base(x) + update(x)``."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any, ClassVar, cast
 
 import torch
@@ -10,6 +11,7 @@ from transformers import PreTrainedModel
 
 from torchdsc.baselines import MixtureOfLoRAs
 from torchdsc.nn import DSC, BasisBank, ContextOptions, DSCOptions, RoutedLayer
+from torchdsc.nn.atom_rows import AtomRows
 from torchdsc.nn.broadcast import Broadcast, Listener
 from torchdsc.nn.host import TokenMasked, feature_sizes, is_linear, layer_index, stream_width
 from torchdsc.nn.routers import set_salt
@@ -276,6 +278,9 @@ class ContextualDSC(DSC, Listener):
         options: Of the layer.
         context: Of the short convolutions.
         bank: A bank to share; by default a new one.
+
+    Attributes:
+        trains_atoms_only: Whether all but atoms and their rows of the router stay as they are.
     """
 
     def __init__(
@@ -288,6 +293,7 @@ class ContextualDSC(DSC, Listener):
     ) -> None:
         super().__init__(in_features, out_features, options, bank=bank)
         self.add_contexts(in_features, context)
+        self.trains_atoms_only = False
 
     def reset_parameters(self) -> None:
         """See :class:`torchdsc.DSC`; also initialises the short convolutions."""
@@ -307,11 +313,35 @@ class DSCAdapterLayer(AdapterLayer):
         """See :class:`AdapterLayer`."""
         assert isinstance(config, DSCAdapterConfig)
         bank = owner.bank if isinstance(owner, DSC) and config.share_bank else None
-        layer = ContextualDSC(self.in_features, self.out_features, config.options(), config.context(), bank)
+        num_atoms, kept = (config.atom_counts or {}).get(self.target, (config.num_atoms, 0))
+        options = replace(config.options(), num_atoms=num_atoms)
+        layer = ContextualDSC(self.in_features, self.out_features, options, config.context(), bank)
         set_salt(layer.router, layer_index(self.target))
         if isinstance(owner, DSC) and config.share_router:
             layer.router = owner.router
+        for part in (layer.bank, layer.router):
+            if isinstance(part, AtomRows) and part.kept_atoms != kept:
+                part.arrange(torch.arange(num_atoms, device=part.all_rows(part.atom_parameters[0]).device), kept)
+        if config.atom_origins is not None and layer.bank.origin is None:
+            layer.bank.origin = torch.zeros(num_atoms, dtype=torch.int64, device=layer.bank.u.device)
+        layer.trains_atoms_only = config.train_atoms_only
         return layer
+
+    def set_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """See PEFT, which lets all parameters of the active adapters be trained; what is kept stays so."""
+        super().set_adapter(*args, **kwargs)
+        self.keep_frozen()
+
+    def keep_frozen(self) -> None:
+        """Let no gradient reach kept atoms, nor the other parameters where only atoms are trained."""
+        for adapter in self.adapters.values():
+            layer = cast(ContextualDSC, adapter)
+            parts = [part for part in (layer.bank, layer.router) if isinstance(part, AtomRows)]
+            rows = {id(getattr(part, name)) for part in parts for name in part.atom_parameters}
+            kept = {id(getattr(part, f"kept_{name}", None)) for part in parts for name in part.atom_parameters}
+            for parameter in layer.parameters():
+                if id(parameter) in kept or (layer.trains_atoms_only and id(parameter) not in rows):
+                    parameter.requires_grad_(False)
 
 
 class MixtureOfLoRAsLayer(AdapterLayer):

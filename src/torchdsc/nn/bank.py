@@ -11,7 +11,8 @@ from torchdsc.arguments import check_at_least, check_positive, check_types
 from torchdsc.ops import compose, frame_potential, latents
 from torchdsc.ops.compose.api import Implementation
 
-from .sharding import check_not_flattened, whole
+from .atom_rows import AtomRows
+from .sharding import check_not_flattened, is_sharded
 
 
 class FrameEstimate(NamedTuple):
@@ -21,7 +22,7 @@ class FrameEstimate(NamedTuple):
     samples: int | None = None
 
 
-class BasisBank(nn.Module):
+class BasisBank(AtomRows):
     """M learnable rank-1 atoms ``u_j^T v_j``; one bank may serve several layers.
 
     The raw rows ``u`` (M, d_in) and ``v`` (M, d_out) are parameters; what is composed are the rows divided by
@@ -37,13 +38,17 @@ class BasisBank(nn.Module):
         device: Where the parameters live.
         dtype: Their dtype.
 
+    Attributes:
+        origin: What each atom was added for, as an index, int64 of shape (M,); None where all are of one kind.
+
     Raises:
         TypeError: If an argument has another type.
         ValueError: If a size is below 1 or ``init_norm`` is not positive.
     """
 
     # Parameters of which a token uses few rows: torchdsc.parameter_groups gives them a learning rate of their own.
-    row_parameters = ("u", "v")
+    row_parameters = atom_parameters = ("u", "v")
+    origin: Tensor | None
 
     def __init__(
         self,
@@ -65,6 +70,7 @@ class BasisBank(nn.Module):
         self.init_norm, self.sparse_gradients = init_norm, sparse_gradients
         self.u = nn.Parameter(torch.empty(num_atoms, in_features, device=device, dtype=dtype))
         self.v = nn.Parameter(torch.empty(num_atoms, out_features, device=device, dtype=dtype))
+        self.register_buffer("origin", None)
         self.reset_parameters()
 
     @torch.no_grad()
@@ -114,8 +120,7 @@ class BasisBank(nn.Module):
             TypeError: If the dtype of ``x`` is not that of the bank.
             RuntimeError: If the rows are a part of a flattened parameter of FSDP1.
         """
-        own_u = self.u
-        u, v = whole(own_u), whole(self.v)
+        u, v = self.all_rows("u"), self.all_rows("v")
         if frame is not None or u.dim() != 2:
             check_not_flattened("bank.u", u, (self.num_atoms, self.in_features))
             check_not_flattened("bank.v", v, (self.num_atoms, self.out_features))
@@ -126,7 +131,7 @@ class BasisBank(nn.Module):
                 u, v = u[indices], v[indices]
             return functional.normalize(u, dim=-1, eps=eps), functional.normalize(v, dim=-1, eps=eps)
         assert indices is not None
-        if u is not own_u:
+        if u.dtype != x.dtype and is_sharded(self.u):
             # Gathered from another FSDP unit, which this unit's mixed precision does not cast.
             u, v = u.to(x.dtype), v.to(x.dtype)
         if coefficients is None:

@@ -36,7 +36,8 @@ class DSC(RoutedLayer):
     equations (7) and (8). With ``atom_features=r`` atoms are thin, and
     ``y = scale gamma * Q (((P x U_I^T) * z) V_I)``, with P and Q shared by all. The bound is then multiplied by
     ``|P|_2 |Q|_2``, which is 1 at the start. With ``offset=True`` the layer is ``x dW + o``, with an offset o
-    composed from the same atoms, and ``|x dW + o| < scale max |gamma| sqrt(|x|^2 + d)``.
+    composed from the same atoms, and ``|x dW + o| < scale max |gamma| sqrt(|x|^2 + d)``. With ``max_update_norm=m``,
+    ``m tanh(scale gamma / m)`` takes the place of scale gamma everywhere, so that ``|dW|_2 <= m`` whatever is trained.
 
     Args:
         in_features: d_in.
@@ -132,9 +133,11 @@ class DSC(RoutedLayer):
 
     @property
     def output_scale(self) -> Tensor:
-        """``scale gamma``, of the shape of gamma."""
+        """``scale gamma``, of the shape of gamma; ``m tanh(scale gamma / m)`` for ``max_update_norm=m``."""
         gamma = whole(self.gamma)
-        return gamma if self.options.scale == 1.0 else gamma * self.options.scale
+        scaled = gamma if self.options.scale == 1.0 else gamma * self.options.scale
+        most = self.options.max_update_norm
+        return scaled if most is None else most * torch.tanh(scaled / most)
 
     def regularizer_factor(self) -> Tensor | None:
         """See :class:`RoutedLayer`: 0 while gamma is still at its initial zero.

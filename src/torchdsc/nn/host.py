@@ -5,6 +5,7 @@ import inspect
 import warnings
 from collections.abc import Iterable
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 
 def tied_keys(layers: Iterable[tuple[str, nn.Module]]) -> dict[str, str]:
-    """Names of parameters that ``layers`` share, each mapped to its name in the first layer that has it.
+    """Names of parameters and buffers that ``layers`` share, each mapped to its name in the first layer that has it.
 
     Transformers asks a model for this mapping; without it, it refuses to save tensors that share memory.
 
@@ -22,7 +23,7 @@ def tied_keys(layers: Iterable[tuple[str, nn.Module]]) -> dict[str, str]:
     first: dict[int, str] = {}
     tied: dict[str, str] = {}
     for owner, module in layers:
-        for name, parameter in module.named_parameters(owner):
+        for name, parameter in chain(module.named_parameters(owner), module.named_buffers(owner)):
             known = first.setdefault(id(parameter), name)
             if known != name:
                 tied[name] = known

@@ -92,6 +92,8 @@ class DSCFields(RouterFields, RegularizerFields):
             gamma has moved.
         scale: Constant factor of the output, > 0, as LoRA's alpha / r. It also multiplies the effective learning rate
             of gamma.
+        max_update_norm: m, a bound that |dW|_2 of no token exceeds, whatever is trained: the output is scaled by
+            ``m tanh(scale gamma / m)`` in place of ``scale gamma``. None for no other bound than gamma's.
         atom_init_norm: Root mean square norm of the raw rows at the start, which are orthogonal. Outputs do not depend
             on it, but training does: the larger the norm, the less a step turns an atom.
         eps: Stability constant of norms and of the gate, > 0.
@@ -112,6 +114,7 @@ class DSCFields(RouterFields, RegularizerFields):
     channelwise_gamma: bool = True
     gamma_init: float = 0.1
     scale: float = 1.0
+    max_update_norm: float | None = None
     atom_init_norm: float = 0.01
     eps: float = 1e-6
     atom_features: int | None = None
@@ -143,6 +146,12 @@ class DSCOptions(_AssignedOnce, DSCFields):
             raise ValueError(f"top_k must be at most num_atoms = {self.num_atoms}, got {self.top_k}")
         check_positive(logit_clamp=self.logit_clamp, eps=self.eps, scale=self.scale)
         check_positive(atom_init_norm=self.atom_init_norm, router_init_std=self.router_init_std)
+        check_positive(max_update_norm=self.max_update_norm)
+        if self.max_update_norm is not None and self.atom_features is not None:
+            raise ValueError(
+                f"max_update_norm must be None for thin atoms, whose projections it does not bound, got "
+                f"{self.max_update_norm}"
+            )
         check_not_negative(aux_weight=self.aux_weight, budget_weight=self.budget_weight, budget=self.budget)
         check_not_negative(frame_weight=self.frame_weight, z_weight=self.z_weight)
         check_finite(gamma_init=self.gamma_init)
@@ -309,6 +318,7 @@ class DSCArguments(TypedDict, total=False):
     channelwise_gamma: bool
     gamma_init: float
     scale: float
+    max_update_norm: float | None
     atom_init_norm: float
     eps: float
     atom_features: int | None

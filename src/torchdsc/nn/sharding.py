@@ -18,7 +18,7 @@ def whole(parameter: Tensor) -> Tensor:
         The tensor, differentiable. If the parameter is a DTensor, every process of its mesh must make this call.
     """
     # The common case first, as every forward pass comes here.
-    if type(parameter) in (nn.Parameter, Tensor) or not _is_sharded(parameter):
+    if type(parameter) in (nn.Parameter, Tensor) or not is_sharded(parameter):
         return parameter
     from torch.distributed.tensor import Partial
 
@@ -27,7 +27,8 @@ def whole(parameter: Tensor) -> Tensor:
     return gathered
 
 
-def _is_sharded(parameter: Tensor) -> bool:
+def is_sharded(parameter: Tensor) -> bool:
+    """Whether each process holds a part of it, as a DTensor."""
     if not torch.distributed.is_available():
         return False
     from torch.distributed.tensor import DTensor

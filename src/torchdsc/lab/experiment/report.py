@@ -22,7 +22,7 @@ from torchdsc.lab.figures.looks import NAMED, Group, choose_looks
 from torchdsc.lab.figures.series import Series
 from torchdsc.lab.figures.style import PALETTE, to_svg
 from torchdsc.lab.files import write_text
-from torchdsc.lab.tasks.task import Record
+from torchdsc.lab.tasks.task import Column, Record
 
 from . import findings, routing, summary, tables, words
 from .intervals import TIMES, Interval, format_interval
@@ -81,11 +81,13 @@ class Page:
         has_seeds: Whether a variant has two seeds or more.
         has_active: Whether a variant has parameters that are not active.
         has_task_loss: Whether the training loss is known without regularisers.
+        costs: Columns of the task that the measure is drawn against.
         named_best: Variants that one figure may name.
     """
 
     def __init__(self, results: Results) -> None:
         self.experiment, self.timing = results.experiment, results.timing
+        self.costs = [column for column in results.task.columns if column.cost]
         self.measure, self.timed_words = results.task.measure, results.task.timed_words
         self.records = [*results.runs, *results.trials]
         self.rows = summary.summarize(results)
@@ -205,6 +207,15 @@ class Page:
                 low, high = (time.mean if end is None else end for end in (time.low, time.high))
                 times[row.name] = time.mean, (low, high)
         return self._draw_costs(times, f"{self.timed_words}, ratio to {reference}'s")
+
+    def draw_cost(self, column: Column) -> Figure | None:
+        """The measure against a column that is a cost: its mean over runs, and their range."""
+        costs = {}
+        for row in self.rows:
+            values = [value for run in row.runs if (value := column.value(run)) is not None and math.isfinite(value)]
+            if values:
+                costs[row.name] = fmean(values), (min(values), max(values))
+        return self._draw_costs(costs, column.cost or column.title)
 
     def _draw_costs(self, costs: Mapping[str, tuple[float, tuple[float, float]]], xlabel: str) -> Figure | None:
         reached = {row.name: row for row in self.rows if row.name in costs and math.isfinite(row.mean)}

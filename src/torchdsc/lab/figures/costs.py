@@ -83,7 +83,8 @@ def draw_costs(
 def _fit(axes: Axes, costs: Sequence[Cost]) -> None:
     places = np.array([value for cost in costs for value in (cost.at, *cost.ends)])
     least = places[places > 0].min(initial=np.inf)
-    if places.max() > _WIDE * least:
+    # What may be negative, such as a difference, is no matter of factors.
+    if places.min() >= 0 and places.max() > _WIDE * least:
         # A cost of zero has a place too, left of a linear part up to the least other one.
         has_zero = places.min() <= 0
         axes.set_xscale("symlog", linthresh=least, linscale=0.5)

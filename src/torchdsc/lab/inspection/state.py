@@ -125,7 +125,7 @@ def _curves(bank: BasisBank) -> tuple[dict[str, list[float]], dict[str, list[flo
     """Spectra of the unit atoms and norms of the raw rows."""
     spectra: dict[str, list[float]] = {}
     norms: dict[str, list[float]] = {}
-    for side, unit, raw in zip("uv", spaced_atoms(bank), (bank.u, bank.v), strict=True):
+    for side, unit, raw in zip("uv", spaced_atoms(bank), (bank.all_rows("u"), bank.all_rows("v")), strict=True):
         values = spectrum(unit)
         spectra[side] = [] if values is None else _sorted(values / values.mean())
         norms[side] = _sorted(raw.detach().float().norm(dim=1))

@@ -52,12 +52,14 @@ class Column:
         value: The figure of a record; None where it has none.
         form: How it is written, as ``format`` takes it.
         has_spread: Whether the sample deviation over seeds stands beside the mean.
+        cost: What it is on the axis of a figure, in which the measure is drawn against it; None for no figure.
     """
 
     title: str
     value: Callable[[Record], float | None]
     form: str
     has_spread: bool = False
+    cost: str | None = None
 
     def text(self, values: Sequence[float]) -> str:
         """The figures of a variant's runs in words; those that are not finite, of runs that diverged, are left out."""

@@ -7,13 +7,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from torchdsc.arguments import check_at_least, check_types
+from torchdsc.nn.atom_rows import AtomRows
 from torchdsc.nn.options import RouterNorm
 from torchdsc.ops import Selection, route, select
 
 from .base import Router, parameter_like
 
 
-class LinearRouter(Router):
+class LinearRouter(Router, AtomRows):
     """``r = norm(x) W_r``, with one logit per atom.
 
     Args:
@@ -32,6 +33,8 @@ class LinearRouter(Router):
         TypeError: If an argument has another type.
         ValueError: If a size is below 1, ``init_std`` is not positive or ``norm`` is unknown.
     """
+
+    atom_parameters = ("weight", "bias")
 
     def __init__(
         self,
@@ -82,8 +85,8 @@ class LinearRouter(Router):
 
     def _operands(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Input, weight and bias of the linear map to logits, in the dtype of ``x``."""
-        bias = None if self.bias is None else parameter_like(self.bias, x)
-        return x, parameter_like(self.weight, x), bias
+        bias = None if self.bias is None else parameter_like(self.all_rows("bias"), x)
+        return x, parameter_like(self.all_rows("weight"), x), bias
 
 
 class LowRankRouter(LinearRouter):

@@ -68,11 +68,42 @@ def test_text_in_blocks(load, prose, settings, reviews):
     blocks = torch.tensor(ids)[: len(ids) // 16 * 16].view(-1, 16)
     # In the order of the text, the end for the score.
     assert torch.stack([row["input_ids"] for row in every(data)]).equal(blocks)
-    assert (len(data.validation), len(data.evaluation), len(data.retain)) == (4, 4, 200 // 16)
+    assert (len(data.validation), len(data.evaluation), data.retain.num_evaluated) == (4, 4, 200 // 16)
     assert data.train[0]["labels"].equal(data.train[0]["input_ids"])
     beside = load(**prose, evaluation=str(reviews / "old.txt"))
     assert torch.stack([row["input_ids"] for row in beside.train + beside.validation]).equal(blocks)
-    assert beside.evaluation[0]["input_ids"].equal(data.retain[0]["input_ids"])
+    [old] = data.retain.blocks.values()
+    assert beside.evaluation[0]["input_ids"].equal(old[0]["input_ids"])
+
+
+def test_old_domains(load, prose, reviews):
+    sources = [str(reviews / name) for name in ("old.txt", "prose.txt")]
+    data = load(**prose, retain=sources, max_evaluation=6, choices=5, replay=0.25)
+    plain = load(**prose)
+    assert list(data.hashes) == [prose["train"], sources[0]]
+    assert {source: len(blocks) for source, blocks in data.retain.blocks.items()} == dict.fromkeys(sources, 6)
+    assert data.retain.num_evaluated == 2 * (6 + 5)
+    # A quarter of all is replayed: of each text in turn, and nothing that is evaluated.
+    replayed = data.train[len(plain.train) :]
+    assert len(replayed) == round(len(plain.train) / 3)
+    evaluated = [block["input_ids"] for blocks in data.retain.blocks.values() for block in blocks]
+    assert not any(block is other["input_ids"] for block in evaluated for other in replayed)
+    assert plain.train[6]["input_ids"].equal(load(**prose, retain=sources[1]).train[6]["input_ids"])
+    with pytest.raises(ValueError, match=r"max_evaluation must leave blocks of .*old.txt to replay, got None"):
+        load(**prose, retain=sources, replay=0.25)
+
+
+def test_questions(load, prose, reviews):
+    data = load(**prose, max_length=32, retain=prose["train"], max_evaluation=9, choices=3)
+    [blocks], [questions] = data.retain.blocks.values(), data.retain.questions.values()
+    assert questions.shape == (3, 4, 8 + 8)
+    for place, question in enumerate(questions):
+        # The right answer first; the beginning is always its own, the others' answers are of other blocks.
+        assert question[0].equal(blocks[place]["input_ids"][:16])
+        assert all(choice[:8].equal(question[0][:8]) for choice in question)
+        assert question[1][8:].equal(blocks[(place + 2) % 9]["input_ids"][8:16])
+    with pytest.raises(ValueError, match=r"choices must be left out where .* less than 11 tokens, got 12 of 8"):
+        load(**prose, max_length=8, retain=str(reviews / "old.txt"), max_evaluation=12, choices=3)
 
 
 def test_a_variable_in_a_source(load, reviews, monkeypatch):

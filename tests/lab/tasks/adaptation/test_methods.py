@@ -19,6 +19,10 @@ def build(settings, labels=("0", "1"), **changes):
     ("method", "options", "size"),
     [
         ("lora", {}, "r"),
+        ("lora", {"use_dora": True}, "r"),
+        ("lora", {"use_rslora": True}, "r"),
+        ("lily", {}, "r"),
+        ("miss", {}, "r"),
         ("vera", {}, "r"),
         ("mixture_of_loras", {}, "num_experts"),
         ("dsc", {}, "num_atoms"),

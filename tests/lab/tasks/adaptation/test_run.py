@@ -213,6 +213,39 @@ def test_causal_lm_and_forgetting(settings, prose, reviews, tmp_path):
     assert "retain_loss_before" not in run(chosen, tmp_path / "trial", is_trial=True)
 
 
+@pytest.mark.parametrize("changes", [DSC, FULL, {"method": "lora", "options": {"r": 2}}], ids=["dsc", "full", "lora"])
+def test_old_domains_in_a_record(settings, prose, reviews, tmp_path, changes):
+    sources = [str(reviews / name) for name in ("old.txt", "prose.txt")]
+    changes = {**prose, **changes, "options": {**changes["options"]}}
+    if changes["options"]:
+        changes["options"]["target_modules"] = ["q_proj", "v_proj"]
+    changes |= {"retain": sources, "max_length": 32, "max_evaluation": 6, "choices": 5}
+    task = Task()
+    chosen = settings(**changes, learning_rate=3e-2, steps=8, eval_every=4)
+    record = task.run(chosen, 0, tmp_path / "out", label="a run", is_trial=False)
+    assert list(record["retained"]) == sources
+    for old in record["retained"].values():
+        assert old["loss_before"] != old["loss_after"]
+        assert 0 <= old["choice_before"] <= 100
+    for key in ("loss_before", "loss_after"):
+        assert record[f"retain_{key}"] == pytest.approx(fmean(old[key] for old in record["retained"].values()))
+    assert record["forgotten"] == record["retain_loss_after"] - record["retain_loss_before"]
+    # What the base model knows does not depend on the method, or on what was trained before.
+    other = task.run(
+        settings(**changes, learning_rate=3e-2, steps=4), 1, tmp_path / "other", label="a run", is_trial=False
+    )
+    assert other["retain_loss_before"] == record["retain_loss_before"]
+    fresh = run(settings(**{**changes, **DSC, "options": {"target_modules": ["mlp"]}}, steps=1), tmp_path / "fresh")
+    assert fresh["retain_loss_before"] == pytest.approx(record["retain_loss_before"], abs=1e-6)
+
+
+def test_choices_are_told(settings, prose, reviews, tmp_path):
+    """A model that has learnt a text by heart knows how it goes on; a text of other words it knows no better."""
+    changes = {**prose, **FULL, "max_length": 32, "retain": prose["train"], "max_evaluation": 16, "choices": 16}
+    record = run(settings(**changes, learning_rate=1e-2, steps=150), tmp_path / "out")
+    assert record["choice_after"] > record["choice_before"] + 20
+
+
 def test_task_loads_and_solves_once(settings, tmp_path, monkeypatch):
     calls = []
     for name in ("load_data", "solve_options"):

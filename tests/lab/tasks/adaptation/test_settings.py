@@ -13,6 +13,10 @@ CAUSAL = {"kind": "causal_lm"}
         ({"metric": "bleu"}, "^metric must be 'accuracy', .*, got 'bleu'$"),
         ({"kind": "regression", "metric": "f1"}, "^metric must be one of .* for kind = 'regression', got 'f1'$"),
         ({"retain": "b.txt"}, "^retain must be left out for kind = 'classification', got 'b.txt'$"),
+        ({**CAUSAL, "retain": ["b.txt", "b.txt"]}, r"^retain must be .* all different, got \['b.txt', 'b.txt'\]$"),
+        ({**CAUSAL, "retain": []}, r"^retain must be one text or more, all different, got \[\]$"),
+        ({**CAUSAL, "choices": 4}, "^choices must be left out without retain, got 4$"),
+        ({**CAUSAL, "replay": 0.05}, "^replay must be left out without retain, got 0.05$"),
         ({**CAUSAL, "text": ["a", "b"]}, r"^text must be one column for kind = 'causal_lm', got \['a', 'b'\]$"),
         ({**CAUSAL, "head": "embedding"}, "^head must be left out for kind = 'causal_lm', got 'embedding'$"),
         (
@@ -40,6 +44,13 @@ def test_metric_follows_the_kind():
     assert found == ["accuracy", "correlation", "loss"]
 
 
+def test_old_texts():
+    def old(retain):
+        return Settings(base="b", train="a", kind="causal_lm", retain=retain).old_texts
+
+    assert (old(None), old("b.txt"), old(["b.txt", "c.txt"])) == ([], ["b.txt"], ["b.txt", "c.txt"])
+
+
 def test_base_in_a_package():
     assert resolve_base("package:torchdsc/configs").endswith("torchdsc/configs")
     assert resolve_base("some/id") == "some/id"
@@ -47,3 +58,5 @@ def test_base_in_a_package():
         resolve_base("package:no_such/x")
     with pytest.raises(ValueError, match=r"base must be llama2c:MODEL.bin:TOKENIZER.bin, got 'llama2c:a.bin'"):
         resolve_base("llama2c:a.bin")
+    with pytest.raises(ValueError, match=r"base must be gguf:FILE.gguf, a file that is there, got 'nowhere.gguf'"):
+        resolve_base("gguf:nowhere.gguf")

@@ -1,7 +1,7 @@
 """The base model and its tokenizer."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import util
 from pathlib import Path
@@ -19,8 +19,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from torchdsc.lab.files import cache_folder, expand, made_once
+from torchdsc.lab.files import cache_folder, expand, made_once, naming_writes, whole_folder
 from torchdsc.lab.schema import SettingsError
+from torchdsc.lab.training.environment import quiet_transformers
 from torchdsc.lab.training.loading import load_model
 
 from .llama2c import convert_llama2c
@@ -76,14 +77,16 @@ def load_base(settings: Settings, num_labels: int, *, weights: bool) -> PreTrain
 
 
 def resolve_base(base: str) -> str:
-    """The folder or hub id of a base model, as settings write it; files of llama2.c are converted into the cache.
+    """The folder or hub id of a base model, as settings write it; other files are converted into the cache.
 
     Raises:
         ValueError: If a package is not installed, a variable is not set, or files cannot be converted.
         OSError: If they cannot be read.
     """
     if base.startswith("llama2c:"):
-        return _converted(base)
+        return _from_llama2c(base)
+    if base.startswith("gguf:"):
+        return _from_gguf(Path(resolve_base(base.removeprefix("gguf:"))))
     if not base.startswith("package:"):
         return expand(base)
     package, _, inner = base.removeprefix("package:").partition("/")
@@ -93,15 +96,40 @@ def resolve_base(base: str) -> str:
     return str(Path(found.origin).parent / inner)
 
 
-def _converted(base: str) -> str:
+def _from_llama2c(base: str) -> str:
     files = [Path(expand(part)) for part in base.split(":")[1:]]
     if len(files) != 2:
         raise ValueError(f"base must be llama2c:MODEL.bin:TOKENIZER.bin, got {base!r}")
+    return _converted("llama2c", files, lambda folder: convert_llama2c(files[0], files[1], folder))
+
+
+def _from_gguf(file: Path) -> str:
+    if file.suffix != ".gguf" or not file.is_file():
+        raise ValueError(f"base must be gguf:FILE.gguf, a file that is there, got {str(file)!r}")
+    if util.find_spec("gguf") is None:
+        raise ValueError("base of gguf:FILE.gguf needs the package gguf: pip install gguf")
+
+    def convert(folder: Path) -> None:
+        place: dict[str, Any] = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
+        tokenizer = AutoTokenizer.from_pretrained(**place)
+        model: Any = AutoModelForCausalLM.from_pretrained(**place, dtype=torch.float32)
+        # It is quantised no longer.
+        model.hf_quantizer = None
+        if hasattr(model.config, "quantization_config"):
+            del model.config.quantization_config
+        with whole_folder(folder) as draft, naming_writes(folder):
+            model.save_pretrained(draft)
+            tokenizer.save_pretrained(draft)
+
+    return _converted("gguf", [file], convert)
+
+
+def _converted(kind: str, files: list[Path], convert: Callable[[Path], object]) -> str:
+    """The folder of the cache that holds a converted model, made if it is not there."""
     key = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
-    folder = cache_folder() / "llama2c" / key
-    return str(
-        made_once(folder, lambda: folder.resolve(strict=True), lambda: convert_llama2c(files[0], files[1], folder))
-    )
+    folder = cache_folder() / kind / key
+    with quiet_transformers():
+        return str(made_once(folder, lambda: folder.resolve(strict=True), lambda: convert(folder)))
 
 
 @contextmanager

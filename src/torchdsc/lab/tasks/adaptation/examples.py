@@ -4,7 +4,7 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
+from itertools import chain, cycle, islice
 from statistics import fmean, pstdev
 from typing import Any
 
@@ -14,6 +14,7 @@ from transformers.data.data_collator import DataCollatorWithPadding, default_dat
 
 from torchdsc.lab.data.rows import Example, read_source
 
+from .retained import OldDomains, make_questions
 from .sentences import collate_sentences
 from .settings import Settings
 
@@ -34,7 +35,7 @@ class Data:
         train: To train on.
         validation: Held out of train: for trials, and the best checkpoint.
         evaluation: For the final score, looked at once; as many held out of train where the settings name none.
-        retain: Blocks of the old domain, or None.
+        retain: Texts of old domains; without any, a run leaves them out.
         labels: Names of the classes, by id; one for regression; none for causal LMs.
         scale: Mean and standard deviation of train's labels, which regression standardises them by.
         hashes: Of the sources, by what the settings call them.
@@ -44,7 +45,7 @@ class Data:
     train: Encoded
     validation: Encoded
     evaluation: Encoded
-    retain: Encoded | None
+    retain: OldDomains | None
     labels: list[str]
     scale: tuple[float, float]
     hashes: dict[str, str]
@@ -151,6 +152,28 @@ def _load_blocks(settings: Settings, tokenizer: PreTrainedTokenizerBase, read: _
     train, validation, evaluation = _split(settings, found[end:] + found[:end], f"blocks of {length} tokens")
     if settings.evaluation is not None:
         evaluation = blocks(settings.evaluation)
-    retain = None if settings.retain is None else blocks(settings.retain)[: settings.max_evaluation]
     parts = train, validation, evaluation[: settings.max_evaluation]
+    retain = _old_domains(settings, {source: blocks(source) for source in settings.old_texts})
+    if retain is not None and retain.replay:
+        # The whole of the replayed text, in turn, until it has its share.
+        share = settings.replay / (1 - settings.replay)
+        count = max(1, round(share * len(train)))
+        parts = [*train, *islice(cycle(retain.replay), count)], *parts[1:]
     return Data(*parts, retain, [], (0.0, 1.0), hashes, default_data_collator)
+
+
+def _old_domains(settings: Settings, texts: dict[str, Encoded]) -> OldDomains | None:
+    if not texts:
+        return None
+    evaluated = {source: blocks[: settings.max_evaluation] for source, blocks in texts.items()}
+    questions = {}
+    if settings.choices is not None:
+        questions = {source: make_questions(blocks, settings.choices) for source, blocks in evaluated.items()}
+    replay: Encoded = []
+    if settings.replay:
+        rest = [blocks[len(evaluated[source]) :] for source, blocks in texts.items()]
+        if not all(rest):
+            short = list(texts)[[bool(own) for own in rest].index(False)]
+            raise ValueError(f"max_evaluation must leave blocks of {short} to replay, got {settings.max_evaluation}")
+        replay = [block for blocks in zip(*rest, strict=False) for block in blocks]
+    return OldDomains(evaluated, questions, replay)

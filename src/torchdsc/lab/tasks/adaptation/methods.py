@@ -8,7 +8,15 @@ from typing import Any
 
 import psutil
 import torch
-from peft import LoraConfig, PeftConfig, VBLoRAConfig, VeraConfig, get_peft_model
+from peft import (
+    LilyConfig,
+    LoraConfig,
+    MissConfig,
+    PeftConfig,
+    VBLoRAConfig,
+    VeraConfig,
+    get_peft_model,
+)
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import PreTrainedModel
@@ -27,11 +35,14 @@ _CONFIGS: dict[str, type[PeftConfig]] = {
     "dsc": DSCAdapterConfig,
     "mixture_of_loras": MixtureOfLoRAsConfig,
     "lora": LoraConfig,
+    "lily": LilyConfig,
+    "miss": MissConfig,
     "vblora": VBLoRAConfig,
     "vera": VeraConfig,
 }
 # The option that makes an adapter larger.
-_SIZE = {"dsc": "num_atoms", "mixture_of_loras": "num_experts", "lora": "r", "vblora": "num_vectors", "vera": "r"}
+_SIZE = {"dsc": "num_atoms", "mixture_of_loras": "num_experts", "vblora": "num_vectors"}
+_SIZE |= dict.fromkeys(("lora", "lily", "miss", "vera"), "r")
 # As PEFT has it.
 _HEADS = {"classifier", "score"}
 
@@ -72,8 +83,16 @@ def solve_options(settings: Settings) -> Options:
 
     if count(1) > budget:
         raise SettingsError(f"budget of {method} must be at least {count(1)} (size 1), got {budget}")
+
+    def cost(root: int) -> int:
+        try:
+            return count(root)
+        except SettingsError:
+            # Some methods refuse sizes above the base model's.
+            return budget + 1
+
     # What makes an adapter larger adds a parameter or more.
-    largest = bisect_right(range(1, 1 + int(budget ** (1 / power))), budget, key=count)
+    largest = bisect_right(range(1, 1 + int(budget ** (1 / power))), budget, key=cost)
     _count(model, settings, sized(largest), must_fit=True)
     return sized(largest)
 

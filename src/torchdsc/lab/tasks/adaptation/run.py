@@ -19,6 +19,7 @@ from torchdsc.lab.training.trainer import LabTrainer
 from .examples import Data
 from .methods import adapter_parameters, build_model, solve_options
 from .metrics import score
+from .retained import Known, retained
 from .settings import Settings
 from .trainer import HeadTrainer
 
@@ -97,8 +98,7 @@ def _adapt(
     trainer = build_trainer(settings, model, seed, data, folder, label)
     retain = None if is_trial else data.retain
     metrics: dict[str, Any] = {"score": math.nan, "loss": math.nan}
-    if retain is not None:
-        metrics["retain_loss_before"] = trainer.evaluate(retain)["eval_loss"]
+    before = retain.before(trainer, settings.base_key) if retain else {}
     diverged = fit(trainer)
     trained = summary(trainer, settings, diverged)
     # Evaluations that follow are no part of the curves.
@@ -107,8 +107,8 @@ def _adapt(
         found = trainer.evaluate(data.validation if is_trial else data.evaluation)
         metrics |= {"score": _score(settings, found), "loss": found["eval_loss"]}
     routing = routing_of(trainer.state.log_history)
-    if retain is not None:
-        metrics["retain_loss_after"] = math.nan if diverged else trainer.evaluate(retain)["eval_loss"]
+    if retain:
+        metrics |= retained(before, _nothing(before) if diverged else retain.measure(trainer))
     record = {
         "method": settings.method,
         "description": describe(settings, options),
@@ -128,6 +128,11 @@ def _adapt(
     if not is_trial:
         record["adapter_bytes"] = _save(settings, model, tokenizer, folder / WEIGHTS)
     return record
+
+
+def _nothing(known: Known) -> Known:
+    """NaN in place of all that was known."""
+    return {source: dict.fromkeys(values, math.nan) for source, values in known.items()}
 
 
 def _score(settings: Settings, found: Mapping[str, Any]) -> float:

@@ -13,9 +13,24 @@ Metric = Literal["accuracy", "matthews", "f1", "correlation", "loss"]
 Head = Literal["embedding"] | None
 WITHOUT_ADAPTER = ("full", "head")
 _OF_DATA = {
-    *("base", "head", "kind", "train", "evaluation", "retain", "text", "label", "columns", "metric"),
+    *(
+        "base",
+        "head",
+        "kind",
+        "train",
+        "evaluation",
+        "retain",
+        "choices",
+        "replay",
+        "text",
+        "label",
+        "columns",
+        "metric",
+    ),
     *("max_train", "max_evaluation", "validation_examples", "max_length"),
 }
+# What the base model makes of its old domains depends on these too.
+_OF_BASE = {"base_options", "precision", "batch_size"}
 _OF_MODEL = {"base", "base_options", "head", "kind", "method", "budget", "options"}
 # Metrics of each kind of task, the default first.
 _METRICS: dict[str, tuple[Metric, ...]] = {
@@ -29,14 +44,15 @@ class Settings(Model):
     """A base model adapted to a task."""
 
     base: Name
-    """Folder or hub id of the base model, "package:NAME/folder" inside an installed package, or
-    "llama2c:MODEL.bin:TOKENIZER.bin", files of llama2.c, which are converted into the cache."""
+    """Folder or hub id of the base model, "package:NAME/folder" inside an installed package, "gguf:FILE.gguf" (the file
+    may be inside a package too) or "llama2c:MODEL.bin:TOKENIZER.bin", files of llama2.c; both are converted into the
+    cache, in float32."""
     base_options: dict[str, Any] = Field(default_factory=dict)
     """Fields of the base's configuration to change, such as its dropout or ``attn_implementation``."""
     head: Head = None
     """For classification and regression: nothing for the head that transformers has for the base model, which reads two
     texts as one sequence; "embedding" for a head on the embeddings of separately encoded texts."""
-    method: Literal["dsc", "mixture_of_loras", "lora", "vblora", "vera", "full", "head"] = "dsc"
+    method: Literal["dsc", "mixture_of_loras", "lora", "lily", "miss", "vblora", "vera", "full", "head"] = "dsc"
     """How to adapt; "full" trains the whole model, and "head" the new head alone."""
     budget: Count | None = None
     """Trainable parameters of an adapter, heads left out; its size (atoms, experts, rank or vectors) is the largest
@@ -60,8 +76,12 @@ class Settings(Model):
     """For classification "accuracy" (the default), or for two labels "matthews" or "f1" (of the second in the order of
     text); for regression "correlation", the mean of Pearson's and Spearman's; for causal LMs "loss" in nats per token,
     whose negative is the score."""
-    retain: Name | None = None
-    """For causal LMs, text of the old domain: its loss before and after tells what is forgotten."""
+    retain: Name | list[Name] | None = None
+    """For causal LMs, texts of old domains, one or more: their losses before and after tell what is forgotten."""
+    choices: Count | None = None
+    """Questions made of each of these texts at most: which of four continuations follows? Needs ``retain``."""
+    replay: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the examples of training that are blocks of these texts, none that is evaluated. Needs ``retain``."""
     max_train: Count | None = None
     """Examples to train on at most, the first after shuffling with a fixed seed."""
     max_evaluation: Count | None = None
@@ -100,6 +120,11 @@ class Settings(Model):
             raise ValueError(f"metric must be one of {metrics} for kind = {self.kind!r}, got {self.metric!r}")
         if self.kind != "causal_lm" and self.retain is not None:
             raise ValueError(f"retain must be left out for kind = {self.kind!r}, got {self.retain!r}")
+        if self.retain is not None and len(set(self.old_texts)) != max(1, len(self.old_texts)):
+            raise ValueError(f"retain must be one text or more, all different, got {self.retain}")
+        for name in ("choices", "replay"):
+            if getattr(self, name) and self.retain is None:
+                raise ValueError(f"{name} must be left out without retain, got {getattr(self, name)}")
         if self.kind == "causal_lm" and len(self.text) > 1:
             raise ValueError(f"text must be one column for kind = 'causal_lm', got {self.text}")
         if self.kind == "causal_lm" and self.head is not None:
@@ -118,9 +143,19 @@ class Settings(Model):
         return self.metric or _METRICS[self.kind][0]
 
     @property
+    def old_texts(self) -> list[str]:
+        """Sources of the old domains."""
+        return [self.retain] if isinstance(self.retain, str) else list(self.retain or ())
+
+    @property
     def data_key(self) -> str:
         """The settings that its examples depend on."""
         return self.model_dump_json(include=_OF_DATA)
+
+    @property
+    def base_key(self) -> str:
+        """The settings that the base model's outputs depend on, beside its data."""
+        return self.model_dump_json(include=_OF_BASE)
 
     @property
     def model_key(self) -> str:

@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 
 from transformers import PreTrainedTokenizerBase
 
-from torchdsc.lab.tasks.task import Column, Measure, Timed
+from torchdsc.lab.tasks.task import Column, Measure, Record, Timed
 from torchdsc.lab.tasks.task import Task as Base
 from torchdsc.lab.training.environment import quiet_transformers
 
@@ -36,7 +36,9 @@ class Task(Base[Settings]):
         Column("adapter parameters", lambda run: run["params_adapter"], ",.0f"),
         Column("saved bytes", lambda run: run.get("adapter_bytes"), ",.0f"),
         Column("learning rate", lambda run: run["learning_rate"], "g"),
-        Column("old domain", lambda run: run.get("retain_loss_after"), ".3f", has_spread=True),
+        Column("loss on old domains", lambda run: run.get("retain_loss_after"), ".3f", has_spread=True),
+        Column("forgotten", lambda run: _forgotten(run), ".3f", has_spread=True, cost="forgotten (nats per token)"),
+        Column("right choices (%)", lambda run: run.get("choice_after"), ".1f", has_spread=True),
     )
     timed_words: ClassVar[str] = "training step"
 
@@ -78,3 +80,8 @@ class Task(Base[Settings]):
             with quiet_transformers():
                 self._solved[key] = solve_options(settings)
         return self._solved[key]
+
+
+def _forgotten(run: Record) -> float | None:
+    """What the loss on old domains rose by."""
+    return run["retain_loss_after"] - run["retain_loss_before"] if "retain_loss_after" in run else None

@@ -63,5 +63,6 @@ def measure_seconds(
 
     step, evaluation = measure_pace(build)
     parts = [data.validation] * (settings.steps // (settings.eval_every or settings.steps + 1))
-    parts += [data.validation] if is_trial else [data.evaluation, *[data.retain or []] * 2]
-    return settings.steps * step + sum(map(len, parts)) * evaluation / len(few.validation)
+    parts += [data.validation] if is_trial else [data.evaluation]
+    count = sum(map(len, parts)) + (data.retain.num_evaluated if data.retain and not is_trial else 0)
+    return settings.steps * step + count * evaluation / len(few.validation)

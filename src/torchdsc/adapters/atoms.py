@@ -1,0 +1,269 @@
+"""Atoms of DSC adapters as things one can count, keep, add and remove."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from torchdsc.arguments import check_at_least
+from torchdsc.nn import DSC, BasisBank
+from torchdsc.nn.atom_rows import AtomRows
+
+from .config import DSCAdapterConfig
+from .layer import ContextualDSC, DSCAdapterLayer
+
+Masks = Mapping[str, Tensor]
+"""By the name of a target module, a bool of shape (M,)."""
+
+
+def atoms_used_by(
+    model: nn.Module, batches: Iterable[Mapping[str, Any]], *, adapter_name: str = "default"
+) -> dict[str, Tensor]:
+    """Count how often each atom of a DSC adapter is selected.
+
+    Args:
+        model: With the adapter, which must be active.
+        batches: Keyword arguments of the model's calls, such as ``{"input_ids": ids, "attention_mask": mask}``. Tokens
+            that are masked do not count.
+        adapter_name: Of the adapter.
+
+    Returns:
+        By the name of each target module counts of shape (M,), int64, on the CPU. Targets that share a router have the
+        counts of all of them.
+
+    Raises:
+        ValueError: If the model has no DSC adapter of that name, or a target saw no token.
+    """
+    layers = _layers(model, adapter_name)
+    counts = {name: torch.zeros(layer.options.num_atoms, dtype=torch.int64) for name, layer in layers.items()}
+
+    def count(name: str) -> Any:
+        def hook(_: nn.Module, args: Any, kwargs: dict[str, Any], selection: Any) -> None:
+            mask, indices = kwargs.get("token_mask"), selection.indices
+            seen = indices if mask is None else indices[mask]
+            counts[name] += torch.bincount(seen.reshape(-1), minlength=len(counts[name])).cpu()
+
+        return hook
+
+    training = [module for module in model.modules() if module.training]
+    with ExitStack() as stack, torch.no_grad():
+        for name, layer in layers.items():
+            handle = layer.router.register_forward_hook(count(name), with_kwargs=True)
+            stack.callback(handle.remove)
+        model.eval()
+        for module in training:
+            stack.callback(setattr, module, "training", True)
+        for batch in batches:
+            model(**batch)
+    unseen = [name for name, found in counts.items() if not found.any()]
+    if unseen:
+        raise ValueError(
+            f"batches must run every target of adapter {adapter_name!r}, which must be active, got no token at {unseen}"
+        )
+    return counts
+
+
+def freeze_atoms(model: nn.Module, atoms: Masks, *, adapter_name: str = "default") -> None:
+    """Keep some atoms of a DSC adapter as they are, with their rows of the router; training goes on with the others.
+
+    They become the first atoms of their bank, so that masks and counts made before do not fit any more. Outputs stay
+    the same up to rounding. The parameters are new ones: make the optimizer afterwards.
+
+    Args:
+        model: With the adapter.
+        atoms: By the name of a target module, a bool of shape (M,), such as ``counts > 0`` of :func:`atoms_used_by`. Of
+            targets that share a bank or a router, those of any are kept.
+        adapter_name: Of the adapter.
+
+    Raises:
+        TypeError: If a mask is no bool tensor.
+        ValueError: If the model has no such adapter or target, a mask has another shape, its router has no rows of
+            atoms (product keys, n-grams), its gradients are sparse, or no atom would be left to train.
+    """
+    layers, config = _layers(model, adapter_name), _config(model, adapter_name)
+    marked = _checked(layers, atoms)
+    for group in _groups(layers):
+        chosen = torch.stack([marked[name] for name in group]).any(0)
+        kept = layers[group[0]].bank.kept_atoms
+        chosen[:kept] = True
+        if chosen.all():
+            raise ValueError(f"atoms must leave one to train at {group}, got all {len(chosen)}")
+        # Stable: the others stay in their order.
+        order = torch.argsort(chosen.logical_not(), stable=True)
+        _arrange(layers, group, order, int(chosen.sum()))
+    _note(config, layers)
+    _freeze_again(model)
+
+
+def add_atoms(model: nn.Module, count: int, *, origin: str, adapter_name: str = "default") -> None:
+    """Add atoms to a DSC adapter, for something new to learn; all that it has learnt is kept as it is.
+
+    From then on only the new atoms and their rows of the router are trained; gamma, norms, projections and short
+    convolutions are kept too. The new atoms are copies of present ones with some noise, so that they are selected
+    where those are. :func:`remove_atoms` restores the outputs of before, bit for bit. The parameters are new ones: make
+    the optimizer afterwards.
+
+    Args:
+        model: With the adapter.
+        count: Atoms to add to each bank, >= 1.
+        origin: A name for what they learn. Saved adapters have it in their config, as one of ``atom_origins``, and the
+            index of each atom's as ``bank.origin``.
+        adapter_name: Of the adapter.
+
+    Raises:
+        TypeError: If ``count`` is no int.
+        ValueError: If the model has no such adapter, there are atoms of that origin, the router has no rows of atoms
+            (product keys, n-grams), or gradients are sparse.
+    """
+    check_at_least(1, count=count)
+    layers, config = _layers(model, adapter_name), _config(model, adapter_name)
+    origins = list(config.atom_origins or ["first"])
+    if origin in origins:
+        raise ValueError(f"origin must be a new name, got {origin!r} of {origins}")
+    for group in _groups(layers):
+        present = layers[group[0]].options.num_atoms
+        for bank in _banks(layers, group):
+            if bank.origin is None:
+                bank.origin = torch.zeros(present, dtype=torch.int64, device=bank.u.device)
+        _arrange(layers, group, torch.cat([torch.arange(present), torch.randint(present, (count,))]), present, count)
+        for bank in _banks(layers, group):
+            assert bank.origin is not None
+            bank.origin[present:] = len(origins)
+    for layer in layers.values():
+        layer.trains_atoms_only = True
+    config.atom_origins, config.train_atoms_only = [*origins, origin], True
+    _note(config, layers)
+    _freeze_again(model)
+
+
+def remove_atoms(
+    model: nn.Module, atoms: Masks | None = None, *, origin: str | None = None, adapter_name: str = "default"
+) -> None:
+    """Remove atoms of a DSC adapter, with their rows of the router: those of a mask, or of an origin.
+
+    Where only the atoms of the last :func:`add_atoms` are removed, outputs are those from before it, bit for bit. Where
+    only kept atoms are left, these are trained again. The parameters are new ones: make the optimizer afterwards.
+
+    Args:
+        model: With the adapter.
+        atoms: By the name of a target module, a bool of shape (M,). Of targets that share a bank or a router, those
+            that all of them mark are removed.
+        origin: One of ``atom_origins``, in place of ``atoms``.
+        adapter_name: Of the adapter.
+
+    Raises:
+        TypeError: If a mask is no bool tensor.
+        ValueError: If neither or both are given, the model has no such adapter, target or origin, a mask has another
+            shape, its router has no rows of atoms (product keys, n-grams), or fewer than K atoms would be left.
+    """
+    if (atoms is None) == (origin is None):
+        raise ValueError(f"either atoms or origin must be given, got atoms = {atoms!r} and origin = {origin!r}")
+    layers, config = _layers(model, adapter_name), _config(model, adapter_name)
+    origins = list(config.atom_origins or ["first"])
+    if origin is not None:
+        if origin not in origins:
+            raise ValueError(f"origin must be one of {origins}, got {origin!r}")
+        atoms = {name: _of_origin(layer, origins.index(origin)) for name, layer in layers.items()}
+    marked = _checked(layers, cast(Masks, atoms))
+    groups = {tuple(group): torch.stack([marked[name] for name in group]).all(0) for group in _groups(layers)}
+    for names, gone in groups.items():
+        left, top_k = int((~gone).sum()), layers[names[0]].options.top_k
+        if left < top_k:
+            raise ValueError(f"top_k = {top_k} atoms must be left at {[*names]}, got {left}")
+    for names, gone in groups.items():
+        kept = int((~gone[: layers[names[0]].bank.kept_atoms]).sum())
+        stay = torch.nonzero(~gone).squeeze(1)
+        _arrange(layers, [*names], stay, kept if kept < len(stay) else 0)
+    _note(config, layers)
+    _freeze_again(model)
+
+
+def _layers(model: nn.Module, adapter_name: str) -> dict[str, ContextualDSC]:
+    """The adapter's layers by the names of their targets."""
+    found = {
+        module.target: cast(ContextualDSC, module.adapters[adapter_name])
+        for module in model.modules()
+        if isinstance(module, DSCAdapterLayer) and adapter_name in module.adapters
+    }
+    if not found:
+        names = sorted(
+            {name for module in model.modules() if isinstance(module, DSCAdapterLayer) for name in module.adapters}
+        )
+        raise ValueError(f"adapter_name must be that of a DSC adapter of the model, {names}, got {adapter_name!r}")
+    return found
+
+
+def _config(model: Any, adapter_name: str) -> DSCAdapterConfig:
+    config: DSCAdapterConfig = model.peft_config[adapter_name]
+    return config
+
+
+def _checked(layers: Mapping[str, DSC], masks: Masks) -> dict[str, Tensor]:
+    unknown = sorted({*masks} - {*layers})
+    if unknown:
+        raise ValueError(f"atoms must be masks of the adapter's targets, {[*layers]}, got {unknown}")
+    for name, mask in masks.items():
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+            kind = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+            raise TypeError(f"atoms[{name!r}] must be a bool tensor, got {kind}")
+        if mask.shape != (layers[name].options.num_atoms,):
+            raise ValueError(
+                f"atoms[{name!r}] must have the shape {(layers[name].options.num_atoms,)}, got {tuple(mask.shape)}"
+            )
+    return {
+        name: masks[name].cpu() if name in masks else torch.zeros(layer.options.num_atoms, dtype=torch.bool)
+        for name, layer in layers.items()
+    }
+
+
+def _groups(layers: Mapping[str, DSC]) -> Iterator[list[str]]:
+    """Names of layers that share a bank or a router, directly or by way of others."""
+    for name, layer in layers.items():
+        if not isinstance(layer.router, AtomRows):
+            raise ValueError(f"router must be 'linear' or 'low_rank', got {layer.options.router!r} at {name}")
+        if layer.options.sparse_gradients:
+            raise ValueError(f"sparse_gradients must be False, got True at {name}")
+    groups: list[tuple[set[int], list[str]]] = []
+    for name, layer in layers.items():
+        parts, names = {id(layer.bank), id(layer.router)}, [name]
+        for other in [group for group in groups if group[0] & parts]:
+            groups.remove(other)
+            parts, names = parts | other[0], [*other[1], *names]
+        groups.append((parts, names))
+    yield from (names for _, names in groups)
+
+
+def _banks(layers: Mapping[str, DSC], names: list[str]) -> list[BasisBank]:
+    return [*{id(layers[name].bank): layers[name].bank for name in names}.values()]
+
+
+def _of_origin(layer: DSC, index: int) -> Tensor:
+    origin = layer.bank.origin
+    return torch.full((layer.options.num_atoms,), index == 0) if origin is None else (origin == index).cpu()
+
+
+def _arrange(layers: Mapping[str, DSC], names: list[str], atoms: Tensor, kept: int, copies: int = 0) -> None:
+    """Choose and order the atoms of layers that share parts, each part once."""
+    parts = {id(part): part for name in names for part in (layers[name].bank, layers[name].router)}
+    for part in parts.values():
+        assert isinstance(part, AtomRows)
+        part.arrange(atoms.to(next(part.parameters()).device), kept, copies)
+    for bank in _banks(layers, names):
+        if bank.origin is not None:
+            bank.origin = bank.origin[atoms.to(bank.origin.device)]
+    for name in names:
+        layers[name].options = replace(layers[name].options, num_atoms=len(atoms))
+
+
+def _note(config: DSCAdapterConfig, layers: Mapping[str, DSC]) -> None:
+    """Write the sizes into the adapter's config, by which a saved adapter is built again."""
+    config.atom_counts = {name: [layer.options.num_atoms, layer.bank.kept_atoms] for name, layer in layers.items()}
+
+
+def _freeze_again(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, DSCAdapterLayer):
+            module.keep_frozen()
