@@ -21,7 +21,8 @@ pytest.importorskip("peft")
 from peft import get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from torchdsc.adapters import DSCAdapterConfig
+from torchdsc.adapters import DSCAdapterConfig, add_atoms
+from torchdsc.diagnostics import Diagnostics
 from torchdsc.models import DSCGPTConfig, DSCGPTForCausalLM
 
 # Terms that are linear in tokens, or independent of them.
@@ -70,6 +71,12 @@ def make_llama(targets=("q_proj", "mlp"), **options):
     return model, model.base_model.model.model.layers
 
 
+def make_grown_llama(targets, **options):
+    model, blocks = make_llama(targets, **options)
+    add_atoms(model, 5, origin="more")
+    return model, blocks
+
+
 def loss_of(model, tokens):
     return model(input_ids=tokens, labels=tokens, num_items_in_batch=LABELLED).loss
 
@@ -106,6 +113,11 @@ CASES = {
     ),
     "adapters, shared product keys": (
         partial(make_llama, ("q_proj",), share_router=True, router="product_key", num_atoms=16),
+        loss_of,
+    ),
+    "adapters, atoms added": (partial(make_grown_llama, ("q_proj", "mlp")), loss_of),
+    "adapters, atoms added to what is shared": (
+        partial(make_grown_llama, ("q_proj", "o_proj"), share_bank=True, share_router=True),
         loss_of,
     ),
     "a bank of its own unit in several layers": (make_layers, loss_of_layers),
@@ -149,6 +161,22 @@ def sharded_gradients(case, rank):
     return {name: grad.full_tensor() for name, grad in gradients.items() if grad is not None}
 
 
+def measured(rank):
+    """What diagnostics say of a sharded model where both processes have tokens, and where one has none."""
+    model, blocks, _ = build("a bank of its own unit in several layers")
+    for module in (*blocks, model):
+        fully_shard(module)
+    found = []
+    for empty in (False, True):
+        tokens = make_tokens()[1][rank]
+        diagnostics = Diagnostics(model, tokens=8)
+        diagnostics.begin()
+        with torch.no_grad():
+            model(tokens[:0] if empty and rank == 1 else tokens)
+        found.append(diagnostics.end().means())
+    return found
+
+
 def flattened_error(rank):
     """What FSDP1 says with a unit a block, where it hides parameters and where not; then one unit's gradients."""
     messages = []
@@ -173,7 +201,7 @@ def work(rank, folder):
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=PROCESSES)
     found = {case: sharded_gradients(case, rank) for case in CASES}
     flattened = flattened_error(rank)
-    torch.save({"sharded": found, "flattened": flattened}, f"{folder}/{rank}.pt")
+    torch.save({"sharded": found, "flattened": flattened, "measured": measured(rank)}, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -221,6 +249,17 @@ def test_flattened_parameters_are_refused_a_block_and_right_as_a_whole(results):
         assert len(messages) == 2
         assert all("must be whole" in message and "fully_shard" in message for message in messages)
         assert_equal(found["flattened"]["gradients"], expected_gradients("one gamma"), 1e-12)
+
+
+@pytest.mark.slow
+def test_diagnostics_do_not_wait_for_a_process_without_tokens(results):
+    for rank, found in enumerate(results):
+        both, one = found["measured"]
+        assert {"measured_norm", "agreement", "effective_rank_u", "utilization"} <= both.keys()
+        assert 0 < both["measured_norm"] < both["certified_norm"]
+        assert "measured_norm" not in one
+        assert ("utilization" in one) == (rank == 0)
+        assert one["effective_rank_u"] == both["effective_rank_u"]
 
 
 if __name__ == "__main__":

@@ -53,7 +53,11 @@ def spectral_norm(layer: DSC, x: Tensor, router_input: Tensor | None = None) -> 
         TypeError: If ``layer`` is no DSC.
     """
     check_layer(layer)
-    left, right = layer.factors(x, router_input)
+    return norm_of_factors(*layer.factors(x, router_input))
+
+
+def norm_of_factors(left: Tensor, right: Tensor) -> Tensor:
+    """``|A^T B|_2`` of factors A (..., K, d_in) and B (..., K, d_out), of shape (...)."""
     r_left = torch.linalg.qr(left.mT, mode="r").R
     r_right = torch.linalg.qr(right.mT, mode="r").R
     norm: Tensor = torch.linalg.matrix_norm(r_left @ r_right.mT, ord=2)

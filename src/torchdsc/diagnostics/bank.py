@@ -8,6 +8,7 @@ from torch import Tensor
 
 from torchdsc.losses import frame_potential
 from torchdsc.nn import BasisBank
+from torchdsc.nn.sharding import is_sharded
 
 # Rows of a bank that a measurement takes its geometry from, and whose turn it follows.
 _MOST_ROWS, _FOLLOWED_ROWS = 4096, 512
@@ -70,7 +71,9 @@ def spaced_atoms(bank: BasisBank, most: int = _MOST_ROWS) -> tuple[Tensor, Tenso
     """Unit atoms u and v, all or so many: not drawn at random, as training draws from the same numbers."""
     device = next(bank.parameters()).device
     places = torch.linspace(0, bank.num_atoms - 1, min(most, bank.num_atoms), device=device).round().long()
-    u, v = bank(None, places)
+    # A unit of FSDP cannot be called before the model around it; its parts are gathered without its hooks.
+    read = bank.forward if any(map(is_sharded, bank.parameters())) else bank
+    u, v = read(None, places)
     return u.float(), v.float()
 
 

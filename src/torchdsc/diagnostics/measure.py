@@ -10,6 +10,7 @@ from torch.nn.utils import get_total_norm
 
 from torchdsc.arguments import check_at_least, check_types
 from torchdsc.nn import DSC, BasisBank, RoutedLayer, Router
+from torchdsc.nn.sharding import is_sharded
 
 from .bank import followed_atoms, measure_bank
 from .health import ModelHealth
@@ -92,7 +93,8 @@ class Diagnostics:
     def sensitivities(self) -> dict[RoutedLayer, Sensitivity]:
         """How layers respond to their inputs, at a few tokens of their first call.
 
-        Of those alone that :func:`torchdsc.diagnostics.sensitivity` takes, and whose router sees the layer's own input.
+        Of those alone that :func:`torchdsc.diagnostics.sensitivity` takes, whose router sees the layer's own input, and
+        of which no other process holds a part.
         To call between :meth:`begin` and :meth:`end`, after the optimizer's step: what is routed later is not measured.
         """
         self._drop_hooks()
@@ -100,6 +102,8 @@ class Diagnostics:
         for watch in self._watches:
             layer, x = watch.layer, watch.own_input()
             if not isinstance(layer, DSC) or x is None or not has_sensitivity(layer):
+                continue
+            if any(is_sharded(parameter) for parameter in layer.parameters()):
                 continue
             # Of weights that a step has spoilt there is nothing to measure.
             if all(bool(parameter.isfinite().all()) for parameter in layer.parameters()):

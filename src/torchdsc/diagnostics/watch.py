@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchdsc.bounds import certified_spectral_bound, spectral_norm
+from torchdsc.bounds import certified_spectral_bound, norm_of_factors
 from torchdsc.nn import DSC, RoutedLayer
+from torchdsc.nn.sharding import on_all_processes
 
 from .health import LayerHealth
 from .routing import gates_of, is_gated, load_of, num_units, shared
@@ -97,41 +98,47 @@ class Watch:
         top_k = layer.options.top_k if isinstance(layer, DSC) else getattr(self, "top_k", 1)
         if isinstance(layer, DSC):
             measured["certified_norm"] = certified_spectral_bound(layer)
-        if self.counts is not None and self.rows is not None and self.selected is not None:
+        if self.counts is not None:
             _, measured["utilization"], measured["effective_atoms"] = load_of(self.counts)
             used = self.counts > 0
             self.used = used if self.used is None else self.used | used
             measured["unused"] = 1.0 - float(self.used.double().mean())
             measured["tokens"] = self.seen
             measured |= {name: float(sum(values)) / self.seen for name, values in self.sums.items()}
-            if isinstance(layer, DSC) and self.rows.is_floating_point():
-                # Mixed precision of FSDP holds in the forward pass alone.
-                self.rows = self.rows.to(layer.parameter_dtype)
+        if isinstance(layer, DSC):
             with _evaluating(layer):
-                if isinstance(layer, DSC):
-                    measured["measured_norm"] = self._largest_norm(layer, self.rows)
-                # Others may route otherwise in training, by noise or statistics of the batch.
-                if self.is_gated:
-                    measured["agreement"] = shared(layer.route(self.rows).indices, self.selected)
-            self._reset()
+                measured |= self._of_few_tokens(layer)
+        self._reset()
         kind = layer.options.gate if self.is_gated and isinstance(layer, DSC) else None
         return LayerHealth(self.name, self.num_atoms, top_k, gate_kind=kind, **measured)
 
-    def _largest_norm(self, layer: DSC, rows: Tensor) -> float | None:
-        x = self.x
-        if x is None or x.shape[0] != rows.shape[0]:
-            if layer.options.activation != "none":
-                # Which latent values are rectified depends on it.
-                return None
-            x = torch.zeros(rows.shape[0], layer.in_features, device=rows.device)
-        x = x.to(layer.parameter_dtype)
-        finite = x.isfinite().all(-1) & rows.isfinite().all(-1)
-        if not bool(finite.any()):
-            return None
-        left, right = layer.factors(x[finite], rows[finite])
-        if not bool(left.isfinite().all() & right.isfinite().all()):
-            return math.nan
-        return float(spectral_norm(layer, x[finite], router_input=rows[finite]).max())
+    def _of_few_tokens(self, layer: DSC) -> dict[str, Any]:
+        """What has to read the layer again: |dW|_2, and how the step has changed the routing."""
+        rows, x = self.rows, self.x
+        if rows is not None and rows.is_floating_point():
+            # Mixed precision of FSDP holds in the forward pass alone.
+            rows = rows.to(layer.parameter_dtype)
+        if rows is not None and (x is None or x.shape[0] != rows.shape[0]):
+            # Which latent values are rectified depends on it.
+            is_needed = layer.options.activation != "none"
+            x = None if is_needed else torch.zeros(rows.shape[0], layer.in_features, device=rows.device)
+        finite = None
+        if rows is not None and x is not None:
+            x = x.to(layer.parameter_dtype)
+            finite = x.isfinite().all(-1) & rows.isfinite().all(-1)
+        found: dict[str, Any] = {}
+        if on_all_processes(layer, finite is not None and bool(finite.any())):
+            assert rows is not None
+            assert x is not None
+            left, right = layer.factors(x[finite], rows[finite])
+            spoilt = not bool(left.isfinite().all() & right.isfinite().all())
+            found["measured_norm"] = math.nan if spoilt else float(norm_of_factors(left, right).max())
+        # Others may route otherwise in training, by noise or statistics of the batch.
+        if on_all_processes(layer, self.is_gated and rows is not None):
+            assert rows is not None
+            assert self.selected is not None
+            found["agreement"] = shared(layer.route(rows).indices, self.selected)
+        return found
 
 
 @contextmanager

@@ -1,5 +1,7 @@
 """Parameters that FSDP has sharded, read outside the forward pass of the unit that owns them."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -34,6 +36,22 @@ def is_sharded(parameter: Tensor) -> bool:
     from torch.distributed.tensor import DTensor
 
     return isinstance(parameter, DTensor)
+
+
+def on_all_processes(module: nn.Module, ready: bool) -> bool:
+    """Whether a module can be read: all processes that hold parts of it must do so, or none.
+
+    Args:
+        module: If it is not sharded, the answer is ``ready``. Otherwise every process must make this call.
+        ready: Whether this process would read it.
+    """
+    part: Any = next((parameter for parameter in module.parameters() if is_sharded(parameter)), None)
+    if part is None:
+        return ready
+    flag = torch.tensor(float(ready), device=part.to_local().device)
+    for group in part.device_mesh.get_all_groups():
+        torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MIN, group=group)
+    return bool(flag)
 
 
 def check_not_flattened(name: str, parameter: Tensor, shape: tuple[int, ...]) -> None:
