@@ -324,3 +324,32 @@ def test_a_dscgpt_keeps_what_its_routers_see(kind, input_ids):
     # The regularisers of an added layer have no weight until its gamma has moved; those of the base stay.
     torch.testing.assert_close(converted.loss - converted.task_loss, own + torch.zeros(()), atol=1e-5, rtol=1e-4)
     converted.loss.backward()
+
+
+class TestAttention:
+    """Modules that get their input by keyword and return a tuple."""
+
+    @pytest.mark.parametrize("options", [{}, {"router_input": "embeddings", "router_context": 3}], ids=["x", "seen"])
+    def test_wrapped(self, options):
+        model, ids = llama().eval(), torch.randint(61, (2, 9))
+        before = model(ids, output_attentions=False).logits
+        names = convert(model, target=r"self_attn$", gamma_init=0.0, **OPTIONS, **options)
+        assert len(names) == 2
+        assert torch.equal(model(ids).logits, before)
+        for layer in (module for module in model.modules() if isinstance(module, DSC)):
+            nn.init.constant_(layer.gamma, 0.5)
+        assert not torch.equal(model(ids).logits, before)
+        cached = model.generate(ids, max_new_tokens=4, do_sample=False)
+        assert torch.equal(cached, model.generate(ids, max_new_tokens=4, do_sample=False, use_cache=False))
+        model.train()
+        model(input_ids=ids, labels=ids).loss.backward()
+        assert all(parameter.grad is not None for name, parameter in model.named_parameters() if "dsc" in name)
+
+    @pytest.mark.parametrize("make", [llama, gpt2])
+    def test_is_not_replaced(self, make):
+        model = make()
+        before = [name for name, _ in model.named_modules()]
+        message = r"target must match modules that return one tensor for mode = 'replace', got '.*', a \w+Attention"
+        with pytest.raises(ValueError, match=message):
+            convert(model, target=r"(self_attn|attn)$", mode="replace", **OPTIONS)
+        assert [name for name, _ in model.named_modules()] == before

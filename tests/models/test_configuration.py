@@ -104,3 +104,24 @@ def test_other_options_are_checked_when_they_are_assigned(make_config):
 def test_errors(changes, match, make_config):
     with pytest.raises(ValueError, match=match):
         make_config("dsc", **changes)
+
+
+@pytest.mark.parametrize(
+    ("keyword", "message"),
+    [
+        ("num_atoms", "^num_atoms must be given in feed_forward_options, got num_atoms = 3 beside it$"),
+        ("router_input", "^router_input must be given in feed_forward_options"),
+        ("num_experts", "^num_experts must be given in feed_forward_options"),
+        ("hiden_size", r"^hiden_size is no argument of DSCGPTConfig: did you mean hidden_size\?$"),
+        ("n_layer", r"^n_layer is no argument of DSCGPTConfig: did you mean num_hidden_layers\?$"),
+    ],
+)
+def test_misplaced_keywords_are_refused(keyword, message):
+    """They would be kept as attributes without any effect."""
+    with pytest.raises(TypeError, match=message):
+        DSCGPTConfig(**{keyword: 3})
+
+
+def test_other_keywords_are_kept(tmp_path):
+    DSCGPTConfig(note="mine", num_labels=3, bos_token_id=1, dtype="float32").save_pretrained(tmp_path)
+    assert DSCGPTConfig.from_pretrained(tmp_path).note == "mine"

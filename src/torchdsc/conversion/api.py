@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from inspect import signature
 from typing import Any, Literal, Unpack, cast
 
 import torch
@@ -54,7 +55,8 @@ def convert(
     :func:`torchdsc.load_converted`; transformers' own ``from_pretrained`` refuses it.
 
     Args:
-        model: Any PyTorch or Hugging Face model whose targets map (..., d_in) to (..., d_out).
+        model: Any PyTorch or Hugging Face model whose targets map (..., d_in) to (..., d_out). A target that is wrapped
+            may return a tuple whose first element is that, as attention does.
         target: Regular expression searched in module names, or a predicate of name and module. Modules inside a
             target, and those converted by an earlier call, are not converted again.
         mode: "wrap" keeps the module as base, with unchanged inputs; "replace" drops it.
@@ -75,8 +77,9 @@ def convert(
 
     Raises:
         TypeError: If an argument has another type, or an option is unknown or missing.
-        ValueError: If nothing matches, an argument is out of its range or does not go with the others, sizes cannot be
-            read, a shared bank does not fit, or the options ask for tokens or embeddings that the model does not have.
+        ValueError: If nothing matches, a target to replace returns a tuple, an argument is out of its range or does not
+            go with the others, sizes cannot be read, a shared bank does not fit, or the options ask for tokens or
+            embeddings that the model does not have.
     """
     check_types(convert, locals())
     check_at_least(1, in_features=in_features, out_features=out_features, hidden_features=hidden_features)
@@ -91,6 +94,11 @@ def convert(
     sizes: list[tuple[int, int | None]] = []
     for name in names:
         base = model.get_submodule(name)
+        if mode == "replace" and "tuple" in str(signature(type(base).forward).return_annotation).lower():
+            raise ValueError(
+                f"target must match modules that return one tensor for mode = 'replace', got {name!r}, a "
+                f"{type(base).__name__}, which returns a tuple"
+            )
         first, last = _sizes(name, base, in_features, out_features, stream_width(model, name))
         num_atoms, width = own.get("num_atoms"), hidden_features
         if match:
@@ -198,12 +206,16 @@ class _Wrapped(_Converted):
     def takes_router_input(self) -> bool:
         return getattr(self.module.base, "takes_router_input", False)
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        # The base gets exactly the arguments it got before, whatever their names.
-        y: Tensor = self.module.base(x, *args, **kwargs)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        # The base gets exactly the arguments it got before, whatever their names; attention has its input by keyword,
+        # and returns a tuple.
+        x = args[0] if args else next(value for value in kwargs.values() if isinstance(value, Tensor))
+        output = self.module.base(*args, **kwargs)
+        y: Tensor = output[0] if isinstance(output, tuple) else output
         z, routed, _ = self.look(x)
         update: Tensor = self.module.dsc(z, self.mask_of(x), routed)
-        return self.kept(y + update)
+        y = self.kept(y + update)
+        return (y, *output[1:]) if isinstance(output, tuple) else y
 
 
 class _Replaced(_Converted):

@@ -2,6 +2,9 @@
 
 import copy
 from collections.abc import Mapping
+from dataclasses import fields
+from difflib import get_close_matches
+from inspect import signature
 from os import PathLike
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal
@@ -9,13 +12,23 @@ from typing import Any, ClassVar, Literal
 from transformers import PretrainedConfig
 
 from torchdsc.arguments import check_at_least, check_not_negative, check_positive, check_types
+from torchdsc.baselines.methods import METHODS
 from torchdsc.kinds import FeedForwardKind
+from torchdsc.nn import DSCOptions
 
 from .feed_forward import check_feed_forward
 from .loading import AUTO_MAP, write_module
 from .options import ModelOptions, split_options
 
 ResidualInit = Literal["gpt2", "published", "none"]
+# What configs of other models call the arguments.
+_ELSEWHERE = {
+    **dict.fromkeys(("n_embd", "d_model", "hidden_dim"), "hidden_size"),
+    **dict.fromkeys(("n_layer", "n_layers", "num_layers"), "num_hidden_layers"),
+    **dict.fromkeys(("n_head", "n_heads", "num_heads"), "num_attention_heads"),
+    **dict.fromkeys(("n_positions", "n_ctx"), "max_position_embeddings"),
+    **dict.fromkeys(("n_inner", "d_ff"), "intermediate_size"),
+}
 
 
 class DSCGPTConfig(PretrainedConfig):
@@ -54,7 +67,9 @@ class DSCGPTConfig(PretrainedConfig):
         **kwargs: See ``PretrainedConfig``.
 
     Raises:
-        TypeError: If a value has another type.
+        TypeError: If a value has another type, a feed-forward option is given outside ``feed_forward_options``, or a
+            keyword that ``PretrainedConfig`` does not know is close to one of these, or another model's name for it.
+            Others are kept, as in every config of transformers.
         ValueError: On a value out of its range, or an unknown, missing or wrong feed-forward option.
     """
 
@@ -80,6 +95,7 @@ class DSCGPTConfig(PretrainedConfig):
         use_cache: bool = True,
         **kwargs: Any,
     ) -> None:
+        _refuse_misplaced(kwargs)
         if feed_forward_options is None:
             feed_forward_options = {"num_atoms": 1523, "top_k": 4} if feed_forward == "dsc" else {}
         check_types(DSCGPTConfig.__init__, locals())
@@ -162,6 +178,19 @@ class DSCGPTConfig(PretrainedConfig):
         """The part of ``feed_forward_options`` that concerns the model around the layers, less what no layer sees."""
         options, _ = split_options(self.feed_forward, self.feed_forward_options)
         return options.beside(gate=self.intermediate_size > 0 and options.static == "gated")
+
+
+def _refuse_misplaced(keywords: Mapping[str, Any]) -> None:
+    """Raise a TypeError for keywords that would be kept without any effect though they were meant to have one."""
+    own = {name for name, each in signature(DSCGPTConfig).parameters.items() if each.kind is not each.VAR_KEYWORD}
+    options = {field.name for kind in (DSCOptions, ModelOptions) for field in fields(kind)}
+    options |= {name for method in METHODS.values() for name in (*method.widths, *signature(method.layer).parameters)}
+    for name in (name for name in keywords if not hasattr(PretrainedConfig, name)):
+        if name in options:
+            raise TypeError(f"{name} must be given in feed_forward_options, got {name} = {keywords[name]!r} beside it")
+        near = [_ELSEWHERE[name]] if name in _ELSEWHERE else get_close_matches(name, own, n=1, cutoff=0.8)
+        if near:
+            raise TypeError(f"{name} is no argument of DSCGPTConfig: did you mean {near[0]}?")
 
 
 def _takes_one_expert(kind: Any, options: Mapping[str, Any]) -> bool:

@@ -78,6 +78,17 @@ def test_base_that_lacks_weights(settings, encoder, tmp_path, head):
         build(settings, base=str(folder), head=head)
 
 
+def test_size_of_atoms_by_ngrams(settings, prose):
+    options = {"target_modules": ["mlp"], "router": "ngram", "ngram_orders": [1, 2, 3], "top_k": 12}
+    changes = {**prose, "method": "dsc"}
+    # Two layers of M (32 + 32) + 32.
+    assert solve_options(settings(**{**changes, "budget": 2000, "options": options}))["num_atoms"] == 15
+    few = solve_options(settings(**{**changes, "budget": 700, "options": options}))
+    assert (few["num_atoms"], few["top_k"]) == (4, 3)
+    with pytest.raises(SettingsError, match=r"^budget of dsc must be at least 448 \(size 3\), got 400"):
+        solve_options(settings(**{**changes, "budget": 400, "options": options}))
+
+
 @pytest.mark.parametrize(("method", "options"), [("head", {}), ("full", {}), ("lora", {"r": 2}), ("dsc", {})])
 def test_head_parameters(settings, method, options):
     model = build(settings, method=method, options={**options, **TARGETS} if method not in ("head", "full") else {})

@@ -70,19 +70,22 @@ def solve_options(settings: Settings) -> Options:
         return dict(settings.options)
     # Other sizes a product-key router refuses.
     power = 2 if settings.options.get("router") == "product_key" else 1
+    # Each order of n-grams has atoms of its own, and as many are selected of each.
+    orders = len(settings.options.get("ngram_orders", (2, 3))) if settings.options.get("router") == "ngram" else 1
 
     def sized(root: int) -> Options:
         options = {**settings.options, name: root**power}
         if method in ("dsc", "mixture_of_loras"):
             # Few atoms are all selected.
-            options["top_k"] = min(options.get("top_k", _CONFIGS[method]().top_k), options[name])
+            most = min(options.get("top_k", _CONFIGS[method]().top_k), options[name])
+            options["top_k"] = most if most == options.get("top_k") else max(1, most // orders) * orders
         return options
 
     def count(root: int) -> int:
         return _count(model, settings, sized(root))
 
-    if count(1) > budget:
-        raise SettingsError(f"budget of {method} must be at least {count(1)} (size 1), got {budget}")
+    if count(orders) > budget:
+        raise SettingsError(f"budget of {method} must be at least {count(orders)} (size {orders}), got {budget}")
 
     def cost(root: int) -> int:
         try:
@@ -92,7 +95,7 @@ def solve_options(settings: Settings) -> Options:
             return budget + 1
 
     # What makes an adapter larger adds a parameter or more.
-    largest = bisect_right(range(1, 1 + int(budget ** (1 / power))), budget, key=cost)
+    largest = orders - 1 + bisect_right(range(orders, 1 + int(budget ** (1 / power))), budget, key=cost)
     _count(model, settings, sized(largest), must_fit=True)
     return sized(largest)
 
