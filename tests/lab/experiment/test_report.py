@@ -74,6 +74,12 @@ def small():
     return results
 
 
+def test_what_is_forgotten_is_drawn(pages):
+    """The measure against a column of the task that is a cost."""
+    assert "Score against forgotten. Upright lines" in Page(pages("stories")).text
+    assert "against forgotten" not in Page(pages("glue")).text, "where it was not measured"
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_every_methods_marker_has_a_shape(method):
     page = (Path(report.__file__).parent / "page.html.j2").read_text()

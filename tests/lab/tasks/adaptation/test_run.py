@@ -1,10 +1,13 @@
 import json
 import math
 from contextlib import contextmanager
+from pathlib import Path
 from statistics import fmean
 
 import pytest
+import torch
 from peft import PeftModel
+from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
 
 import torchdsc.adapters
@@ -237,6 +240,33 @@ def test_old_domains_in_a_record(settings, prose, reviews, tmp_path, changes):
     assert other["retain_loss_before"] == record["retain_loss_before"]
     fresh = run(settings(**{**changes, **DSC, "options": {"target_modules": ["mlp"]}}, steps=1), tmp_path / "fresh")
     assert fresh["retain_loss_before"] == pytest.approx(record["retain_loss_before"], abs=1e-6)
+
+
+@pytest.mark.parametrize("changes", [DSC, FULL, {"method": "lora", "options": {"r": 2}}], ids=["dsc", "full", "lora"])
+def test_scaled_update(settings, prose, reviews, tmp_path, changes):
+    """The saved weights are those on the way back to the base model, at whose end nothing is forgotten."""
+    changes = {**prose, **changes, "options": {**changes["options"]}}
+    if changes["options"]:
+        changes["options"]["target_modules"] = ["q_proj", "v_proj"]
+    changes |= {"retain": str(reviews / "old.txt"), "max_length": 32, "learning_rate": 3e-2, "steps": 12}
+    found, saved = {}, {}
+    for scale in (1.0, 0.25, 1e-6):
+        found[scale] = run(settings(**changes, update_scale=scale), tmp_path / f"{scale}")
+        [file] = (tmp_path / f"{scale}" / "adapter").glob("*.safetensors")
+        saved[scale] = load_file(file)
+    assert found[1e-6]["forgotten"] == pytest.approx(0.0, abs=1e-4)
+    assert abs(found[0.25]["forgotten"]) > 1e-4
+    base = load_file(Path(prose["base"]) / "model.safetensors")
+    scaled = 0
+    for name, weight in saved[1.0].items():
+        is_full = changes["method"] == "full"
+        zero = base[name] if is_full else torch.zeros_like(weight)
+        if is_full or name.endswith(("gamma", "lora_B.weight")):
+            torch.testing.assert_close(saved[0.25][name] - zero, 0.25 * (weight - zero), atol=1e-6, rtol=1e-4)
+            scaled += 1
+        else:
+            assert torch.equal(saved[0.25][name], weight)
+    assert scaled > 2
 
 
 def test_choices_are_told(settings, prose, reviews, tmp_path):

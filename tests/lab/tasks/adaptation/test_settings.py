@@ -17,6 +17,8 @@ CAUSAL = {"kind": "causal_lm"}
         ({**CAUSAL, "retain": []}, r"^retain must be one text or more, all different, got \[\]$"),
         ({**CAUSAL, "choices": 4}, "^choices must be left out without retain, got 4$"),
         ({**CAUSAL, "replay": 0.05}, "^replay must be left out without retain, got 0.05$"),
+        ({"method": "vera", "update_scale": 0.5}, "^update_scale must be 1 for method = 'vera', got 0.5$"),
+        ({"update_scale": 0.5, "eval_every": 4}, "^eval_every must be left out for update_scale"),
         ({**CAUSAL, "text": ["a", "b"]}, r"^text must be one column for kind = 'causal_lm', got \['a', 'b'\]$"),
         ({**CAUSAL, "head": "embedding"}, "^head must be left out for kind = 'causal_lm', got 'embedding'$"),
         (

@@ -27,7 +27,7 @@ from torchdsc.lab.schema import SettingsError, check_fields
 from .base import load_base
 from .settings import WITHOUT_ADAPTER, Settings
 
-__all__ = ["adapter_parameters", "build_model", "head_parameters", "solve_options"]
+__all__ = ["adapter_parameters", "build_model", "head_parameters", "scale_update", "solve_options"]
 
 Options = dict[str, Any]
 
@@ -170,6 +170,25 @@ def build_model(settings: Settings, options: Options, labels: list[str], pad_tok
     if settings.method not in WITHOUT_ADAPTER:
         adapted = get_peft_model(model, _config(settings, options))
     return adapted
+
+
+@torch.no_grad()
+def scale_update(model: nn.Module, settings: Settings) -> None:
+    """Multiply what a trained model has over its base by ``update_scale``, in its weights; heads stay as they are."""
+    factor = settings.update_scale
+    if settings.method != "full":
+        # Either is linear in these; DSC with max_update_norm about so.
+        ends = (".gamma",) if settings.method == "dsc" else (".lora_B.default.weight",)
+        for name, parameter in model.named_parameters():
+            if name.endswith(ends):
+                parameter.mul_(factor)
+        return
+    heads = {id(parameter) for parameter in head_parameters(model)}
+    num_labels = getattr(model, "num_labels", 1) if settings.kind != "causal_lm" else 1
+    base = dict(load_base(settings, num_labels, weights=True).named_parameters())
+    for name, parameter in model.named_parameters():
+        if id(parameter) not in heads:
+            parameter.lerp_(base[name].to(parameter.device), 1 - factor)
 
 
 def head_parameters(model: nn.Module) -> list[nn.Parameter]:

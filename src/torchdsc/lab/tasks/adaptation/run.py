@@ -17,7 +17,7 @@ from torchdsc.lab.training.runs import evaluations, fit, recorded, routing_of, s
 from torchdsc.lab.training.trainer import LabTrainer
 
 from .examples import Data
-from .methods import adapter_parameters, build_model, solve_options
+from .methods import adapter_parameters, build_model, scale_update, solve_options
 from .metrics import score
 from .retained import Known, retained
 from .settings import Settings
@@ -103,6 +103,8 @@ def _adapt(
     trained = summary(trainer, settings, diverged)
     # Evaluations that follow are no part of the curves.
     history = list(trainer.state.log_history)
+    if settings.update_scale != 1:
+        scale_update(model, settings)
     if diverged is None:
         found = trainer.evaluate(data.validation if is_trial else data.evaluation)
         metrics |= {"score": _score(settings, found), "loss": found["eval_loss"]}

@@ -107,6 +107,9 @@ class Settings(Model):
     """Of AdamW."""
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     """Gradient clipping."""
+    update_scale: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Factor of the whole update once training has ended: on the way back to the base model less is learnt, and less
+    forgotten. For LoRA, DSC and full fine-tuning."""
     eval_every: Count | None = None
     """Steps between evaluations on held-out examples, of which the best checkpoint is kept; nothing for the last step's
     weights."""
@@ -129,6 +132,10 @@ class Settings(Model):
             raise ValueError(f"text must be one column for kind = 'causal_lm', got {self.text}")
         if self.kind == "causal_lm" and self.head is not None:
             raise ValueError(f"head must be left out for kind = 'causal_lm', got {self.head!r}")
+        if self.update_scale != 1 and (self.method not in ("lora", "dsc", "full") or self.options.get("use_dora")):
+            raise ValueError(f"update_scale must be 1 for method = {self.method!r}, got {self.update_scale:g}")
+        if self.update_scale != 1 and self.eval_every is not None:
+            raise ValueError("eval_every must be left out for update_scale, as no evaluation in training sees it")
         if self.method in WITHOUT_ADAPTER and self.options:
             raise ValueError(f"options must be left out for method = {self.method!r}, which has no adapter")
         if self.warmup_steps > self.steps:
