@@ -83,7 +83,7 @@ def freeze_atoms(model: nn.Module, atoms: Masks, *, adapter_name: str = "default
         ValueError: If the model has no such adapter or target, a mask has another shape, its router has no rows of
             atoms (product keys, n-grams), its gradients are sparse, or no atom would be left to train.
     """
-    layers, config = _layers(model, adapter_name), _config(model, adapter_name)
+    layers, config = _own_layers(model, adapter_name), _config(model, adapter_name)
     marked = _checked(layers, atoms)
     for group in _groups(layers):
         chosen = torch.stack([marked[name] for name in group]).any(0)
@@ -119,7 +119,7 @@ def add_atoms(model: nn.Module, count: int, *, origin: str, adapter_name: str = 
             (product keys, n-grams), or gradients are sparse.
     """
     check_at_least(1, count=count)
-    layers, config = _layers(model, adapter_name), _config(model, adapter_name)
+    layers, config = _own_layers(model, adapter_name), _config(model, adapter_name)
     origins = list(config.atom_origins or ["first"])
     if origin in origins:
         raise ValueError(f"origin must be a new name, got {origin!r} of {origins}")
@@ -161,7 +161,7 @@ def remove_atoms(
     """
     if (atoms is None) == (origin is None):
         raise ValueError(f"either atoms or origin must be given, got atoms = {atoms!r} and origin = {origin!r}")
-    layers, config = _layers(model, adapter_name), _config(model, adapter_name)
+    layers, config = _own_layers(model, adapter_name), _config(model, adapter_name)
     origins = list(config.atom_origins or ["first"])
     if origin is not None:
         if origin not in origins:
@@ -194,6 +194,22 @@ def _layers(model: nn.Module, adapter_name: str) -> dict[str, ContextualDSC]:
         )
         raise ValueError(f"adapter_name must be that of a DSC adapter of the model, {names}, got {adapter_name!r}")
     return found
+
+
+def _own_layers(model: nn.Module, adapter_name: str) -> dict[str, ContextualDSC]:
+    """The same, of an adapter whose banks no other one uses."""
+    layers = _layers(model, adapter_name)
+    own = {id(layer.bank) for layer in layers.values()}
+    every = [module for module in model.modules() if isinstance(module, DSCAdapterLayer)]
+    others = {
+        name
+        for module in every
+        for name, layer in module.adapters.items()
+        if name != adapter_name and id(cast(ContextualDSC, layer).bank) in own
+    }
+    if others:
+        raise ValueError(f"banks must be those of adapter {adapter_name!r} alone, got {sorted(others)} with the same")
+    return layers
 
 
 def _config(model: Any, adapter_name: str) -> DSCAdapterConfig:

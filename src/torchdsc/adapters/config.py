@@ -93,6 +93,9 @@ class DSCAdapterConfig(AdapterConfig, DSCFields, ContextFields):
     Args:
         share_bank: One bank for all target modules of the same sizes, instead of one for each.
         share_router: One router for all target modules of the same sizes. Short convolutions are not shared.
+        bank_of: Name of another DSC adapter of the model, with the same targets and ``num_atoms``, whose banks this one
+            uses. From then on these stay as they are, in both; routers, gamma and convolutions are trained, and they
+            alone are saved. Load the other adapter first.
         train_atoms_only: Train atoms and their rows of the router alone; gamma, norms, projections and short
             convolutions stay as they are. Set by :func:`torchdsc.adapters.add_atoms`.
         atom_origins: Names of what atoms were added for, the first for those of the beginning; ``bank.origin`` has the
@@ -112,6 +115,7 @@ class DSCAdapterConfig(AdapterConfig, DSCFields, ContextFields):
 
     share_bank: bool = field(default=False, metadata={"help": "One bank for all target modules of a shape."})
     share_router: bool = field(default=False, metadata={"help": "One router for all target modules of a shape."})
+    bank_of: str | None = field(default=None, metadata={"help": "Adapter whose banks this one uses."})
     train_atoms_only: bool = field(default=False, metadata={"help": "Train atoms and their rows of the router alone."})
     atom_origins: list[str] | None = field(default=None, metadata={"help": "What atoms were added for."})
     atom_counts: dict[str, list[int]] | None = field(default=None, metadata={"help": "Atoms of changed targets."})
@@ -125,6 +129,8 @@ class DSCAdapterConfig(AdapterConfig, DSCFields, ContextFields):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.options()
+        if self.bank_of is not None and (self.train_atoms_only or self.share_bank):
+            raise ValueError(f"bank_of must be None for share_bank or train_atoms_only, got {self.bank_of!r}")
         if self.train_atoms_only and self.gamma_init == 0 and self.atom_counts is None:
             raise ValueError("gamma_init must not be 0 for train_atoms_only: nothing would be trained, got 0")
         # A file holds a list.

@@ -281,6 +281,7 @@ class ContextualDSC(DSC, Listener):
 
     Attributes:
         trains_atoms_only: Whether all but atoms and their rows of the router stay as they are.
+        borrows_bank: Whether the bank is another adapter's, and stays as it is.
     """
 
     def __init__(
@@ -293,7 +294,7 @@ class ContextualDSC(DSC, Listener):
     ) -> None:
         super().__init__(in_features, out_features, options, bank=bank)
         self.add_contexts(in_features, context)
-        self.trains_atoms_only = False
+        self.trains_atoms_only = self.borrows_bank = False
 
     def reset_parameters(self) -> None:
         """See :class:`torchdsc.DSC`; also initialises the short convolutions."""
@@ -313,19 +314,32 @@ class DSCAdapterLayer(AdapterLayer):
         """See :class:`AdapterLayer`."""
         assert isinstance(config, DSCAdapterConfig)
         bank = owner.bank if isinstance(owner, DSC) and config.share_bank else None
+        if config.bank_of is not None:
+            bank = cast(DSC, self.adapters[config.bank_of]).bank
         num_atoms, kept = (config.atom_counts or {}).get(self.target, (config.num_atoms, 0))
         options = replace(config.options(), num_atoms=num_atoms)
         layer = ContextualDSC(self.in_features, self.out_features, options, config.context(), bank)
         set_salt(layer.router, layer_index(self.target))
         if isinstance(owner, DSC) and config.share_router:
             layer.router = owner.router
-        for part in (layer.bank, layer.router):
+        for part in (layer.router,) if config.bank_of is not None else (layer.bank, layer.router):
             if isinstance(part, AtomRows) and part.kept_atoms != kept:
                 part.arrange(torch.arange(num_atoms, device=part.all_rows(part.atom_parameters[0]).device), kept)
         if config.atom_origins is not None and layer.bank.origin is None:
             layer.bank.origin = torch.zeros(num_atoms, dtype=torch.int64, device=layer.bank.u.device)
-        layer.trains_atoms_only = config.train_atoms_only
+        layer.trains_atoms_only, layer.borrows_bank = config.train_atoms_only, config.bank_of is not None
         return layer
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """See PEFT; an adapter whose bank another one uses is not deleted."""
+        layers = {name: cast(ContextualDSC, layer) for name, layer in self.adapters.items()}
+        bank = layers[adapter_name].bank if adapter_name in layers else None
+        users = [name for name, layer in layers.items() if name != adapter_name and layer.bank is bank]
+        if users and not layers[adapter_name].borrows_bank:
+            raise ValueError(
+                f"adapter_name must be an adapter whose bank no other uses, got {adapter_name!r} of {users}"
+            )
+        super().delete_adapter(adapter_name)
 
     def set_adapter(self, *args: Any, **kwargs: Any) -> None:
         """See PEFT, which lets all parameters of the active adapters be trained; what is kept stays so."""
@@ -333,12 +347,13 @@ class DSCAdapterLayer(AdapterLayer):
         self.keep_frozen()
 
     def keep_frozen(self) -> None:
-        """Let no gradient reach kept atoms, nor the other parameters where only atoms are trained."""
-        for adapter in self.adapters.values():
-            layer = cast(ContextualDSC, adapter)
+        """Let no gradient reach kept atoms, lent banks, nor the other parameters where only atoms are trained."""
+        layers = [cast(ContextualDSC, adapter) for adapter in self.adapters.values()]
+        lent = {id(parameter) for layer in layers if layer.borrows_bank for parameter in layer.bank.parameters()}
+        for layer in layers:
             parts = [part for part in (layer.bank, layer.router) if isinstance(part, AtomRows)]
             rows = {id(getattr(part, name)) for part in parts for name in part.atom_parameters}
-            kept = {id(getattr(part, f"kept_{name}", None)) for part in parts for name in part.atom_parameters}
+            kept = {id(getattr(part, f"kept_{name}", None)) for part in parts for name in part.atom_parameters} | lent
             for parameter in layer.parameters():
                 if id(parameter) in kept or (layer.trains_atoms_only and id(parameter) not in rows):
                     parameter.requires_grad_(False)

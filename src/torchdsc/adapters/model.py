@@ -227,6 +227,14 @@ class DSCAdapterModel(AdapterModel):
 
     def _check_targets(self, config: AdapterConfig, model: nn.Module, targets: dict[str, int]) -> None:
         assert isinstance(config, DSCAdapterConfig)
+        for name in targets if config.bank_of is not None else ():
+            layer = model.get_submodule(name)
+            known = [*layer.adapters] if isinstance(layer, DSCAdapterLayer) else []
+            if config.bank_of not in known:
+                raise ValueError(
+                    f"bank_of must be an adapter that {name!r} has, {known}, got {config.bank_of!r}: load that one "
+                    "first, under this name"
+                )
         context = config.context()
         if not context.tokens_are_seen:
             return
