@@ -11,6 +11,9 @@ from .route import route
 from .select import Selection, select
 from .short_convolution import short_convolution
 
+# Registers formulas of the operators, which are there now.
+from . import flops as _flops  # noqa: F401  # isort: skip
+
 __all__ = [
     "Selection",
     "build_name",

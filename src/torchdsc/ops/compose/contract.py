@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, library
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from torchdsc.ops.export import is_exporting
 
@@ -30,7 +31,9 @@ _BACKWARD: dict[str, Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]] = {
 
 def run(x: Tensor, u: Tensor, v: Tensor, indices: Tensor, coefficients: Tensor, eps: float | None, impl: str) -> Tensor:
     """Call the operator, or in plain inference the implementation, as dispatch costs more than a token's work."""
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or type(x) is not Tensor:
+    is_direct = not torch.is_grad_enabled() and not torch.compiler.is_compiling() and type(x) is Tensor
+    # A mode that counts or records operators must see one.
+    if not is_direct or is_in_torch_dispatch_mode():
         if is_exporting():
             return reference.forward(x, u, v, indices, coefficients, eps)[0]
         y: Tensor = compose_op(x, u, v, indices, coefficients, eps, impl)[0]

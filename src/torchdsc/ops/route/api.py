@@ -5,6 +5,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from torchdsc.ops.devices import several_devices
 from torchdsc.ops.select import Selection, select
@@ -75,7 +76,9 @@ def route(
     if torch.compiler.is_compiling() and impl == "auto":
         # torch.compile fuses the surrounding operations itself, and comparisons would specialise symbolic sizes.
         return _whole(*arguments)
-    inference = not torch.is_grad_enabled() and not statistics
+    # A mode that counts or records operators must see one.
+    is_seen = not torch.compiler.is_compiling() and is_in_torch_dispatch_mode()
+    inference = not torch.is_grad_enabled() and not statistics and not is_seen
     if impl == "screened" or (impl == "auto" and inference and screened.pays(x, weight, bias, top_k)):
         if not inference or not screened.applies_to(x, weight, bias, top_k):
             raise ValueError(f"impl must be another than 'screened', which needs {screened.NEEDS}, got {impl!r}")
@@ -90,7 +93,7 @@ def route(
     way = "triton" if impl == "triton" or (impl == "auto" and _wants_triton(x, top_k, num_bytes)) else "chunks"
     # Without statistics the backward pass needs no logits.
     keep = way == "chunks" and torch.is_grad_enabled() and statistics and num_bytes <= KEPT_BYTES
-    run = route_op if torch.is_grad_enabled() else route_forward
+    run = route_op if torch.is_grad_enabled() or is_seen else route_forward
     return Selection(*run(x, weight, bias, weights, top_k, logit_clamp, statistics, keep, way)[:4])
 
 
