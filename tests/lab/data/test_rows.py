@@ -129,6 +129,13 @@ def test_no_row(tmp_path, name, content):
         read(tmp_path / name, "causal_lm")
 
 
+@pytest.mark.parametrize("name", ["a.txt", "wiki.test.raw", "wiki.valid.tokens"])
+def test_a_text_is_one_row(tmp_path, name):
+    (tmp_path / name).write_text('First line.\n\nSecond, "quoted".\n')
+    [row], _ = read(tmp_path / name, "causal_lm")
+    assert row.texts == ['First line.\n\nSecond, "quoted".\n']
+
+
 def test_blank_lines_of_a_longer_text(tmp_path):
     content = '{"text": "good"}\n{"text": ""}\n{"text": "bad"}\n'
     (tmp_path / "a.jsonl").write_text(content)

@@ -19,7 +19,9 @@ from .hub import library, load_hub
 
 __all__ = ["Example", "read_numbers", "read_source"]
 
-_SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet", ".txt")
+# One text as a whole; the last two are WikiText's.
+_TEXTS = (".txt", ".raw", ".tokens")
+_SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet", *_TEXTS)
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+){0,2}(:.+)?")
 # Labels become float32.
 _LARGEST = 3.4e38
@@ -49,8 +51,8 @@ def read_source(
     """Read a file, or a data set of the hub. No value is changed: texts and names of classes are as they are written.
 
     Args:
-        source: File (csv, tsv, jsonl, parquet, txt), in which ``${NAME}`` is a variable of the environment, or
-            "user/name:split" or "user/name/config:split".
+        source: File (csv, tsv, jsonl, parquet, txt, raw, tokens), where ``${NAME}`` is a variable of the environment,
+            or "user/name:split" or "user/name/config:split".
         kind: What labels are: names of classes, numbers ("regression") or none ("causal_lm").
         text: Columns of text; a text file has one, "text".
         label: Column of labels.
@@ -123,7 +125,7 @@ def _parse(content: bytes, path: Path, columns: Sequence[str] | None) -> Iterabl
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         raise ValueError(f"{path}, line {line}, must be UTF-8, got {content[error.start : error.end]!r}") from error
-    if suffix == ".txt":
+    if suffix in _TEXTS:
         return [(str(path), {"text": text})] if text.strip() else []
     return _from_json(text, path) if suffix == ".jsonl" else _from_table(text, path, columns, is_csv=suffix == ".csv")
 

@@ -60,7 +60,7 @@ class Settings(Model):
     options: dict[str, Any] = Field(default_factory=dict)
     """Fields of the method's PEFT configuration."""
     train: Name
-    """File (csv, tsv, jsonl, parquet, txt), or id of a data set on the hub, "user/name:split" or
+    """File (csv, tsv, jsonl, parquet; of text txt, raw, tokens), or id of a data set on the hub, "user/name:split" or
     "user/name/config:split"."""
     evaluation: Name | None = None
     """The same for the final score; by default a part of ``train`` that is held out for it."""
