@@ -1,13 +1,22 @@
 """Atoms that are counted, kept, added and removed."""
 
 import json
+from typing import ClassVar
 
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 
-from torchdsc.adapters import DSCAdapterConfig, add_atoms, atoms_used_by, freeze_atoms, remove_atoms
+from torchdsc.adapters import (
+    DSCAdapterConfig,
+    add_atoms,
+    atoms_used_by,
+    freeze_atoms,
+    remove_atoms,
+    signal_strength,
+)
+from torchdsc.diagnostics.routing import gates_of
 
 TARGETS = ["q_proj", "v_proj", "mlp"]
 SHARING = {
@@ -192,6 +201,41 @@ def test_atoms_alone_can_be_trained_from_the_start(adapt):
     assert names == {"u", "v", "weight"}
     with pytest.raises(ValueError, match="gamma_init must not be 0 for train_atoms_only"):
         DSCAdapterConfig(target_modules=["mlp"], train_atoms_only=True)
+
+
+class TestSignalStrength:
+    SEEN: ClassVar = {"target_modules": ["q_proj", "mlp"], "router_input": "embeddings", "router_context": 3}
+
+    def test_is_that_of_a_pass(self, adapt, make_batch):
+        adapted, batch = adapt("llama", moved=True, input_context=2, **self.SEEN), make_batch("llama")
+        mask, found = batch["attention_mask"].bool(), []
+        for layer in layers(adapted).values():
+            layer.router.register_forward_hook(
+                lambda _, __, out, layer=layer: found.append(gates_of(layer, out.logits)[0])
+            )
+        adapted(**{name: batch[name] for name in ("input_ids", "attention_mask")})
+        expected = torch.stack([strength[mask.flatten()].mean() for strength in found]).mean()
+        strength = signal_strength(adapted, batch["input_ids"], batch["attention_mask"])
+        torch.testing.assert_close(strength, expected)
+
+    def test_gate_closes(self, adapt, make_batch):
+        adapted, batch = adapt("llama", moved=True, **self.SEEN).train(), make_batch("llama")
+        ids = batch["input_ids"]
+        before = signal_strength(adapted, ids)
+        before.backward()
+        with torch.no_grad():
+            for parameter in adapted.parameters():
+                if parameter.grad is not None:
+                    parameter -= 0.05 * parameter.grad
+        assert signal_strength(adapted, ids) < before
+        # It leaves nothing to collect.
+        adapted(**batch).loss.backward()
+
+    @pytest.mark.parametrize("options", [{}, {"router": "ngram", "num_atoms": 8}], ids=["hidden", "ngrams"])
+    def test_other_routers(self, adapt, make_batch, options):
+        adapted = adapt("llama", target_modules=["mlp"], **options)
+        with pytest.raises(ValueError, match="router_input must be 'embeddings', and router no 'ngram'"):
+            signal_strength(adapted, make_batch("llama")["input_ids"])
 
 
 class TestErrors:

@@ -10,7 +10,7 @@ if not hasattr(peft.tuners.tuners_utils.BaseTuner, "_remap_adapter_state_dict_fo
 
 from torchdsc.losses import RegularizedLoss, last_regularization
 
-from .atoms import add_atoms, atoms_used_by, freeze_atoms, remove_atoms
+from .atoms import add_atoms, atoms_used_by, freeze_atoms, remove_atoms, signal_strength
 from .config import DSCAdapterConfig, MixtureOfLoRAsConfig
 from .layer import AdapterLayer, DSCAdapterLayer, MixtureOfLoRAsLayer
 from .model import DSCAdapterModel, MixtureOfLoRAsModel
@@ -33,4 +33,5 @@ __all__ = [
     "freeze_atoms",
     "last_regularization",
     "remove_atoms",
+    "signal_strength",
 ]

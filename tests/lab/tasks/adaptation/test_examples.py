@@ -89,7 +89,7 @@ def test_old_domains(load, prose, reviews):
     evaluated = [block["input_ids"] for blocks in data.retain.blocks.values() for block in blocks]
     assert not any(block is other["input_ids"] for block in evaluated for other in replayed)
     assert plain.train[6]["input_ids"].equal(load(**prose, retain=sources[1]).train[6]["input_ids"])
-    with pytest.raises(ValueError, match=r"max_evaluation must leave blocks of .*old.txt to replay, got None"):
+    with pytest.raises(ValueError, match=r"max_evaluation must leave blocks of .*old.txt to train on, got None"):
         load(**prose, retain=sources, replay=0.25)
 
 

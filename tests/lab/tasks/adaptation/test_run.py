@@ -8,7 +8,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
 
 import torchdsc.adapters
 from torchdsc.lab.schema import SettingsError
@@ -157,7 +157,7 @@ def test_killed_after_the_last_checkpoint(settings, tmp_path, monkeypatch, chang
             run(chosen, tmp_path / "cut")
     assert (tmp_path / "cut" / "checkpoint-6").is_dir()
     with monkeypatch.context() as patched:
-        patched.setattr(run_module.HeadTrainer, "training_step", None)
+        patched.setattr(run_module.AdaptationTrainer, "training_step", None)
         resumed = run(chosen, tmp_path / "cut")
     assert same(resumed, whole)
     assert resumed["train_seconds"] > 0
@@ -170,7 +170,7 @@ def test_killed_after_the_last_checkpoint(settings, tmp_path, monkeypatch, chang
 def test_head_has_a_rate_of_its_own(settings, tmp_path, monkeypatch, method, least, most):
     rates = {True: set(), False: set()}
 
-    class Trainer(run_module.HeadTrainer):
+    class Trainer(run_module.AdaptationTrainer):
         def create_optimizer(self, *args):
             optimizer = super().create_optimizer(*args)
             head = {id(p) for p in head_parameters(self.model)}
@@ -181,7 +181,7 @@ def test_head_has_a_rate_of_its_own(settings, tmp_path, monkeypatch, method, lea
             assert {id(p) for group in optimizer.param_groups for p in group["params"]} == trained
             return optimizer
 
-    monkeypatch.setattr(run_module, "HeadTrainer", Trainer)
+    monkeypatch.setattr(run_module, "AdaptationTrainer", Trainer)
     changes = {} if method == "lora" else {"options": {}}
     record = run(
         settings(method=method, **changes, learning_rate=1e-2, head_learning_rate=3e-4, weight_decay=0.1),
@@ -267,6 +267,28 @@ def test_scaled_update(settings, prose, reviews, tmp_path, changes):
         else:
             assert torch.equal(saved[0.25][name], weight)
     assert scaled > 2
+
+
+def test_quiet_on_old_text(settings, prose, reviews, tmp_path):
+    """The gate closes on the old text's blocks that are trained on, and hardly on others."""
+    options = {"target_modules": ["q_proj", "mlp"], "router_input": "embeddings", "router_context": 2, "num_atoms": 6}
+    changes = {**prose, "method": "dsc", "options": options, "learning_rate": 3e-2, "steps": 40, "max_evaluation": 4}
+    changes |= {"retain": str(reviews / "old.txt")}
+    task, forgotten = Task(), {}
+    for quiet in (0.0, 1.0):
+        chosen = settings(**changes, quiet=quiet)
+        record = task.run(chosen, 0, tmp_path / f"{quiet}", label="a run", is_trial=False)
+        forgotten[quiet] = record["forgotten"]
+    assert forgotten[1.0] < forgotten[0.0]
+    base = AutoModelForCausalLM.from_pretrained(prose["base"])
+    model = PeftModel.from_pretrained(base, tmp_path / "1.0" / "adapter")
+    data, _ = task._data(chosen)
+    [old] = data.retain.blocks.values()
+    strengths = [
+        float(torchdsc.adapters.signal_strength(model, torch.stack([block["input_ids"] for block in blocks])))
+        for blocks in (old, data.evaluation)
+    ]
+    assert strengths[0] < 0.2 * strengths[1]
 
 
 def test_choices_are_told(settings, prose, reviews, tmp_path):

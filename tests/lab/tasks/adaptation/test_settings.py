@@ -17,6 +17,11 @@ CAUSAL = {"kind": "causal_lm"}
         ({**CAUSAL, "retain": []}, r"^retain must be one text or more, all different, got \[\]$"),
         ({**CAUSAL, "choices": 4}, "^choices must be left out without retain, got 4$"),
         ({**CAUSAL, "replay": 0.05}, "^replay must be left out without retain, got 0.05$"),
+        ({**CAUSAL, "quiet": 0.1}, "^quiet must be 0 but for DSC with router_input = 'embeddings', got 0.1$"),
+        (
+            {**CAUSAL, "quiet": 0.1, "options": {"router_input": "embeddings"}},
+            "^quiet must be left out without retain, got 0.1$",
+        ),
         ({"method": "vera", "update_scale": 0.5}, "^update_scale must be 1 for method = 'vera', got 0.5$"),
         ({"update_scale": 0.5, "eval_every": 4}, "^eval_every must be left out for update_scale"),
         ({**CAUSAL, "text": ["a", "b"]}, r"^text must be one column for kind = 'causal_lm', got \['a', 'b'\]$"),

@@ -154,7 +154,7 @@ def _load_blocks(settings: Settings, tokenizer: PreTrainedTokenizerBase, read: _
         evaluation = blocks(settings.evaluation)
     parts = train, validation, evaluation[: settings.max_evaluation]
     retain = _old_domains(settings, {source: blocks(source) for source in settings.old_texts})
-    if retain is not None and retain.replay:
+    if retain is not None and settings.replay:
         # The whole of the replayed text, in turn, until it has its share.
         share = settings.replay / (1 - settings.replay)
         count = max(1, round(share * len(train)))
@@ -170,10 +170,10 @@ def _old_domains(settings: Settings, texts: dict[str, Encoded]) -> OldDomains | 
     if settings.choices is not None:
         questions = {source: make_questions(blocks, settings.choices) for source, blocks in evaluated.items()}
     replay: Encoded = []
-    if settings.replay:
+    if settings.replay or settings.quiet:
         rest = [blocks[len(evaluated[source]) :] for source, blocks in texts.items()]
         if not all(rest):
             short = list(texts)[[bool(own) for own in rest].index(False)]
-            raise ValueError(f"max_evaluation must leave blocks of {short} to replay, got {settings.max_evaluation}")
+            raise ValueError(f"max_evaluation must leave blocks of {short} to train on, got {settings.max_evaluation}")
         replay = [block for blocks in zip(*rest, strict=False) for block in blocks]
     return OldDomains(evaluated, questions, replay)

@@ -29,7 +29,7 @@ class OldDomains:
     Attributes:
         blocks: To measure the loss on.
         questions: Of shape (n, choices, tokens), int64, the right answer first; n may be 0.
-        replay: Others, to train on.
+        replay: Others, to train on, or to be quiet on.
     """
 
     blocks: Mapping[str, list[dict[str, Any]]]

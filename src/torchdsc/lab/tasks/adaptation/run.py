@@ -21,7 +21,7 @@ from .methods import adapter_parameters, build_model, scale_update, solve_option
 from .metrics import score
 from .retained import Known, retained
 from .settings import Settings
-from .trainer import HeadTrainer
+from .trainer import AdaptationTrainer
 
 __all__ = ["adapt_run", "build_trainer", "describe"]
 
@@ -187,8 +187,10 @@ def build_trainer(settings: Settings, model: nn.Module, seed: int, data: Data, f
     def compute(prediction: Any) -> dict[str, float]:
         return {"score": score(metric, np.asarray(prediction.predictions, float), np.asarray(prediction.label_ids))}
 
-    return HeadTrainer(
+    return AdaptationTrainer(
         head_learning_rate=settings.head_learning_rate,
+        quiet=settings.quiet,
+        old_text=data.retain.replay if data.retain else (),
         label=label,
         model=model,
         args=arguments,

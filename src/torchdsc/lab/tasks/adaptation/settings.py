@@ -13,20 +13,8 @@ Metric = Literal["accuracy", "matthews", "f1", "correlation", "loss"]
 Head = Literal["embedding"] | None
 WITHOUT_ADAPTER = ("full", "head")
 _OF_DATA = {
-    *(
-        "base",
-        "head",
-        "kind",
-        "train",
-        "evaluation",
-        "retain",
-        "choices",
-        "replay",
-        "text",
-        "label",
-        "columns",
-        "metric",
-    ),
+    *("base", "head", "kind", "train", "evaluation", "retain", "choices", "replay", "quiet"),
+    *("text", "label", "columns", "metric"),
     *("max_train", "max_evaluation", "validation_examples", "max_length"),
 }
 # What the base model makes of its old domains depends on these too.
@@ -82,6 +70,9 @@ class Settings(Model):
     """Questions made of each of these texts at most: which of four continuations follows? Needs ``retain``."""
     replay: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of the examples of training that are blocks of these texts, none that is evaluated. Needs ``retain``."""
+    quiet: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    """For DSC routed by embeddings, weight of the mean signal strength on as many blocks of these texts as a step has
+    examples, none that is evaluated: the gate closes there. Needs ``retain``."""
     max_train: Count | None = None
     """Examples to train on at most, the first after shuffling with a fixed seed."""
     max_evaluation: Count | None = None
@@ -125,7 +116,10 @@ class Settings(Model):
             raise ValueError(f"retain must be left out for kind = {self.kind!r}, got {self.retain!r}")
         if self.retain is not None and len(set(self.old_texts)) != max(1, len(self.old_texts)):
             raise ValueError(f"retain must be one text or more, all different, got {self.retain}")
-        for name in ("choices", "replay"):
+        by_embeddings = self.options.get("router_input") == "embeddings" and self.options.get("router") != "ngram"
+        if self.quiet and not (self.method == "dsc" and by_embeddings):
+            raise ValueError(f"quiet must be 0 but for DSC with router_input = 'embeddings', got {self.quiet:g}")
+        for name in ("choices", "replay", "quiet"):
             if getattr(self, name) and self.retain is None:
                 raise ValueError(f"{name} must be left out without retain, got {getattr(self, name)}")
         if self.kind == "causal_lm" and len(self.text) > 1:

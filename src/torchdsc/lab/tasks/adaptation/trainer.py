@@ -1,29 +1,58 @@
-"""Trainer with a learning rate for the head."""
+"""Trainer with what adaptations ask for: a learning rate for the head, and adapters that are quiet on old text."""
 
+from collections.abc import Sequence
+from random import Random
 from typing import Any
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from torchdsc.adapters import signal_strength
 from torchdsc.lab.training.trainer import LabTrainer
 from torchdsc.optim import decay_parameter_names
 
 from .methods import head_parameters
 
-__all__ = ["HeadTrainer"]
+__all__ = ["AdaptationTrainer"]
 
 
-class HeadTrainer(LabTrainer):
-    """Trainer with its own learning rate for the head, on the same schedule.
+class AdaptationTrainer(LabTrainer):
+    """Trainer with a learning rate for the head, on the same schedule, and a term for quiet adapters on old text.
 
     Args:
         head_learning_rate: None for the same as for all.
+        quiet: Weight of the signal strength on old text.
+        old_text: Blocks of it, each with "input_ids" of shape (length,).
         **kwargs: See :class:`LabTrainer`.
     """
 
-    def __init__(self, *, head_learning_rate: float | None, **kwargs: Any) -> None:
-        self._head_learning_rate = head_learning_rate
+    def __init__(
+        self,
+        *,
+        head_learning_rate: float | None,
+        quiet: float = 0.0,
+        old_text: Sequence[dict[str, Any]] = (),
+        **kwargs: Any,
+    ) -> None:
+        self._head_learning_rate, self._quiet, self._old_text = head_learning_rate, quiet, old_text
         super().__init__(**kwargs)
+
+    def compute_loss(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """Trainer's, in training with the term."""
+        result = super().compute_loss(model, *args, **kwargs)
+        if not self._quiet or not model.training:
+            return result
+        # By the step alone, so that an interrupted run goes on with the same blocks.
+        random = Random(f"{self.args.seed} {self.state.global_step}")
+        blocks = random.choices(self._old_text, k=self.args.per_device_train_batch_size)
+        ids = torch.stack([block["input_ids"] for block in blocks]).to(self.args.device)
+        term = self._quiet * signal_strength(self.accelerator.unwrap_model(model), ids)
+        if self.model_accepts_loss_kwargs:
+            # Trainer adds the micro-batches of a step up, without a division.
+            term = term / self.args.gradient_accumulation_steps
+        loss, *others = result if isinstance(result, tuple) else (result,)
+        return (loss + term, *others) if others else loss + term
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Trainer's, without gamma and routers."""
