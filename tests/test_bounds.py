@@ -33,6 +33,7 @@ def test_certified_bound_is_the_largest_gamma():
 class TestMaxUpdateNorm:
     def layer(self, most=0.25, **options):
         torch.manual_seed(0)
+        options = {"gamma_init": 0.02, **options}
         layer = DSC(6, num_atoms=12, top_k=3, max_update_norm=most, scale=8.0, **options).double()
         torch.nn.init.normal_(layer.router.weight, std=3.0)
         return layer
@@ -41,7 +42,7 @@ class TestMaxUpdateNorm:
     def test_no_update_exceeds_it(self, options):
         layer, x = self.layer(**options), torch.randn(50, 6, dtype=torch.float64)
         torch.nn.init.constant_(layer.gamma, 100.0)
-        assert certified_spectral_bound(layer) == 0.25
+        assert 0.249 < certified_spectral_bound(layer) <= 0.25
         norms = spectral_norm(layer, x)
         assert (norms <= 0.25 * (1 + 1e-12)).all()
         assert norms.max() > 0.1
@@ -51,15 +52,21 @@ class TestMaxUpdateNorm:
         expected = torch.einsum("ti,tio->to", x, layer.delta_weight(x))
         torch.testing.assert_close(layer(x), expected)
         torch.testing.assert_close(layer.eval()(x), expected)
-        plain = self.layer(most=None, gamma_init=0.25 * math.tanh(0.03 * 8 / 0.25) / 8)
+        plain = self.layer(most=None, gamma_init=0.03 / (1 + 0.03 * 8 / 0.25))
         torch.testing.assert_close(plain(x), expected)
 
     def test_a_small_gamma_is_hardly_changed_and_a_large_one_still_learns(self):
         layer = self.layer(gamma_init=1e-4)
-        torch.testing.assert_close(layer.output_scale, 8 * layer.gamma, rtol=1e-5, atol=0)
-        layer = self.layer(gamma_init=0.05).eval()
-        layer(torch.randn(5, 6, dtype=torch.float64)).square().sum().backward()
-        assert (layer.gamma.grad.abs() > 0).all()
+        torch.testing.assert_close(layer.output_scale, 8 * layer.gamma, rtol=5e-3, atol=0)
+        layer = self.layer().float().eval()
+        # Where steps of Adam soon bring it.
+        torch.nn.init.constant_(layer.gamma, 4.0)
+        layer(torch.randn(5, 6)).square().sum().backward()
+        assert (layer.gamma.grad.abs() > 1e-8).all()
+
+    def test_an_initial_gamma_far_beyond_it_is_refused(self):
+        with pytest.raises(ValueError, match=r"max_update_norm must be at least scale .* = 0.2, or .* got 0.01"):
+            self.layer(most=0.01, gamma_init=0.1)
 
     def test_thin_atoms_are_refused(self):
         with pytest.raises(ValueError, match=r"max_update_norm must be None for thin atoms, .* got 0.25"):

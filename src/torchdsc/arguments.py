@@ -12,6 +12,8 @@ __all__ = ["check_at_least", "check_finite", "check_not_negative", "check_positi
 
 # Not checked: torch accepts more than their annotations say, and raises its own errors.
 _LEFT_TO_TORCH = {"device", "dtype"}
+# Characters of a value in an error.
+_LONGEST = 200
 _NAMES = {int: "an int", float: "a number", bool: "a bool", str: "a str", types.NoneType: "None"}
 
 
@@ -32,7 +34,7 @@ def check_types(of: Callable[..., Any], values: Mapping[str, Any]) -> None:
         if name in values and name not in _LEFT_TO_TORCH and not _fits(values[name], kind):
             has_choices = any(get_origin(part) is Literal for part in _parts(kind))
             error = ValueError if has_choices else TypeError
-            raise error(f"{name} must be {_described(kind)}, got {values[name]!r}")
+            raise error(f"{name} must be {_described(kind)}, got {_received(values[name])}")
 
 
 def check_at_least(least: int, **values: int | None) -> None:
@@ -99,7 +101,8 @@ def _fits(value: Any, kind: Any) -> bool:
     if kind is Any:
         return True
     if origin is Literal:
-        return value in get_args(kind)
+        # Not "in": a tensor compares with each element.
+        return any(type(value) is type(choice) and value == choice for choice in get_args(kind))
     if kind in (int, float):
         return isinstance(value, int | float if kind is float else int) and not isinstance(value, bool)
     if origin in (list, set, Sequence):
@@ -110,6 +113,15 @@ def _fits(value: Any, kind: Any) -> bool:
         key, item = get_args(kind)
         return isinstance(value, dict) and all(_fits(k, key) and _fits(v, item) for k, v in value.items())
     return isinstance(value, kind if origin is None else origin)
+
+
+def _received(value: Any) -> str:
+    """``repr(value)``, but of a tensor its shape, and of what is long the beginning."""
+    shape = getattr(value, "shape", None)
+    if shape is not None:
+        return f"a {type(value).__name__} of shape {tuple(shape)}"
+    text = repr(value)
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
 
 
 def _described(kind: Any) -> str:

@@ -70,6 +70,7 @@ class TestAddAndRemove:
     def test_removing_restores_every_bit(self, model, output, sharing):
         adapted, batch = model(**SHARING[sharing])
         before, states = output(adapted, batch), {name: state(layer) for name, layer in layers(adapted).items()}
+        trained = {name for name, p in adapted.named_parameters() if p.requires_grad}
         add_atoms(adapted, 5, origin="law")
         assert {layer.options.num_atoms for layer in layers(adapted).values()} == {14}
         train(adapted, batch)
@@ -80,6 +81,12 @@ class TestAddAndRemove:
                 assert torch.equal(now[:9] if part in ("u", "v", "weight") else now, value), (name, part)
         remove_atoms(adapted, origin="law")
         assert torch.equal(output(adapted, batch), before)
+        # All is as before the addition: what is trained, and the names.
+        assert {name for name, p in adapted.named_parameters() if p.requires_grad} == trained
+        assert adapted.peft_config["default"].atom_origins == ["first"]
+        with pytest.raises(ValueError, match=r"origin must be one of \['first'\], got 'law'"):
+            remove_atoms(adapted, origin="law")
+        add_atoms(adapted, 2, origin="law")
 
     def test_new_atoms_are_selected_and_trained(self, model, sharing):
         adapted, batch = model(**SHARING[sharing])
@@ -119,13 +126,17 @@ class TestAddAndRemove:
         trained = {name for name, parameter in loaded.named_parameters() if parameter.requires_grad}
         assert trained == {name for name, parameter in adapted.named_parameters() if parameter.requires_grad}
         by_transformers = make_base("llama")
-        by_transformers.load_adapter(tmp_path)
+        by_transformers.load_adapter(tmp_path, is_trainable=True)
         assert torch.equal(output(by_transformers, batch), output(adapted, batch))
+        assert {name.rpartition(".")[2] for name, p in by_transformers.named_parameters() if p.requires_grad} == {
+            name.rpartition(".")[2] for name in trained
+        }
         # One thing that was learnt goes, the other stays.
         for one in (loaded, adapted):
             remove_atoms(one, origin="law")
         assert torch.equal(output(loaded, batch), output(adapted, batch))
-        assert {tuple(layer.bank.origin.tolist()) for layer in layers(loaded).values()} == {(*[0] * 9, *[2] * 3)}
+        assert loaded.peft_config["default"].atom_origins == ["first", "medicine"]
+        assert {tuple(layer.bank.origin.tolist()) for layer in layers(loaded).values()} == {(*[0] * 9, *[1] * 3)}
 
     def test_freezing(self, model, output, sharing):
         adapted, batch = model(**SHARING[sharing])
@@ -155,6 +166,27 @@ def test_what_is_kept_stays_kept(model):
         assert torch.equal(state(layer)["u"][:2], before[name]["u"][:2])
 
 
+def test_a_config_given_twice_stays_as_it_is(make_base, make_config, moved):
+    config = make_config(target_modules=["mlp"])
+    first = moved(get_peft_model(make_base("llama"), config))
+    add_atoms(first, 5, origin="law")
+    second = get_peft_model(make_base("llama"), config)
+    assert {layer.options.num_atoms for layer in layers(second).values()} == {9}
+    assert config.atom_counts is None
+    assert config.atom_origins is None
+
+
+def test_what_is_kept_is_not_freed_by_peft(model):
+    adapted, _ = model()
+    add_atoms(adapted, 5, origin="law")
+    adapted.set_requires_grad("default", requires_grad=True)
+    assert {name.rpartition(".")[2] for name, p in adapted.named_parameters() if p.requires_grad} == {
+        "u",
+        "v",
+        "weight",
+    }
+
+
 def test_counts(model):
     adapted, batch = model()
     used = atoms_used_by(adapted, [batch, batch])
@@ -179,7 +211,7 @@ def test_counting_leaves_the_model_as_it_is(model):
 
 def test_another_adapter_is_left_alone(model, make_config, output):
     adapted, batch = model()
-    adapted.add_adapter("other", make_config(target_modules=TARGETS))
+    adapted.add_adapter("other", make_config(target_modules=TARGETS, gamma_init=0.01))
     before = output(adapted, batch)
     add_atoms(adapted, 4, origin="law", adapter_name="other")
     assert {layer.options.num_atoms for layer in layers(adapted).values()} == {9}
@@ -256,6 +288,28 @@ class TestErrors:
         with adapted.disable_adapter(), pytest.raises(ValueError, match="must be active"):
             atoms_used_by(adapted, [batch])
 
+    def test_nothing_to_build_on(self, adapt, model, make_base, tmp_path):
+        fresh = adapt("llama", target_modules=["mlp"])
+        with pytest.raises(ValueError, match="gamma must not be 0, as new atoms act through the gamma that is there"):
+            add_atoms(fresh, 1, origin="law")
+        adapted, _ = model()
+        adapted.save_pretrained(tmp_path)
+        loaded = PeftModel.from_pretrained(make_base("llama"), tmp_path)
+        with pytest.raises(ValueError, match="load the adapter with is_trainable=True"):
+            add_atoms(loaded, 1, origin="law")
+        headed, _ = model(modules_to_save=["lm_head"])
+        with pytest.raises(ValueError, match="modules_to_save must be None, as these modules would go on training"):
+            add_atoms(headed, 1, origin="law")
+
+    def test_counts_in_a_config(self, make_config, make_base):
+        for counts in ([9, 9], [9, -2], [9], [1, 0]):
+            with pytest.raises(ValueError, match="atom_counts must be pairs of M >= top_k = 2 and 0 <= kept < M"):
+                make_config(target_modules=["mlp"], atom_counts={"x": counts})
+        with pytest.raises(ValueError, match="atom_origins must be one name or more, all different"):
+            make_config(target_modules=["mlp"], atom_origins=["law", "law"])
+        with pytest.raises(ValueError, match=r"atom_counts must be of targets, .* got \['nowhere'\]"):
+            get_peft_model(make_base("llama"), make_config(target_modules=["mlp"], atom_counts={"nowhere": [9, 0]}))
+
     def test_masks(self, model):
         adapted, _ = model()
         name = next(iter(layers(adapted)))
@@ -265,6 +319,10 @@ class TestErrors:
             freeze_atoms(adapted, {name: torch.ones(8, dtype=torch.bool)})
         with pytest.raises(ValueError, match=r"atoms must leave one to train .* got all 9"):
             freeze_atoms(adapted, {name: torch.ones(9, dtype=torch.bool)})
+        last = [*layers(adapted)][-1]
+        with pytest.raises(ValueError, match="atoms must leave one to train"):
+            freeze_atoms(adapted, {name: torch.arange(9) < 3, last: torch.ones(9, dtype=torch.bool)})
+        assert {layer.bank.kept_atoms for layer in layers(adapted).values()} == {0}, "nothing is changed"
         before = layers(adapted)
         with pytest.raises(ValueError, match=r"top_k = 2 atoms must be left .* got 1"):
             remove_atoms(adapted, {name: torch.arange(9) > 0 for name in before})

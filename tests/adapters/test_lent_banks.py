@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 
 from torchdsc.adapters import DSCAdapterConfig, add_atoms
@@ -54,6 +54,41 @@ def test_banks_are_the_same_and_stay_as_they_are(model, output):
         assert torch.equal(output(adapted, batch), outputs[name])
 
 
+@pytest.mark.parametrize("targets", [["q_proj", "o_proj"], ["q_proj"]], ids=["all", "some"])
+@pytest.mark.parametrize("share_bank", [False, True])
+def test_no_adapter_trains_a_lent_bank(adapt, make_config, targets, share_bank):
+    adapted = adapt("llama", target_modules=["q_proj", "o_proj"], share_bank=share_bank)
+    adapted.add_adapter("law", make_config(target_modules=targets, bank_of="default"))
+
+    def lent():
+        return [layers(adapted, "default")[name].bank for name in layers(adapted, "law")]
+
+    assert not any(parameter.requires_grad for bank in lent() for parameter in bank.parameters()), "at once"
+    for name in ("law", "default"):
+        adapted.set_adapter(name)
+        assert not any(parameter.requires_grad for bank in lent() for parameter in bank.parameters())
+
+
+@pytest.mark.parametrize("casts", [(True, True), (True, False), (False, True), (False, False)])
+def test_a_base_model_of_another_dtype(make_base, make_config, moved, make_batch, output, casts):
+    """Neither the lender's numbers nor its dtype change when its banks are used."""
+    base = make_base("llama", torch.bfloat16)
+    config = make_config(target_modules=TARGETS)
+    adapted = moved(get_peft_model(base, config, autocast_adapter_dtype=casts[0])).eval()
+    batch = make_batch("llama")
+    before = output(adapted, batch)
+    banks = {name: layer.bank.u.clone() for name, layer in layers(adapted, "default").items()}
+    adapted.add_adapter(
+        "law", make_config(target_modules=TARGETS, bank_of="default", **SMALL), autocast_adapter_dtype=casts[1]
+    )
+    for name, layer in layers(adapted, "default").items():
+        assert layer.bank.u.dtype == banks[name].dtype
+        assert torch.equal(layer.bank.u, banks[name])
+    assert torch.equal(output(adapted, batch), before)
+    adapted.set_adapter("law")
+    assert output(adapted, batch).isfinite().all()
+
+
 def test_saved_without_the_banks_and_loaded(model, make_base, output, tmp_path):
     adapted, batch = model
     adapted.save_pretrained(tmp_path)
@@ -67,7 +102,7 @@ def test_saved_without_the_banks_and_loaded(model, make_base, output, tmp_path):
         adapted.set_adapter(name)
         assert torch.equal(output(loaded.eval(), batch), output(adapted, batch))
     with pytest.raises(
-        ValueError, match=r"bank_of must be an adapter that '.*' has, \[\], got 'default': load that one"
+        ValueError, match=r"bank_of must be an adapter that '.*' has, .* \[\], got 'default': load that one"
     ):
         PeftModel.from_pretrained(make_base("llama"), tmp_path / "law")
 
@@ -96,15 +131,18 @@ def test_what_is_used_is_not_taken_away(model, output):
         with pytest.raises(ValueError, match=r"banks must be those of adapter '.*' alone, got \['.*'\] with the same"):
             add_atoms(adapted, 2, origin="more", adapter_name=name)
     assert torch.equal(output(adapted, batch), before)
+    assert set(adapted.peft_config) == {"default", "law", "medicine"}
     adapted.delete_adapter("medicine")
     assert torch.equal(output(adapted, batch), before)
 
 
 def test_errors(model, make_config):
     adapted, _ = model
+    with pytest.raises(ValueError, match=r"with a bank of its own, \['default'\], got 'law'"):
+        adapted.add_adapter("child", make_config(target_modules=TARGETS, bank_of="law"))
     with pytest.raises(ValueError, match="bank_of must be None for share_bank or train_atoms_only, got 'default'"):
         DSCAdapterConfig(bank_of="default", share_bank=True)
-    with pytest.raises(ValueError, match=r"bank must have .* = \(12, "):
+    with pytest.raises(ValueError, match=r"num_atoms must be that of the bank of 'default' at '.*', 9, got 12"):
         adapted.add_adapter("other", make_config(target_modules=TARGETS, bank_of="default", num_atoms=12))
-    with pytest.raises(ValueError, match=r"bank_of must be an adapter that '.*v_proj' has, \[\], got 'default'"):
+    with pytest.raises(ValueError, match=r"bank_of must be an adapter that '.*v_proj' has, .* \[\], got 'default'"):
         adapted.add_adapter("third", make_config(target_modules=["v_proj"], bank_of="default"))

@@ -53,6 +53,12 @@ def gpt2():
     )
 
 
+def neox():
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return transformers.GPTNeoXForCausalLM(transformers.GPTNeoXConfig(vocab_size=61, **sizes))
+
+
 def bert():
     transformers = pytest.importorskip("transformers")
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -345,11 +351,23 @@ class TestAttention:
         model(input_ids=ids, labels=ids).loss.backward()
         assert all(parameter.grad is not None for name, parameter in model.named_parameters() if "dsc" in name)
 
-    @pytest.mark.parametrize("make", [llama, gpt2])
+    def test_input_by_keyword(self):
+        class Mixer(nn.Module):
+            def forward(self, x, mask):
+                return x * mask, mask
+
+        model = nn.ModuleDict({"attn": Mixer()})
+        convert(model, target="attn", in_features=8, out_features=8, **OPTIONS)
+        x, seen = torch.randn(2, 3, 8), []
+        model["attn"].dsc.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+        model["attn"](mask=torch.ones(2, 3, 8), x=x)
+        assert torch.equal(seen[0], x)
+
+    @pytest.mark.parametrize("make", [llama, gpt2, neox])
     def test_is_not_replaced(self, make):
         model = make()
         before = [name for name, _ in model.named_modules()]
         message = r"target must match modules that return one tensor for mode = 'replace', got '.*', a \w+Attention"
         with pytest.raises(ValueError, match=message):
-            convert(model, target=r"(self_attn|attn)$", mode="replace", **OPTIONS)
+            convert(model, target=r"(self_attn|attn|attention)$", mode="replace", **OPTIONS)
         assert [name for name, _ in model.named_modules()] == before

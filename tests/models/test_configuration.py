@@ -123,5 +123,5 @@ def test_misplaced_keywords_are_refused(keyword, message):
 
 
 def test_other_keywords_are_kept(tmp_path):
-    DSCGPTConfig(note="mine", num_labels=3, bos_token_id=1, dtype="float32").save_pretrained(tmp_path)
+    DSCGPTConfig(note="mine", device="cpu", num_labels=3, bos_token_id=1, dtype="float32").save_pretrained(tmp_path)
     assert DSCGPTConfig.from_pretrained(tmp_path).note == "mine"

@@ -1,5 +1,6 @@
 """Atoms of DSC adapters as things one can count, keep, add and remove."""
 
+import copy
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
@@ -13,6 +14,7 @@ from torchdsc.arguments import check_at_least
 from torchdsc.nn import DSC, BasisBank
 from torchdsc.nn.atom_rows import AtomRows
 from torchdsc.nn.context import Seen
+from torchdsc.nn.sharding import whole
 
 from .config import DSCAdapterConfig
 from .layer import ContextualDSC, DSCAdapterLayer
@@ -132,19 +134,19 @@ def freeze_atoms(model: nn.Module, atoms: Masks, *, adapter_name: str = "default
         ValueError: If the model has no such adapter or target, a mask has another shape, its router has no rows of
             atoms (product keys, n-grams), its gradients are sparse, or no atom would be left to train.
     """
-    layers, config = _own_layers(model, adapter_name), _config(model, adapter_name)
+    layers = _own_layers(model, adapter_name)
+    _config(model, adapter_name)
     marked = _checked(layers, atoms)
-    for group in _groups(layers):
-        chosen = torch.stack([marked[name] for name in group]).any(0)
-        kept = layers[group[0]].bank.kept_atoms
-        chosen[:kept] = True
+    groups = {tuple(group): torch.stack([marked[name] for name in group]).any(0) for group in _groups(layers)}
+    for names, chosen in groups.items():
+        chosen[: layers[names[0]].bank.kept_atoms] = True
         if chosen.all():
-            raise ValueError(f"atoms must leave one to train at {group}, got all {len(chosen)}")
+            raise ValueError(f"atoms must leave one to train at {[*names]}, got all {len(chosen)}")
+    for names, chosen in groups.items():
         # Stable: the others stay in their order.
         order = torch.argsort(chosen.logical_not(), stable=True)
-        _arrange(layers, group, order, int(chosen.sum()))
-    _note(config, layers)
-    _freeze_again(model)
+        _arrange(layers, [*names], order, int(chosen.sum()))
+    _note(model, adapter_name, layers)
 
 
 def add_atoms(model: nn.Module, count: int, *, origin: str, adapter_name: str = "default") -> None:
@@ -164,14 +166,27 @@ def add_atoms(model: nn.Module, count: int, *, origin: str, adapter_name: str = 
 
     Raises:
         TypeError: If ``count`` is no int.
-        ValueError: If the model has no such adapter, there are atoms of that origin, the router has no rows of atoms
-            (product keys, n-grams), or gradients are sparse.
+        ValueError: If the model has no such adapter, or that has learnt nothing, trains other modules too
+            (``modules_to_save``) or was loaded for inference; there are atoms of that origin; the router has no rows of
+            atoms (product keys, n-grams); gradients are sparse; or other adapters use its banks.
     """
     check_at_least(1, count=count)
     layers, config = _own_layers(model, adapter_name), _config(model, adapter_name)
     origins = list(config.atom_origins or ["first"])
     if origin in origins:
         raise ValueError(f"origin must be a new name, got {origin!r} of {origins}")
+    if config.modules_to_save is not None:
+        raise ValueError(
+            f"modules_to_save must be None, as these modules would go on training, got {config.modules_to_save}"
+        )
+    if config.inference_mode:
+        raise ValueError("inference_mode must be False, got True: load the adapter with is_trainable=True")
+    untrained = [name for name, layer in layers.items() if not bool((whole(layer.gamma) != 0).any())]
+    if untrained:
+        raise ValueError(
+            f"gamma must not be 0, as new atoms act through the gamma that is there, got 0 at {untrained}: train the "
+            "adapter first, or give it more atoms at once"
+        )
     for group in _groups(layers):
         present = layers[group[0]].options.num_atoms
         for bank in _banks(layers, group):
@@ -181,11 +196,8 @@ def add_atoms(model: nn.Module, count: int, *, origin: str, adapter_name: str = 
         for bank in _banks(layers, group):
             assert bank.origin is not None
             bank.origin[present:] = len(origins)
-    for layer in layers.values():
-        layer.trains_atoms_only = True
-    config.atom_origins, config.train_atoms_only = [*origins, origin], True
-    _note(config, layers)
-    _freeze_again(model)
+    config.atom_origins = [*origins, origin]
+    _note(model, adapter_name, layers)
 
 
 def remove_atoms(
@@ -194,7 +206,8 @@ def remove_atoms(
     """Remove atoms of a DSC adapter, with their rows of the router: those of a mask, or of an origin.
 
     Where only the atoms of the last :func:`add_atoms` are removed, outputs are those from before it, bit for bit. Where
-    only kept atoms are left, these are trained again. The parameters are new ones: make the optimizer afterwards.
+    only kept atoms are left, these and the rest of the adapter are trained again. An origin without atoms is free for
+    others. The parameters are new ones: make the optimizer afterwards.
 
     Args:
         model: With the adapter.
@@ -226,21 +239,20 @@ def remove_atoms(
         kept = int((~gone[: layers[names[0]].bank.kept_atoms]).sum())
         stay = torch.nonzero(~gone).squeeze(1)
         _arrange(layers, [*names], stay, kept if kept < len(stay) else 0)
-    _note(config, layers)
-    _freeze_again(model)
+    if config.atom_origins is not None:
+        _forget_origins(config, layers)
+    _note(model, adapter_name, layers)
 
 
 def _layers(model: nn.Module, adapter_name: str) -> dict[str, ContextualDSC]:
     """The adapter's layers by the names of their targets."""
     found = {
         module.target: cast(ContextualDSC, module.adapters[adapter_name])
-        for module in model.modules()
-        if isinstance(module, DSCAdapterLayer) and adapter_name in module.adapters
+        for module in _adapted(model)
+        if adapter_name in module.adapters
     }
     if not found:
-        names = sorted(
-            {name for module in model.modules() if isinstance(module, DSCAdapterLayer) for name in module.adapters}
-        )
+        names = sorted({name for module in _adapted(model) for name in module.adapters})
         raise ValueError(f"adapter_name must be that of a DSC adapter of the model, {names}, got {adapter_name!r}")
     return found
 
@@ -249,10 +261,9 @@ def _own_layers(model: nn.Module, adapter_name: str) -> dict[str, ContextualDSC]
     """The same, of an adapter whose banks no other one uses."""
     layers = _layers(model, adapter_name)
     own = {id(layer.bank) for layer in layers.values()}
-    every = [module for module in model.modules() if isinstance(module, DSCAdapterLayer)]
     others = {
         name
-        for module in every
+        for module in _adapted(model)
         for name, layer in module.adapters.items()
         if name != adapter_name and id(cast(ContextualDSC, layer).bank) in own
     }
@@ -262,7 +273,12 @@ def _own_layers(model: nn.Module, adapter_name: str) -> dict[str, ContextualDSC]
 
 
 def _config(model: Any, adapter_name: str) -> DSCAdapterConfig:
-    config: DSCAdapterConfig = model.peft_config[adapter_name]
+    """The adapter's config, from here on the model's own: what is given to PEFT may be of several adapters."""
+    configs = getattr(model, "peft_config", None)
+    if configs is None:
+        raise ValueError(f"model must be a PEFT model or one of transformers with adapters, got {type(model).__name__}")
+    configs[adapter_name] = copy.deepcopy(configs[adapter_name])
+    config: DSCAdapterConfig = configs[adapter_name]
     return config
 
 
@@ -323,12 +339,30 @@ def _arrange(layers: Mapping[str, DSC], names: list[str], atoms: Tensor, kept: i
         layers[name].options = replace(layers[name].options, num_atoms=len(atoms))
 
 
-def _note(config: DSCAdapterConfig, layers: Mapping[str, DSC]) -> None:
-    """Write the sizes into the adapter's config, by which a saved adapter is built again."""
+def _forget_origins(config: DSCAdapterConfig, layers: Mapping[str, DSC]) -> None:
+    """Drop the names of which no atom is left."""
+    banks = _banks(layers, [*layers])
+    used = sorted({index for bank in banks if bank.origin is not None for index in bank.origin.unique().tolist()})
+    origins = config.atom_origins or []
+    config.atom_origins = [origins[index] for index in used] or origins[:1]
+    for bank in banks:
+        if bank.origin is not None:
+            places = torch.tensor([used.index(index) for index in bank.origin.tolist()], device=bank.origin.device)
+            bank.origin = places.to(torch.int64)
+
+
+def _note(model: Any, adapter_name: str, layers: Mapping[str, ContextualDSC]) -> None:
+    """Write the sizes into the adapter's config, by which a saved adapter is built again, and freeze what is kept."""
+    config: DSCAdapterConfig = model.peft_config[adapter_name]
     config.atom_counts = {name: [layer.options.num_atoms, layer.bank.kept_atoms] for name, layer in layers.items()}
+    is_trained = not config.inference_mode and any(adapter_name in each.active_adapters for each in _adapted(model))
+    for layer in layers.values():
+        if layer.trains_atoms_only and not config.trains_atoms_only and is_trained:
+            layer.requires_grad_(True)
+        layer.trains_atoms_only = config.trains_atoms_only
+    for module in _adapted(model):
+        module.keep_frozen()
 
 
-def _freeze_again(model: nn.Module) -> None:
-    for module in model.modules():
-        if isinstance(module, DSCAdapterLayer):
-            module.keep_frozen()
+def _adapted(model: nn.Module) -> list[DSCAdapterLayer]:
+    return [module for module in model.modules() if isinstance(module, DSCAdapterLayer)]

@@ -97,9 +97,10 @@ class DSCAdapterConfig(AdapterConfig, DSCFields, ContextFields):
             uses. From then on these stay as they are, in both; routers, gamma and convolutions are trained, and they
             alone are saved. Load the other adapter first.
         train_atoms_only: Train atoms and their rows of the router alone; gamma, norms, projections and short
-            convolutions stay as they are. Set by :func:`torchdsc.adapters.add_atoms`.
-        atom_origins: Names of what atoms were added for, the first for those of the beginning; ``bank.origin`` has the
-            index of each atom's. Written by ``add_atoms``.
+            convolutions stay as they are.
+        atom_origins: Names of what atoms are there for: at first none or one, that of all, by default "first";
+            :func:`torchdsc.adapters.add_atoms` adds to them. ``bank.origin`` has the index of each atom's. If there are
+            several, and atoms are kept, atoms alone are trained.
         atom_counts: By the name of a target, M and how many atoms are kept, where these were changed. Written by
             ``add_atoms``, ``freeze_atoms`` and ``remove_atoms``.
 
@@ -133,8 +134,22 @@ class DSCAdapterConfig(AdapterConfig, DSCFields, ContextFields):
             raise ValueError(f"bank_of must be None for share_bank or train_atoms_only, got {self.bank_of!r}")
         if self.train_atoms_only and self.gamma_init == 0 and self.atom_counts is None:
             raise ValueError("gamma_init must not be 0 for train_atoms_only: nothing would be trained, got 0")
+        for target, counts in (self.atom_counts or {}).items():
+            if len(counts) != 2 or not 0 <= counts[1] < counts[0] or counts[0] < self.top_k:
+                raise ValueError(
+                    f"atom_counts must be pairs of M >= top_k = {self.top_k} and 0 <= kept < M, got {counts} of "
+                    f"{target!r}"
+                )
+        if self.atom_origins is not None and len(set(self.atom_origins)) != max(1, len(self.atom_origins)):
+            raise ValueError(f"atom_origins must be one name or more, all different, got {self.atom_origins}")
         # A file holds a list.
         self.ngram_orders = self.context().ngram_orders
+
+    @property
+    def trains_atoms_only(self) -> bool:
+        """Whether atoms and their rows of the router alone are trained."""
+        keeps = any(kept for _, kept in (self.atom_counts or {}).values())
+        return self.train_atoms_only or (keeps and len(self.atom_origins or ()) > 1)
 
     def options(self) -> DSCOptions:
         """The options of the layers."""

@@ -118,5 +118,9 @@ def _by_transformers(
         # A shared parameter is loaded under one of its names only.
         info.missing_keys = {*info.missing_keys} - {*shared_keys(self)}
         check_keys([key for key in info.missing_keys if mine in key], info.unexpected_keys)
+        # transformers has replaced the parameters.
+        adapted: Iterable[Any] = (module for module in self.modules() if hasattr(type(module), "keep_frozen"))
+        for module in adapted:
+            module.keep_frozen()
 
     yield check

@@ -1,6 +1,7 @@
 """A target module with its adapters: ``base(x) + update(x)``."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, ClassVar, cast
 
@@ -83,6 +84,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer, TokenMasked):
     disable_adapters: bool
     get_base_layer: Callable[[], nn.Module]
     set_adapter: Callable[..., None]
+    set_requires_grad: Callable[..., None]
     _move_adapter_to_device_of_base_layer: Callable[[str], None]
     _cast_input_dtype: Callable[[Tensor, torch.dtype], Tensor]
 
@@ -123,6 +125,9 @@ class AdapterLayer(nn.Module, BaseTunerLayer, TokenMasked):
         for name in self.adapters:
             self._silence(name)
 
+    def keep_frozen(self) -> None:
+        """Let no gradient reach what is kept as it is, whatever PEFT lets be trained."""
+
     def listen(self, adapter_name: str, broadcast: Broadcast) -> None:
         """Let an adapter of this layer, if it has that one, get its model's tokens."""
         if adapter_name in self.adapters:
@@ -162,7 +167,8 @@ class AdapterLayer(nn.Module, BaseTunerLayer, TokenMasked):
         """
         layer = self.build(config, None if owner is None else owner.adapters[adapter_name])
         self.adapters[adapter_name] = layer.train(self.training)
-        self._move_adapter_to_device_of_base_layer(adapter_name)
+        with without_lent_banks([layer]):
+            self._move_adapter_to_device_of_base_layer(adapter_name)
         devices = {part.device for part in self.adapters[adapter_name].parameters()} - {torch.device("meta")}
         if len(devices) > 1:
             raise ValueError(f"shared banks and routers must be on the device of every target module, got {devices}")
@@ -269,6 +275,20 @@ NO_MERGE = (
 )
 
 
+@contextmanager
+def without_lent_banks(layers: Iterable[nn.Module]) -> Iterator[None]:
+    """Move and cast layers in the block without the banks that are other adapters'; then the layers get their dtype."""
+    lent = {layer: layer.bank for layer in layers if isinstance(layer, ContextualDSC) and layer.borrows_bank}
+    for layer in lent:
+        del layer.bank
+    try:
+        yield
+    finally:
+        for layer, bank in lent.items():
+            layer.to(bank.u.dtype)
+            layer.bank = bank
+
+
 class ContextualDSC(DSC, Listener):
     """A DSC layer with its short convolutions.
 
@@ -327,18 +347,32 @@ class DSCAdapterLayer(AdapterLayer):
                 part.arrange(torch.arange(num_atoms, device=part.all_rows(part.atom_parameters[0]).device), kept)
         if config.atom_origins is not None and layer.bank.origin is None:
             layer.bank.origin = torch.zeros(num_atoms, dtype=torch.int64, device=layer.bank.u.device)
-        layer.trains_atoms_only, layer.borrows_bank = config.train_atoms_only, config.bank_of is not None
+        layer.trains_atoms_only, layer.borrows_bank = config.trains_atoms_only, config.bank_of is not None
+        if layer.borrows_bank:
+            layer.bank.is_lent = True
         return layer
 
-    def delete_adapter(self, adapter_name: str) -> None:
-        """See PEFT; an adapter whose bank another one uses is not deleted."""
+    @property
+    def lenders(self) -> dict[str, int]:
+        """M of the adapters that have a bank of their own, by name."""
         layers = {name: cast(ContextualDSC, layer) for name, layer in self.adapters.items()}
-        bank = layers[adapter_name].bank if adapter_name in layers else None
+        return {name: layer.options.num_atoms for name, layer in layers.items() if not layer.borrows_bank}
+
+    def check_deletion(self, adapter_name: str) -> None:
+        """Raise a ValueError for an adapter whose bank others use."""
+        layers = {name: cast(ContextualDSC, layer) for name, layer in self.adapters.items()}
+        if adapter_name not in layers or layers[adapter_name].borrows_bank:
+            return
+        bank = layers[adapter_name].bank
         users = [name for name, layer in layers.items() if name != adapter_name and layer.bank is bank]
-        if users and not layers[adapter_name].borrows_bank:
+        if users:
             raise ValueError(
                 f"adapter_name must be an adapter whose bank no other uses, got {adapter_name!r} of {users}"
             )
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """See PEFT, and :meth:`check_deletion`."""
+        self.check_deletion(adapter_name)
         super().delete_adapter(adapter_name)
 
     def set_adapter(self, *args: Any, **kwargs: Any) -> None:
@@ -346,14 +380,19 @@ class DSCAdapterLayer(AdapterLayer):
         super().set_adapter(*args, **kwargs)
         self.keep_frozen()
 
+    def set_requires_grad(self, *args: Any, **kwargs: Any) -> None:
+        """See PEFT; what is kept stays so."""
+        super().set_requires_grad(*args, **kwargs)
+        self.keep_frozen()
+
     def keep_frozen(self) -> None:
         """Let no gradient reach kept atoms, lent banks, nor the other parameters where only atoms are trained."""
-        layers = [cast(ContextualDSC, adapter) for adapter in self.adapters.values()]
-        lent = {id(parameter) for layer in layers if layer.borrows_bank for parameter in layer.bank.parameters()}
-        for layer in layers:
+        for adapter in self.adapters.values():
+            layer = cast(ContextualDSC, adapter)
             parts = [part for part in (layer.bank, layer.router) if isinstance(part, AtomRows)]
             rows = {id(getattr(part, name)) for part in parts for name in part.atom_parameters}
-            kept = {id(getattr(part, f"kept_{name}", None)) for part in parts for name in part.atom_parameters} | lent
+            kept = {id(getattr(part, f"kept_{name}", None)) for part in parts for name in part.atom_parameters}
+            kept |= {id(parameter) for parameter in layer.bank.parameters()} if layer.bank.is_lent else set()
             for parameter in layer.parameters():
                 if id(parameter) in kept or (layer.trains_atoms_only and id(parameter) not in rows):
                     parameter.requires_grad_(False)

@@ -26,7 +26,15 @@ from torchdsc.nn.host import leave_attention_mask, leave_fused_encoder, pass_att
 
 from .config import ALL_LINEAR, AdapterConfig, DSCAdapterConfig
 from .files import check_keys, shared_keys
-from .layer import BASE, NO_MERGE, AdapterLayer, DSCAdapterLayer, MixtureOfLoRAsLayer, sizes_of
+from .layer import (
+    BASE,
+    NO_MERGE,
+    AdapterLayer,
+    DSCAdapterLayer,
+    MixtureOfLoRAsLayer,
+    sizes_of,
+    without_lent_banks,
+)
 
 
 class AdapterModel(BaseTuner):
@@ -55,6 +63,8 @@ class AdapterModel(BaseTuner):
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         for part, requires_grad in before:
             part.requires_grad_(requires_grad)
+        for layer in _layers(model):
+            layer.keep_frozen()
         self._broadcast(adapter_name)
 
     def _broadcast(self, adapter_name: str) -> None:
@@ -213,6 +223,17 @@ class DSCAdapterModel(AdapterModel):
     prefix = "dsc_"
     tuner_layer_cls = DSCAdapterLayer
 
+    def delete_adapter(self, adapter_name: str) -> None:
+        """See PEFT; refuses an adapter whose banks others use before anything is deleted."""
+        for layer in _layers(self.model):
+            layer.check_deletion(adapter_name)
+        super().delete_adapter(adapter_name)
+
+    def _cast_adapter_dtype(self, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        layers = [layer.adapters[adapter_name] for layer in _layers(self.model) if adapter_name in layer.adapters]
+        with without_lent_banks(layers):
+            super()._cast_adapter_dtype(adapter_name, *args, **kwargs)
+
     def _broadcast(self, adapter_name: str) -> None:
         config = self.peft_config[adapter_name]
         assert isinstance(config, DSCAdapterConfig)
@@ -227,13 +248,21 @@ class DSCAdapterModel(AdapterModel):
 
     def _check_targets(self, config: AdapterConfig, model: nn.Module, targets: dict[str, int]) -> None:
         assert isinstance(config, DSCAdapterConfig)
+        unknown = sorted({*(config.atom_counts or ())} - {*targets})
+        if unknown:
+            raise ValueError(f"atom_counts must be of targets, {[*targets]}, got {unknown}")
         for name in targets if config.bank_of is not None else ():
             layer = model.get_submodule(name)
-            known = [*layer.adapters] if isinstance(layer, DSCAdapterLayer) else []
-            if config.bank_of not in known:
+            lenders = layer.lenders if isinstance(layer, DSCAdapterLayer) else {}
+            if config.bank_of not in lenders:
                 raise ValueError(
-                    f"bank_of must be an adapter that {name!r} has, {known}, got {config.bank_of!r}: load that one "
-                    "first, under this name"
+                    f"bank_of must be an adapter that {name!r} has, with a bank of its own, {[*lenders]}, got "
+                    f"{config.bank_of!r}: load that one first, under this name"
+                )
+            if lenders[config.bank_of] != config.num_atoms:
+                raise ValueError(
+                    f"num_atoms must be that of the bank of {config.bank_of!r} at {name!r}, {lenders[config.bank_of]}, "
+                    f"got {config.num_atoms}"
                 )
         context = config.context()
         if not context.tokens_are_seen:

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable
-from inspect import signature
+from inspect import Signature, signature
 from typing import Any, Literal, Unpack, cast
 
 import torch
@@ -94,7 +94,7 @@ def convert(
     sizes: list[tuple[int, int | None]] = []
     for name in names:
         base = model.get_submodule(name)
-        if mode == "replace" and "tuple" in str(signature(type(base).forward).return_annotation).lower():
+        if mode == "replace" and _returns_a_tuple(base):
             raise ValueError(
                 f"target must match modules that return one tensor for mode = 'replace', got {name!r}, a "
                 f"{type(base).__name__}, which returns a tuple"
@@ -133,6 +133,14 @@ def convert(
         solved = {"num_atoms": size[0], "hidden_features": size[1]}
         remember_conversion(model, {"modules": found, "arguments": {**arguments, **options, **solved}})
     return names
+
+
+def _returns_a_tuple(module: nn.Module) -> bool:
+    """By what its class says of itself: attention returns one, whether it is annotated so or not."""
+    annotation = signature(type(module).forward).return_annotation
+    if annotation is not Signature.empty:
+        return str(annotation).lower().removeprefix("<class '").startswith(("tuple", "typing.tuple"))
+    return "attention" in type(module).__name__.lower()
 
 
 def _check_combination(
@@ -207,9 +215,9 @@ class _Wrapped(_Converted):
         return getattr(self.module.base, "takes_router_input", False)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        # The base gets exactly the arguments it got before, whatever their names; attention has its input by keyword,
-        # and returns a tuple.
-        x = args[0] if args else next(value for value in kwargs.values() if isinstance(value, Tensor))
+        # The base gets exactly the arguments it got before, whatever their names; attention may get its input by
+        # keyword, and returns a tuple.
+        x: Tensor = args[0] if args else kwargs[next(iter(signature(self.module.base.forward).parameters))]
         output = self.module.base(*args, **kwargs)
         y: Tensor = output[0] if isinstance(output, tuple) else output
         z, routed, _ = self.look(x)

@@ -50,7 +50,10 @@ def serve(
     if device == "auto":
         accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
         device = "cpu" if accelerator is None else accelerator.type
-    saved.model.to(device)
+    try:
+        saved.model.to(device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"device must be one that this machine has, got {device!r}: {error}") from error
     saved.model.generate = _within_positions(saved.model)
 
     # Without the sign that begins a revision.

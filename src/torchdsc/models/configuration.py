@@ -185,6 +185,7 @@ def _refuse_misplaced(keywords: Mapping[str, Any]) -> None:
     own = {name for name, each in signature(DSCGPTConfig).parameters.items() if each.kind is not each.VAR_KEYWORD}
     options = {field.name for kind in (DSCOptions, ModelOptions) for field in fields(kind)}
     options |= {name for method in METHODS.values() for name in (*method.widths, *signature(method.layer).parameters)}
+    options -= {"in_features", "out_features", "hidden_features", "options", "bank", "device", "dtype"}
     for name in (name for name in keywords if not hasattr(PretrainedConfig, name)):
         if name in options:
             raise TypeError(f"{name} must be given in feed_forward_options, got {name} = {keywords[name]!r} beside it")

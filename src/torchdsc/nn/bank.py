@@ -12,7 +12,7 @@ from torchdsc.ops import compose, frame_potential, latents
 from torchdsc.ops.compose.api import Implementation
 
 from .atom_rows import AtomRows
-from .sharding import check_not_flattened, is_sharded
+from .sharding import check_not_flattened, is_sharded, whole
 
 
 class FrameEstimate(NamedTuple):
@@ -40,6 +40,7 @@ class BasisBank(AtomRows):
 
     Attributes:
         origin: What each atom was added for, as an index, int64 of shape (M,); None where all are of one kind.
+        is_lent: Whether adapters other than its own use it, so that it stays as it is.
 
     Raises:
         TypeError: If an argument has another type.
@@ -49,6 +50,7 @@ class BasisBank(AtomRows):
     # Parameters of which a token uses few rows: torchdsc.parameter_groups gives them a learning rate of their own.
     row_parameters = atom_parameters = ("u", "v")
     origin: Tensor | None
+    is_lent = False
 
     def __init__(
         self,
@@ -120,10 +122,12 @@ class BasisBank(AtomRows):
             TypeError: If the dtype of ``x`` is not that of the bank.
             RuntimeError: If the rows are a part of a flattened parameter of FSDP1.
         """
-        u, v = self.all_rows("u"), self.all_rows("v")
+        u, v = whole(self.u), whole(self.v)
         if frame is not None or u.dim() != 2:
-            check_not_flattened("bank.u", u, (self.num_atoms, self.in_features))
-            check_not_flattened("bank.v", v, (self.num_atoms, self.out_features))
+            check_not_flattened("bank.u", u, (self.num_atoms - self.kept_atoms, self.in_features))
+            check_not_flattened("bank.v", v, (self.num_atoms - self.kept_atoms, self.out_features))
+        if self.kept_atoms:
+            u, v = self.all_rows("u"), self.all_rows("v")
         if frame is not None:
             return self._frame_loss(u, v, frame, eps)
         if x is None:

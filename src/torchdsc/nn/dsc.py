@@ -37,7 +37,7 @@ class DSC(RoutedLayer):
     ``y = scale gamma * Q (((P x U_I^T) * z) V_I)``, with P and Q shared by all. The bound is then multiplied by
     ``|P|_2 |Q|_2``, which is 1 at the start. With ``offset=True`` the layer is ``x dW + o``, with an offset o
     composed from the same atoms, and ``|x dW + o| < scale max |gamma| sqrt(|x|^2 + d)``. With ``max_update_norm=m``,
-    ``m tanh(scale gamma / m)`` takes the place of scale gamma everywhere, so that ``|dW|_2 <= m`` whatever is trained.
+    ``s / (1 + |s| / m)`` takes the place of s = scale gamma everywhere, so that ``|dW|_2 <= m`` whatever is trained.
 
     Args:
         in_features: d_in.
@@ -133,11 +133,12 @@ class DSC(RoutedLayer):
 
     @property
     def output_scale(self) -> Tensor:
-        """``scale gamma``, of the shape of gamma; ``m tanh(scale gamma / m)`` for ``max_update_norm=m``."""
+        """``scale gamma``, of the shape of gamma; ``s / (1 + |s| / m)`` of that s for ``max_update_norm=m``."""
         gamma = whole(self.gamma)
         scaled = gamma if self.options.scale == 1.0 else gamma * self.options.scale
         most = self.options.max_update_norm
-        return scaled if most is None else most * torch.tanh(scaled / most)
+        # Not tanh, whose gradient is soon exactly zero: Adam moves gamma by its rate whatever that does to the output.
+        return scaled if most is None else scaled / (1 + scaled.abs() / most)
 
     def regularizer_factor(self) -> Tensor | None:
         """See :class:`RoutedLayer`: 0 while gamma is still at its initial zero.

@@ -18,6 +18,10 @@ Activation = Literal["none", "relu"]
 StaticKind = Literal["dense", "gated"]
 
 
+# How much larger than its bound scale gamma may be at the start.
+_MOST_BENT = 4
+
+
 class _AssignedOnce:
     """Options are checked together, so none can be assigned afterwards; ``dataclasses.replace`` makes a new set."""
 
@@ -92,8 +96,8 @@ class DSCFields(RouterFields, RegularizerFields):
             gamma has moved.
         scale: Constant factor of the output, > 0, as LoRA's alpha / r. It also multiplies the effective learning rate
             of gamma.
-        max_update_norm: m, a bound that |dW|_2 of no token exceeds, whatever is trained: the output is scaled by
-            ``m tanh(scale gamma / m)`` in place of ``scale gamma``. None for no other bound than gamma's.
+        max_update_norm: m, a bound that |dW|_2 of no token exceeds (up to rounding), whatever is trained: the output is
+            scaled by ``s / (1 + |s| / m)`` in place of s = ``scale gamma``. None for no other bound than gamma's.
         atom_init_norm: Root mean square norm of the raw rows at the start, which are orthogonal. Outputs do not depend
             on it, but training does: the larger the norm, the less a step turns an atom.
         eps: Stability constant of norms and of the gate, > 0.
@@ -147,6 +151,12 @@ class DSCOptions(_AssignedOnce, DSCFields):
         check_positive(logit_clamp=self.logit_clamp, eps=self.eps, scale=self.scale)
         check_positive(atom_init_norm=self.atom_init_norm, router_init_std=self.router_init_std)
         check_positive(max_update_norm=self.max_update_norm)
+        if self.max_update_norm is not None and self.scale * abs(self.gamma_init) > _MOST_BENT * self.max_update_norm:
+            raise ValueError(
+                f"max_update_norm must be at least scale |gamma_init| / {_MOST_BENT} = "
+                f"{self.scale * abs(self.gamma_init) / _MOST_BENT:g}, or gamma would hardly learn, got "
+                f"{self.max_update_norm}"
+            )
         if self.max_update_norm is not None and self.atom_features is not None:
             raise ValueError(
                 f"max_update_norm must be None for thin atoms, whose projections it does not bound, got "

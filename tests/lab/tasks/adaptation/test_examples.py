@@ -89,7 +89,15 @@ def test_old_domains(load, prose, reviews):
     evaluated = [block["input_ids"] for blocks in data.retain.blocks.values() for block in blocks]
     assert not any(block is other["input_ids"] for block in evaluated for other in replayed)
     assert plain.train[6]["input_ids"].equal(load(**prose, retain=sources[1]).train[6]["input_ids"])
-    with pytest.raises(ValueError, match=r"max_evaluation must leave blocks of .*old.txt to train on, got None"):
+    # All of a long text is replayed, beside a short one.
+    (reviews / "brief.txt").write_text("the film was very good " * 30)
+    sources = [str(reviews / "brief.txt"), sources[1]]
+    data = load(**prose, retain=sources, max_evaluation=6, replay=0.9)
+    brief, long = (len(rest) for rest in data.retain.rest.values())
+    replayed = {id(row) for row in data.train[len(plain.train) :]}
+    assert brief < 5 < long
+    assert len(replayed) == brief + long
+    with pytest.raises(ValueError, match=r"max_evaluation must leave blocks of .*brief.txt to train on, got None"):
         load(**prose, retain=sources, replay=0.25)
 
 

@@ -85,6 +85,10 @@ def test_size_of_atoms_by_ngrams(settings, prose):
     assert solve_options(settings(**{**changes, "budget": 2000, "options": options}))["num_atoms"] == 15
     few = solve_options(settings(**{**changes, "budget": 700, "options": options}))
     assert (few["num_atoms"], few["top_k"]) == (4, 3)
+    for orders, message in ((3, "Sequence"), ([], "")):
+        wrong = settings(**{**changes, "budget": 700, "options": {**options, "ngram_orders": orders}})
+        with pytest.raises(SettingsError, match=f"ngram_orders must .*{message}"):
+            solve_options(wrong)
     with pytest.raises(SettingsError, match=r"^budget of dsc must be at least 448 \(size 3\), got 400"):
         solve_options(settings(**{**changes, "budget": 400, "options": options}))
 

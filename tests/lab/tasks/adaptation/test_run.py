@@ -242,7 +242,25 @@ def test_old_domains_in_a_record(settings, prose, reviews, tmp_path, changes):
     assert fresh["retain_loss_before"] == pytest.approx(record["retain_loss_before"], abs=1e-6)
 
 
-@pytest.mark.parametrize("changes", [DSC, FULL, {"method": "lora", "options": {"r": 2}}], ids=["dsc", "full", "lora"])
+def test_a_record_does_not_depend_on_other_runs(settings, prose, reviews, tmp_path):
+    """What the base model knows is measured once, without the adapter's changes to it, and draws no random number."""
+    changes = {**prose, "method": "lora", "retain": str(reviews / "old.txt"), "steps": 3}
+    lora = {"r": 2, "target_modules": ["q_proj"], "lora_dropout": 0.3}
+    task, alone = Task(), {}
+    for name, options in (("pissa", {"init_lora_weights": "pissa"}), ("plain", {})):
+        chosen = settings(**{**changes, "options": {**lora, **options}})
+        alone[name] = run(chosen, tmp_path / f"alone-{name}")
+        after = task.run(chosen, 0, tmp_path / f"after-{name}", label="a run", is_trial=False)
+        assert same({**alone[name], "train_curve": 0, "routing": 0}, {**after, "train_curve": 0, "routing": 0}), name
+    assert alone["pissa"]["retain_loss_before"] == alone["plain"]["retain_loss_before"]
+
+
+BOUND = {**DSC, "options": {**DSC["options"], "max_update_norm": 0.1}}
+
+
+@pytest.mark.parametrize(
+    "changes", [DSC, BOUND, FULL, {"method": "lora", "options": {"r": 2}}], ids=["dsc", "bound", "full", "lora"]
+)
 def test_scaled_update(settings, prose, reviews, tmp_path, changes):
     """The saved weights are those on the way back to the base model, at whose end nothing is forgotten."""
     changes = {**prose, **changes, "options": {**changes["options"]}}
@@ -261,7 +279,11 @@ def test_scaled_update(settings, prose, reviews, tmp_path, changes):
     for name, weight in saved[1.0].items():
         is_full = changes["method"] == "full"
         zero = base[name] if is_full else torch.zeros_like(weight)
-        if is_full or name.endswith(("gamma", "lora_B.weight")):
+        if name.endswith("gamma") and "max_update_norm" in changes["options"]:
+            outputs = [32 * each[name] / (1 + (32 * each[name]).abs() / 0.1) for each in (saved[1.0], saved[0.25])]
+            torch.testing.assert_close(outputs[1], 0.25 * outputs[0])
+            scaled += 1
+        elif is_full or name.endswith(("gamma", "lora_B.weight")):
             torch.testing.assert_close(saved[0.25][name] - zero, 0.25 * (weight - zero), atol=1e-6, rtol=1e-4)
             scaled += 1
         else:

@@ -22,6 +22,14 @@ CAUSAL = {"kind": "causal_lm"}
             {**CAUSAL, "quiet": 0.1, "options": {"router_input": "embeddings"}},
             "^quiet must be left out without retain, got 0.1$",
         ),
+        (
+            {"update_scale": 0.5, "options": {"modules_to_save": ["lm_head"]}},
+            r"^options must not set modules_to_save for update_scale, got \['lm_head'\]$",
+        ),
+        (
+            {"method": "lora", "update_scale": 0.5, "options": {"init_lora_weights": "pissa"}},
+            "^options must not set init_lora_weights for update_scale, got 'pissa'$",
+        ),
         ({"method": "vera", "update_scale": 0.5}, "^update_scale must be 1 for method = 'vera', got 0.5$"),
         ({"update_scale": 0.5, "eval_every": 4}, "^eval_every must be left out for update_scale"),
         ({**CAUSAL, "text": ["a", "b"]}, r"^text must be one column for kind = 'causal_lm', got \['a', 'b'\]$"),

@@ -155,10 +155,10 @@ def _load_blocks(settings: Settings, tokenizer: PreTrainedTokenizerBase, read: _
     parts = train, validation, evaluation[: settings.max_evaluation]
     retain = _old_domains(settings, {source: blocks(source) for source in settings.old_texts})
     if retain is not None and settings.replay:
-        # The whole of the replayed text, in turn, until it has its share.
-        share = settings.replay / (1 - settings.replay)
-        count = max(1, round(share * len(train)))
-        parts = [*train, *islice(cycle(retain.replay), count)], *parts[1:]
+        # Blocks of each text in turn, until they have their share.
+        count = max(1, round(settings.replay / (1 - settings.replay) * len(train)))
+        turns = zip(*map(cycle, retain.rest.values()), strict=True)
+        parts = [*train, *islice(chain.from_iterable(turns), count)], *parts[1:]
     return Data(*parts, retain, [], (0.0, 1.0), hashes, default_data_collator)
 
 
@@ -169,11 +169,10 @@ def _old_domains(settings: Settings, texts: dict[str, Encoded]) -> OldDomains | 
     questions = {}
     if settings.choices is not None:
         questions = {source: make_questions(blocks, settings.choices) for source, blocks in evaluated.items()}
-    replay: Encoded = []
+    rest = {}
     if settings.replay or settings.quiet:
-        rest = [blocks[len(evaluated[source]) :] for source, blocks in texts.items()]
-        if not all(rest):
-            short = list(texts)[[bool(own) for own in rest].index(False)]
+        rest = {source: blocks[len(evaluated[source]) :] for source, blocks in texts.items()}
+        short = next((source for source, blocks in rest.items() if not blocks), None)
+        if short is not None:
             raise ValueError(f"max_evaluation must leave blocks of {short} to train on, got {settings.max_evaluation}")
-        replay = [block for blocks in zip(*rest, strict=False) for block in blocks]
-    return OldDomains(evaluated, questions, replay)
+    return OldDomains(evaluated, questions, rest)

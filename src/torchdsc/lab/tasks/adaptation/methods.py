@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 
 from torchdsc.adapters import DSCAdapterConfig, MixtureOfLoRAsConfig
 from torchdsc.lab.schema import SettingsError, check_fields
+from torchdsc.nn import DSC
 
 from .base import load_base
 from .settings import WITHOUT_ADAPTER, Settings
@@ -43,6 +44,8 @@ _CONFIGS: dict[str, type[PeftConfig]] = {
 # The option that makes an adapter larger.
 _SIZE = {"dsc": "num_atoms", "mixture_of_loras": "num_experts", "vblora": "num_vectors"}
 _SIZE |= dict.fromkeys(("lora", "lily", "miss", "vera"), "r")
+# Parameters that a LoRA's update is linear in.
+_LORA_ENDS = (("lora_B", ".weight"), ("lora_B", ".bias"), ("lora_embedding_B", ""))
 # As PEFT has it.
 _HEADS = {"classifier", "score"}
 
@@ -71,7 +74,9 @@ def solve_options(settings: Settings) -> Options:
     # Other sizes a product-key router refuses.
     power = 2 if settings.options.get("router") == "product_key" else 1
     # Each order of n-grams has atoms of its own, and as many are selected of each.
-    orders = len(settings.options.get("ngram_orders", (2, 3))) if settings.options.get("router") == "ngram" else 1
+    given = settings.options.get("ngram_orders", (2, 3)) if settings.options.get("router") == "ngram" else (1,)
+    # What is no list, the configuration refuses.
+    orders = len(given) if isinstance(given, list | tuple) and given else 1
 
     def sized(root: int) -> Options:
         options = {**settings.options, name: root**power}
@@ -176,19 +181,25 @@ def build_model(settings: Settings, options: Options, labels: list[str], pad_tok
 def scale_update(model: nn.Module, settings: Settings) -> None:
     """Multiply what a trained model has over its base by ``update_scale``, in its weights; heads stay as they are."""
     factor = settings.update_scale
-    if settings.method != "full":
-        # Either is linear in these; DSC with max_update_norm about so.
-        ends = (".gamma",) if settings.method == "dsc" else (".lora_B.default.weight",)
+    if settings.method == "dsc":
+        for layer in (module for module in model.modules() if isinstance(module, DSC)):
+            wanted, most = layer.output_scale * factor, layer.options.max_update_norm
+            # What the bound makes of gamma is undone first.
+            free = wanted if most is None else wanted / (1 - wanted.abs() / most)
+            layer.gamma.copy_(free / layer.options.scale)
+    elif settings.method == "lora":
+        ends = tuple(f".{name}.default{part}" for name, part in _LORA_ENDS)
+        scaled = [parameter for name, parameter in model.named_parameters() if name.endswith(ends)]
+        assert scaled, "a LoRA has one of these"
+        for parameter in scaled:
+            parameter.mul_(factor)
+    else:
+        heads = {id(parameter) for parameter in head_parameters(model)}
+        num_labels = getattr(model, "num_labels", 1) if settings.kind != "causal_lm" else 1
+        base = dict(load_base(settings, num_labels, weights=True).named_parameters())
         for name, parameter in model.named_parameters():
-            if name.endswith(ends):
-                parameter.mul_(factor)
-        return
-    heads = {id(parameter) for parameter in head_parameters(model)}
-    num_labels = getattr(model, "num_labels", 1) if settings.kind != "causal_lm" else 1
-    base = dict(load_base(settings, num_labels, weights=True).named_parameters())
-    for name, parameter in model.named_parameters():
-        if id(parameter) not in heads:
-            parameter.lerp_(base[name].to(parameter.device), 1 - factor)
+            if id(parameter) not in heads:
+                parameter.lerp_(base[name].to(parameter.device), 1 - factor)
 
 
 def head_parameters(model: nn.Module) -> list[nn.Parameter]:

@@ -1,14 +1,12 @@
 """What a model still knows of its old domains: its loss on their texts, and questions with a choice of answers."""
 
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
 
 import torch
-from peft import PeftModel
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from torchdsc.lab.training.trainer import LabTrainer
@@ -18,6 +16,7 @@ __all__ = ["Known", "OldDomains", "make_questions", "retained"]
 NUM_CHOICES = 4
 _ANSWER = 8
 
+Blocks = list[dict[str, Any]]
 Known = dict[str, dict[str, float]]
 """By the source of a text, its "loss" in nats per token, and "choice", the share of right answers in percent."""
 
@@ -29,39 +28,65 @@ class OldDomains:
     Attributes:
         blocks: To measure the loss on.
         questions: Of shape (n, choices, tokens), int64, the right answer first; n may be 0.
-        replay: Others, to train on, or to be quiet on.
+        rest: Other blocks of each, to train on.
     """
 
-    blocks: Mapping[str, list[dict[str, Any]]]
+    blocks: Mapping[str, Blocks]
     questions: Mapping[str, Tensor]
-    replay: list[dict[str, Any]]
+    rest: Mapping[str, Blocks]
     _before: dict[str, Known] = field(default_factory=dict, repr=False)
 
-    def before(self, trainer: LabTrainer, key: str) -> Known:
-        """What the base model of a trainer knows, measured once for all runs of the same ``key``."""
+    def before(self, trainer: LabTrainer, key: str, load: Callable[[], nn.Module]) -> Known:
+        """What the base model knows, measured once for all runs of the same ``key``.
+
+        Args:
+            trainer: For its device, batch size and precision.
+            key: Of what the answer depends on.
+            load: Loads the base model. Not that of the trainer, as some adapters change it.
+        """
         if key not in self._before:
-            model = trainer.accelerator.unwrap_model(trainer.model)
-            with model.disable_adapter() if isinstance(model, PeftModel) else nullcontext():
-                self._before[key] = self.measure(trainer)
+            # Loading draws random numbers, which a run must not depend on.
+            with torch.random.fork_rng():
+                base = load().to(trainer.args.device)
+            self._before[key] = self._measure(trainer, base)
         return self._before[key]
 
-    def measure(self, trainer: LabTrainer) -> Known:
+    def after(self, trainer: LabTrainer) -> Known:
         """What the trainer's model knows now."""
-        known = {source: {"loss": trainer.evaluate(blocks)["eval_loss"]} for source, blocks in self.blocks.items()}
-        for source, questions in self.questions.items():
-            if len(questions):
-                known[source]["choice"] = 100 * _share_right(trainer, questions)
-        return known
+        return self._measure(trainer, trainer.model)
 
     @property
     def num_evaluated(self) -> int:
-        """Blocks that :meth:`measure` evaluates, a question counted as one."""
+        """Blocks of a measurement, a question counted as one."""
         return sum(len(blocks) for blocks in self.blocks.values()) + sum(
             len(asked) for asked in self.questions.values()
         )
 
+    @torch.no_grad()
+    def _measure(self, trainer: LabTrainer, model: nn.Module) -> Known:
+        model.eval()
+        known = {}
+        for source, blocks in self.blocks.items():
+            ids = torch.stack([block["input_ids"] for block in blocks])
+            # All blocks are of one length.
+            losses = [
+                float(_call(trainer, model, some, labels=some.to(trainer.args.device)).loss) * len(some)
+                for some in ids.split(trainer.args.per_device_eval_batch_size)
+            ]
+            known[source] = {"loss": sum(losses) / len(ids)}
+        for source, questions in self.questions.items():
+            if len(questions):
+                known[source]["choice"] = 100 * _share_right(trainer, model, questions)
+        return known
 
-def make_questions(blocks: list[dict[str, Any]], count: int) -> Tensor:
+
+def _call(trainer: LabTrainer, model: nn.Module, ids: Tensor, **options: Any) -> Any:
+    ids = ids.to(trainer.args.device)
+    with trainer.compute_loss_context_manager():
+        return model(input_ids=ids, attention_mask=torch.ones_like(ids), **options)
+
+
+def make_questions(blocks: Blocks, count: int) -> Tensor:
     """Questions from blocks of a text: which of four continuations of eight tokens follows the beginning of a block?
 
     The wrong ones are those of three other blocks.
@@ -91,16 +116,12 @@ def make_questions(blocks: list[dict[str, Any]], count: int) -> Tensor:
     return torch.cat([prompts, answers], dim=-1)[:count]
 
 
-@torch.no_grad()
-def _share_right(trainer: LabTrainer, questions: Tensor) -> float:
+def _share_right(trainer: LabTrainer, model: nn.Module, questions: Tensor) -> float:
     """The share of questions whose right answer is more likely than all others."""
-    model, size = trainer.model, max(1, trainer.args.per_device_eval_batch_size // NUM_CHOICES)
-    model.eval()
     right = []
-    for some in questions.split(size):
+    for some in questions.split(max(1, trainer.args.per_device_eval_batch_size // NUM_CHOICES)):
         ids = some.flatten(0, 1).to(trainer.args.device)
-        with trainer.compute_loss_context_manager():
-            logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+        logits = _call(trainer, model, ids).logits
         scores = functional.log_softmax(logits[:, -_ANSWER - 1 : -1].float(), dim=-1)
         likelihood = scores.gather(-1, ids[:, -_ANSWER:, None]).sum((1, 2)).view(-1, NUM_CHOICES)
         right.append(likelihood[:, 0] > likelihood[:, 1:].amax(1))

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from torchdsc.lab.training.environment import reset_peak_memory
 from torchdsc.lab.training.runs import evaluations, fit, recorded, routing_of, summary
 from torchdsc.lab.training.trainer import LabTrainer
 
+from .base import load_base
 from .examples import Data
 from .methods import adapter_parameters, build_model, scale_update, solve_options
 from .metrics import score
@@ -98,7 +100,9 @@ def _adapt(
     trainer = build_trainer(settings, model, seed, data, folder, label)
     retain = None if is_trial else data.retain
     metrics: dict[str, Any] = {"score": math.nan, "loss": math.nan}
-    before = retain.before(trainer, settings.base_key) if retain else {}
+    before = {}
+    if retain:
+        before = retain.before(trainer, settings.base_key, partial(load_base, settings, 1, weights=True))
     diverged = fit(trainer)
     trained = summary(trainer, settings, diverged)
     # Evaluations that follow are no part of the curves.
@@ -110,7 +114,7 @@ def _adapt(
         metrics |= {"score": _score(settings, found), "loss": found["eval_loss"]}
     routing = routing_of(trainer.state.log_history)
     if retain:
-        metrics |= retained(before, _nothing(before) if diverged else retain.measure(trainer))
+        metrics |= retained(before, _nothing(before) if diverged else retain.after(trainer))
     record = {
         "method": settings.method,
         "description": describe(settings, options),
@@ -190,7 +194,7 @@ def build_trainer(settings: Settings, model: nn.Module, seed: int, data: Data, f
     return AdaptationTrainer(
         head_learning_rate=settings.head_learning_rate,
         quiet=settings.quiet,
-        old_text=data.retain.replay if data.retain else (),
+        old_texts=[*data.retain.rest.values()] if data.retain else (),
         label=label,
         model=model,
         args=arguments,

@@ -23,7 +23,7 @@ class AdaptationTrainer(LabTrainer):
     Args:
         head_learning_rate: None for the same as for all.
         quiet: Weight of the signal strength on old text.
-        old_text: Blocks of it, each with "input_ids" of shape (length,).
+        old_texts: Blocks of each, with "input_ids" of shape (length,).
         **kwargs: See :class:`LabTrainer`.
     """
 
@@ -32,10 +32,10 @@ class AdaptationTrainer(LabTrainer):
         *,
         head_learning_rate: float | None,
         quiet: float = 0.0,
-        old_text: Sequence[dict[str, Any]] = (),
+        old_texts: Sequence[Sequence[dict[str, Any]]] = (),
         **kwargs: Any,
     ) -> None:
-        self._head_learning_rate, self._quiet, self._old_text = head_learning_rate, quiet, old_text
+        self._head_learning_rate, self._quiet, self._old_texts = head_learning_rate, quiet, old_texts
         super().__init__(**kwargs)
 
     def compute_loss(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -45,7 +45,8 @@ class AdaptationTrainer(LabTrainer):
             return result
         # By the step alone, so that an interrupted run goes on with the same blocks.
         random = Random(f"{self.args.seed} {self.state.global_step}")
-        blocks = random.choices(self._old_text, k=self.args.per_device_train_batch_size)
+        texts = random.choices(self._old_texts, k=self.args.per_device_train_batch_size)
+        blocks = [random.choice(text) for text in texts]
         ids = torch.stack([block["input_ids"] for block in blocks]).to(self.args.device)
         term = self._quiet * signal_strength(self.accelerator.unwrap_model(model), ids)
         if self.model_accepts_loss_kwargs:
