@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
+from itertools import pairwise
 from pathlib import Path
 from statistics import fmean, median
 from textwrap import wrap
@@ -158,13 +159,42 @@ def traffic(router: str) -> Found:
     return f"{text}{shares[0]:.1%} and {shares[1]:.1%}", YES if growth <= wider else NO
 
 
+def forgets(experiment: str, variant: str, others: list[str], share: float = 1.0) -> Found:
+    """Whether a variant forgets less than a share of what others forget at its loss, by seed.
+
+    What they forget there lies on the straight lines between those of them that no other beats in both.
+    """
+    own = values(experiment, variant, "forgotten")
+    losses = values(experiment, variant, "loss")
+    there: dict[str, dict[int, float]] = {
+        case: {seed: _forgotten_at(loss, experiment, others, case, seed) for seed, loss in by_seed.items()}
+        for case, by_seed in losses.items()
+    }
+    shares = {case: {seed: share * value for seed, value in by_seed.items()} for case, by_seed in there.items()}
+    means = [fmean(value for by_seed in each.values() for value in by_seed.values()) for each in (losses, own, there)]
+    text = (
+        f"at its loss of {means[0]:.3f} it forgets {means[1]:.3f}, they {means[2]:.3f}: {means[1] / means[2]:.2f} of it"
+    )
+    seeds = max(map(len, own.values()))
+    return f"{text} ({seeds} seed{'s' if seeds > 1 else ''})", judge(mean_difference(own, shares))
+
+
+def _forgotten_at(loss: float, experiment: str, others: list[str], case: str, seed: int) -> float:
+    every = [tuple(values(experiment, name, key)[case][seed] for key in ("loss", "forgotten")) for name in others]
+    points = sorted(one for one in every if not any(a < one[0] and b < one[1] for a, b in every))
+    for (low, more), (high, less) in pairwise(points):
+        if low <= loss <= high:
+            return more + (less - more) * (loss - low) / (high - low)
+    raise ValueError(f"the loss {loss:.3f} must be within those of {others} in {experiment}, got {points}")
+
+
 def _in_words(difference: Interval, own: dict[str, dict[int, float]], decimals: int) -> str:
     seeds = max(map(len, own.values()))
     return f"{format_interval(difference, decimals)} ({seeds} seed{'s' if seeds > 1 else ''})"
 
 
 JUDGES: dict[str, Callable[..., Found]] = {
-    judged.__name__: judged for judged in (below, above, at_most, steady, faster, norms, traffic)
+    judged.__name__: judged for judged in (below, above, at_most, steady, faster, norms, traffic, forgets)
 }
 
 
