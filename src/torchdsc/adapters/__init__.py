@@ -10,11 +10,12 @@ if not hasattr(peft.tuners.tuners_utils.BaseTuner, "_remap_adapter_state_dict_fo
 
 from torchdsc.losses import RegularizedLoss, last_regularization
 
-from .atoms import add_atoms, atoms_used_by, freeze_atoms, remove_atoms, signal_strength
+from .atoms import add_atoms, atoms_used_by, freeze_atoms, remove_atoms
 from .config import DSCAdapterConfig, MixtureOfLoRAsConfig
 from .layer import AdapterLayer, DSCAdapterLayer, MixtureOfLoRAsLayer
 from .model import DSCAdapterModel, MixtureOfLoRAsModel
 from .plugin import register
+from .strength import signal_strength
 
 register(DSCAdapterConfig.METHOD, DSCAdapterConfig, DSCAdapterModel)
 register(MixtureOfLoRAsConfig.METHOD, MixtureOfLoRAsConfig, MixtureOfLoRAsModel)

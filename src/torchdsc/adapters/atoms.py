@@ -8,16 +8,14 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from torchdsc.arguments import check_at_least
 from torchdsc.nn import DSC, BasisBank
 from torchdsc.nn.atom_rows import AtomRows
-from torchdsc.nn.context import Seen
 from torchdsc.nn.sharding import whole
 
 from .config import DSCAdapterConfig
-from .layer import ContextualDSC, DSCAdapterLayer
+from .layer import ContextualDSC, adapted_modules, dsc_layers
 
 Masks = Mapping[str, Tensor]
 """By the name of a target module, a bool of shape (M,)."""
@@ -41,7 +39,7 @@ def atoms_used_by(
     Raises:
         ValueError: If the model has no DSC adapter of that name, or a target saw no token.
     """
-    layers = _layers(model, adapter_name)
+    layers = dsc_layers(model, adapter_name)
     counts = {name: torch.zeros(layer.options.num_atoms, dtype=torch.int64) for name, layer in layers.items()}
 
     def count(name: str) -> Any:
@@ -68,53 +66,6 @@ def atoms_used_by(
             f"batches must run every target of adapter {adapter_name!r}, which must be active, got no token at {unseen}"
         )
     return counts
-
-
-def signal_strength(
-    model: nn.Module,
-    input_ids: Tensor,
-    attention_mask: Tensor | None = None,
-    *,
-    adapter_name: str = "default",
-) -> Tensor:
-    """Mean signal strength S of a DSC adapter on some tokens, without a pass of the model: it is routed by embeddings.
-
-    In a loss, a small multiple of it on text of an old domain closes the gate there, so that the adapter changes less
-    of what the model knew::
-
-        loss = model(**batch).loss + 0.1 * signal_strength(model, old_ids)
-
-    Args:
-        model: A language model with the adapter.
-        input_ids: Tokens of shape (B, T), int64.
-        attention_mask: Shape (B, T), 0 or False for padding, which does not count; by default none.
-        adapter_name: Of the adapter.
-
-    Returns:
-        A scalar, differentiable in the routers and their short convolutions.
-
-    Raises:
-        ValueError: If the model has no such adapter, or it is routed by hidden states or n-grams.
-    """
-    layers = _layers(model, adapter_name)
-    for name, layer in layers.items():
-        if layer.context.router_input != "embeddings" or layer.context.routes_by_ngrams:
-            raise ValueError(f"router_input must be 'embeddings', and router no 'ngram', got another at {name}")
-    embeddings = cast(Any, model).get_input_embeddings()(input_ids)
-    x = functional.layer_norm(embeddings, embeddings.shape[-1:])
-    mask = None if attention_mask is None else attention_mask.bool()
-    if mask is not None:
-        x = x.masked_fill(~mask.unsqueeze(-1), 0.0)
-    strengths = []
-    for layer in layers.values():
-        seen = Seen(x, x.shape[-2]).to(layer.gamma.device, layer.parameter_dtype)
-        routed = layer.router_sees(seen)
-        assert routed is not None
-        # Nothing is composed, so that there is no output to regularise.
-        routing, _ = layer.route(routed, mask).take_statistics()
-        assert routing.strength is not None
-        strengths.append((routing.strength if mask is None else routing.strength[mask]).mean())
-    return torch.stack([strength.to(strengths[0].device) for strength in strengths]).mean()
 
 
 def freeze_atoms(model: nn.Module, atoms: Masks, *, adapter_name: str = "default") -> None:
@@ -244,26 +195,13 @@ def remove_atoms(
     _note(model, adapter_name, layers)
 
 
-def _layers(model: nn.Module, adapter_name: str) -> dict[str, ContextualDSC]:
-    """The adapter's layers by the names of their targets."""
-    found = {
-        module.target: cast(ContextualDSC, module.adapters[adapter_name])
-        for module in _adapted(model)
-        if adapter_name in module.adapters
-    }
-    if not found:
-        names = sorted({name for module in _adapted(model) for name in module.adapters})
-        raise ValueError(f"adapter_name must be that of a DSC adapter of the model, {names}, got {adapter_name!r}")
-    return found
-
-
 def _own_layers(model: nn.Module, adapter_name: str) -> dict[str, ContextualDSC]:
     """The same, of an adapter whose banks no other one uses."""
-    layers = _layers(model, adapter_name)
+    layers = dsc_layers(model, adapter_name)
     own = {id(layer.bank) for layer in layers.values()}
     others = {
         name
-        for module in _adapted(model)
+        for module in adapted_modules(model)
         for name, layer in module.adapters.items()
         if name != adapter_name and id(cast(ContextualDSC, layer).bank) in own
     }
@@ -355,14 +293,12 @@ def _note(model: Any, adapter_name: str, layers: Mapping[str, ContextualDSC]) ->
     """Write the sizes into the adapter's config, by which a saved adapter is built again, and freeze what is kept."""
     config: DSCAdapterConfig = model.peft_config[adapter_name]
     config.atom_counts = {name: [layer.options.num_atoms, layer.bank.kept_atoms] for name, layer in layers.items()}
-    is_trained = not config.inference_mode and any(adapter_name in each.active_adapters for each in _adapted(model))
+    is_trained = not config.inference_mode and any(
+        adapter_name in each.active_adapters for each in adapted_modules(model)
+    )
     for layer in layers.values():
         if layer.trains_atoms_only and not config.trains_atoms_only and is_trained:
             layer.requires_grad_(True)
         layer.trains_atoms_only = config.trains_atoms_only
-    for module in _adapted(model):
+    for module in adapted_modules(model):
         module.keep_frozen()
-
-
-def _adapted(model: nn.Module) -> list[DSCAdapterLayer]:
-    return [module for module in model.modules() if isinstance(module, DSCAdapterLayer)]

@@ -398,6 +398,29 @@ class DSCAdapterLayer(AdapterLayer):
                     parameter.requires_grad_(False)
 
 
+def adapted_modules(model: nn.Module) -> list[DSCAdapterLayer]:
+    """The target modules of a model's DSC adapters."""
+    return [module for module in model.modules() if isinstance(module, DSCAdapterLayer)]
+
+
+def dsc_layers(model: nn.Module, adapter_name: str) -> dict[str, ContextualDSC]:
+    """A DSC adapter's layers by the names of their targets.
+
+    Raises:
+        ValueError: If the model has no DSC adapter of that name.
+    """
+    adapted = adapted_modules(model)
+    found = {
+        each.target: cast(ContextualDSC, each.adapters[adapter_name])
+        for each in adapted
+        if adapter_name in each.adapters
+    }
+    if not found:
+        names = sorted({name for each in adapted for name in each.adapters})
+        raise ValueError(f"adapter_name must be that of a DSC adapter of the model, {names}, got {adapter_name!r}")
+    return found
+
+
 class MixtureOfLoRAsLayer(AdapterLayer):
     """A target module with a :class:`torchdsc.baselines.MixtureOfLoRAs` for each adapter."""
 
