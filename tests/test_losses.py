@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import warnings
 
 import pytest
 import torch
@@ -383,6 +384,41 @@ class TestUncollected:
         regularization(layer)
         y.sum().backward(retain_graph=True)
         y.sum().backward()
+
+
+class TestUnadded:
+    """Collected, and then left out of the loss."""
+
+    def test_warns_once(self):
+        layer, x = DSC(8, num_atoms=20, top_k=3), torch.randn(5, 8)
+        y = layer(x)
+        regularization(layer)
+        with pytest.warns(RuntimeWarning, match="were collected, but a backward pass goes through"):
+            y.square().sum().backward(retain_graph=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", RuntimeWarning)
+            y.sum().backward()
+
+    @pytest.mark.parametrize("way", ["sum", "before", "scaled by zero", "accumulated", "checkpointed", "forgotten"])
+    def test_these_do_not(self, way):
+        layer, x = DSC(8, num_atoms=20, top_k=3), torch.randn(5, 8, requires_grad=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", RuntimeWarning)
+            y = checkpoint(layer, x, use_reentrant=False) if way == "checkpointed" else layer(x)
+            if way == "forgotten":
+                forget_statistics(layer)
+                y.sum().backward()
+                return
+            if way == "accumulated":
+                y = y + layer(x + 1)
+            total = regularization(layer).total
+            # The task's loss is computed after it, so that its nodes are the later ones.
+            loss = y.square().sum().exp().log()
+            if way == "before":
+                total.backward(retain_graph=True)
+                loss.backward()
+            else:
+                (loss + (0.0 if way == "scaled by zero" else 1.0) * total).backward()
 
 
 def test_evaluation_and_zero_weights_keep_nothing():

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from torchdsc.arguments import check_not_negative, check_positive, check_types
 from torchdsc.nn import RoutedLayer, RoutingStatistics
-from torchdsc.nn.statistics_log import WITHOUT_GRADIENT
+from torchdsc.nn.statistics_log import WITHOUT_GRADIENT, Use
 
 from .terms import aux_loss, budget_loss, frame_loss, z_loss
 
@@ -51,7 +51,8 @@ def regularization(
 ) -> Regularization:
     """Collect the regularisers of every routed layer in ``model`` that has run since the last collection.
 
-    Add ``.total`` to the task loss. Only forward passes in training mode count whose output, or something computed from
+    Add ``.total`` to the task loss; a backward pass through the layers that has not come through it before warns. Only
+    forward passes in training mode count whose output, or something computed from
     it, still exists; through others nothing can be trained. With gradient accumulation or several processes, pass
     ``num_tokens``, the tokens of the whole optimizer step, and sum the losses (under DistributedDataParallel, which
     averages gradients, multiply them by the number of processes). Then L_z and L_frame are the same however a step is
@@ -82,15 +83,21 @@ def regularization(
     if not layers:
         # Nothing is regularised, as where atoms are addressed by n-grams.
         return _Sums(list(model.parameters())).result()
-    collected = [(layer, entry) for layer in layers for entry in layer.statistics_log.take()]
+    use = Use()
+    collected = [(layer, entry) for layer in layers for entry in layer.statistics_log.take(use=use)]
     if not collected and any(layer.training and layer.regularizers.need_tokens for layer in layers):
         raise ValueError(
             "model must have run in training mode since the last collection, and its output must still be there, got "
             "no statistics. A Hugging Face model with labels adds its regularisers to its loss itself"
         )
-    return regularization_of(
+    found = regularization_of(
         collected, num_tokens=num_tokens, frame_share=frame_share, synchronize=synchronize, frame_layers=layers
     )
+    if torch.compiler.is_compiling() or not found.total.requires_grad:
+        use.see()
+    else:
+        found.total.register_hook(use.see)  # type: ignore[no-untyped-call]
+    return found
 
 
 def _check_arguments(

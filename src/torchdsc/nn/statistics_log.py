@@ -1,6 +1,7 @@
 """Statistics of forward passes, kept until the regularisers are collected."""
 
 import itertools
+import warnings
 import weakref
 from typing import NamedTuple
 
@@ -19,6 +20,11 @@ UNCOLLECTED = (
 UNUSED = (
     "the model's loss, which holds the regularisers, is not in the loss of this backward pass. Use it, or leave labels "
     f"out of the call. {_WAYS_OUT}"
+)
+UNADDED = (
+    "the regularisers were collected, but a backward pass goes through the layers without them: they are not in its "
+    "loss. Add torchdsc.regularization(model).total to the loss, or differentiate it first; or set aux_weight, "
+    "budget_weight, frame_weight and z_weight to 0"
 )
 WITHOUT_GRADIENT = (
     "the regularisers of a routed layer carry no gradient although its router wants one: its forward pass ran under "
@@ -54,6 +60,17 @@ class RoutingStatistics(NamedTuple):
     load: Tensor | None = None
 
 
+class Use:
+    """Whether a backward pass has come through what was collected from some forward passes."""
+
+    def __init__(self) -> None:
+        self.is_seen = False
+
+    def see(self, gradient: Tensor | None = None) -> None:
+        """The hook of what was collected."""
+        self.is_seen = True
+
+
 class _Left:
     """The statistics of one forward pass; None if only L_frame is to be collected.
 
@@ -63,15 +80,20 @@ class _Left:
     def __init__(self, statistics: RoutingStatistics | None, is_wanted: bool) -> None:
         self.statistics, self.is_wanted, self.number = statistics, is_wanted, next_number()
         self.is_taken = False
+        self.use: Use | None = None
 
-    def take(self) -> RoutingStatistics | None:
-        statistics, self.statistics, self.is_taken = self.statistics, None, True
+    def take(self, use: Use | None) -> RoutingStatistics | None:
+        statistics, self.statistics, self.is_taken, self.use = self.statistics, None, True, use
         return statistics
 
     def check(self, gradient: Tensor) -> None:
         """The hook, which runs when a backward pass goes through the output."""
         if self.is_wanted and not self.is_taken:
             raise RuntimeError(UNCOLLECTED)
+        if self.is_wanted and self.use is not None and not self.use.is_seen:
+            # Not an error: a loop may differentiate its losses one by one. Once for each collection.
+            self.use.see()
+            warnings.warn(UNADDED, RuntimeWarning, stacklevel=2)
 
 
 class StatisticsLog:
@@ -113,11 +135,12 @@ class StatisticsLog:
         output.register_hook(left.check)  # type: ignore[no-untyped-call]
         self._left = [*(weakref.ref(other) for other in self._waiting()), weakref.ref(left)]
 
-    def take(self, since: int = 0) -> list[RoutingStatistics]:
+    def take(self, since: int = 0, use: Use | None = None) -> list[RoutingStatistics]:
         """Return and forget the statistics that wait.
 
         Args:
             since: Take only those of passes after :func:`next_number` returned this number.
+            use: What a backward pass through the outputs of these passes must have seen before, or it warns.
 
         Returns:
             Statistics with a graph; if there are none, those of the last pass without one.
@@ -128,7 +151,7 @@ class StatisticsLog:
             found = [left for left in self._waiting() if left.number >= since]
             if not found and last is not None and last.number >= since:
                 found = [last]
-            taken += [left.take() for left in found]
+            taken += [left.take(use) for left in found]
         return [statistics for statistics in taken if statistics is not None]
 
     def waits(self, since: int = 0, *, wanted: bool = True) -> bool:
