@@ -132,11 +132,10 @@ def add_atoms(model: nn.Module, count: int, *, origin: str, adapter_name: str = 
         )
     if config.inference_mode:
         raise ValueError("inference_mode must be False, got True: load the adapter with is_trainable=True")
-    untrained = [name for name, layer in layers.items() if not bool((whole(layer.gamma) != 0).any())]
-    if untrained:
+    if not any(bool((whole(layer.gamma) != 0).any()) for layer in layers.values()):
         raise ValueError(
-            f"gamma must not be 0, as new atoms act through the gamma that is there, got 0 at {untrained}: train the "
-            "adapter first, or give it more atoms at once"
+            "gamma must not be 0, as new atoms act through the gamma that is there, got 0 everywhere: train the adapter "
+            "first, or give it more atoms at once"
         )
     for group in _groups(layers):
         present = layers[group[0]].options.num_atoms
