@@ -134,8 +134,8 @@ def add_atoms(model: nn.Module, count: int, *, origin: str, adapter_name: str = 
         raise ValueError("inference_mode must be False, got True: load the adapter with is_trainable=True")
     if not any(bool((whole(layer.gamma) != 0).any()) for layer in layers.values()):
         raise ValueError(
-            "gamma must not be 0, as new atoms act through the gamma that is there, got 0 everywhere: train the adapter "
-            "first, or give it more atoms at once"
+            "gamma must not be 0, as new atoms act through the gamma that is there, got 0 everywhere: train the "
+            "adapter first, or give it more atoms at once"
         )
     for group in _groups(layers):
         present = layers[group[0]].options.num_atoms
