@@ -194,3 +194,18 @@ def test_types_that_fit():
         check_types(function, {"d": "y"})
     with pytest.raises(ValueError, match="rank must be >= 2, got 1"):
         check_at_least(2, rank=1, other=None)
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        (torch.zeros(300, 8), r"a Tensor of shape \(300, 8\)$"),
+        ("x" * 1000, r"'x{199}\.\.\.$"),
+        (1.5, "1.5$"),
+    ],
+)
+def test_what_was_received_is_told_in_brief(value, words):
+    with pytest.raises(TypeError, match=f"^num_atoms must be an int, got {words}"):
+        DSCOptions(num_atoms=value, top_k=2)
+    with pytest.raises(ValueError, match=f"^router must be one of .*, got {words}"):
+        DSCOptions(num_atoms=4, top_k=2, router=value)

@@ -120,3 +120,9 @@ def test_a_model_that_does_not_generate_is_refused(folder, tmp_path):
 def test_bad_port(folder):
     with pytest.raises(ValueError, match="port must be 1 to 65535, got 70000"):
         serve(folder, port=70000)
+
+
+@pytest.mark.parametrize("device", ["nosuch", "cuda:7"])
+def test_a_device_that_is_not_there(folder, device):
+    with pytest.raises(ValueError, match=f"device must be one that this machine has, got '{device}'"):
+        serve(folder, device=device)

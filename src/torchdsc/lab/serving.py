@@ -31,7 +31,7 @@ def serve(
         ImportError: If the extra "serve" is missing.
         FileNotFoundError: If there is no model.
         ValueError: If there is no tokenizer beside the model, the model is one that torchdsc knows nothing of, or
-            ``port`` is out of its range.
+            ``port`` or ``device`` is out of its range.
     """
     try:
         import uvicorn  # noqa: F401
