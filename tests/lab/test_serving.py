@@ -124,5 +124,6 @@ def test_bad_port(folder):
 
 @pytest.mark.parametrize("device", ["nosuch", "cuda:7"])
 def test_a_device_that_is_not_there(folder, device):
+    dscgpt().save_pretrained(folder)
     with pytest.raises(ValueError, match=f"device must be one that this machine has, got '{device}'"):
         serve(folder, device=device)
