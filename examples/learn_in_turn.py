@@ -8,7 +8,6 @@ with atoms that are added for each text. After the last text what the second has
 """
 
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,18 +19,17 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, get_cosine_schedule_with_warmup
 
 from torchdsc.adapters import DSCAdapterConfig, add_atoms, remove_atoms
+from torchdsc.lab.files import expand
 from torchdsc.lab.tasks.adaptation.base import resolve_base
 from torchdsc.lab.training.environment import command_line, commit, hardware, quiet_transformers, versions
 
 BASE = "llama2c:${TORCHDSC_DATA}/stories260K/stories260K.bin:${TORCHDSC_DATA}/stories260K/tok512.bin"
-OLD, TEXTS = (
-    "text-other/tinystories_sample.txt",
-    {
-        "Shakespeare": "text-other/tinyshakespeare.txt",
-        "Holmes": "text-other/holmes.txt",
-        "Wikipedia": "wikitext-raw/wiki.valid.raw",
-    },
-)
+OLD = "text-other/tinystories_sample.txt"
+TEXTS = {
+    "Shakespeare": "text-other/tinyshakespeare.txt",
+    "Holmes": "text-other/holmes.txt",
+    "Wikipedia": "wikitext-raw/wiki.valid.raw",
+}
 LENGTH, BATCH, STEPS, WARMUP, BLOCKS = 128, 8, 100, 10, 64
 RATES, TRIAL_SEED, SEEDS = (0.005, 0.015, 0.05), 1000, (0, 1, 2)
 # A text's part: 23,120 parameters of LoRA 4 beside all linear layers, and fewer of atoms beside ten blocks.
@@ -148,13 +146,13 @@ def mean_of_learnt(record: dict[str, Any]) -> float:
 
 
 def main(output: str) -> None:
-    root, folder = Path(os.environ["TORCHDSC_DATA"]), resolve_base(BASE)
+    root, folder = Path(expand("${TORCHDSC_DATA}")), resolve_base(BASE)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     data = {}
     for name, file in {"stories": OLD, **TEXTS}.items():
-        ids = torch.tensor(
-            tokenizer((root / file).read_text(encoding="utf-8", errors="replace"), verbose=False)["input_ids"]
-        )
+        # One of the files has a few bytes that are no UTF-8.
+        text = (root / file).read_text(encoding="utf-8", errors="replace")
+        ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"])
         # The first blocks are held out: for the choice of a rate, and for the losses that are told.
         data[name] = ids[: len(ids) // LENGTH * LENGTH].view(-1, LENGTH)
     rows = []
@@ -178,4 +176,6 @@ def main(output: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    if len(sys.argv) != 2:
+        sys.exit(__doc__)
+    main(sys.argv[1])

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from torchdsc import DSCFeedForward, DSCOptions, recommended
-from torchdsc.nn.options import ContextOptions, DSCArguments, FeedForwardArguments, split_context
+from torchdsc.nn.context_options import ContextOptions, FeedForwardArguments, split_context
+from torchdsc.nn.options import DSCArguments
 
 # As docs/recommended.md has them.
 RECOMMENDED = {

@@ -12,7 +12,8 @@ from torchdsc.losses import RegularizedLoss, last_regularization
 
 from .atoms import add_atoms, atoms_used_by, freeze_atoms, remove_atoms
 from .config import DSCAdapterConfig, MixtureOfLoRAsConfig
-from .layer import AdapterLayer, DSCAdapterLayer, MixtureOfLoRAsLayer
+from .dsc_layer import DSCAdapterLayer
+from .layer import AdapterLayer, MixtureOfLoRAsLayer
 from .model import DSCAdapterModel, MixtureOfLoRAsModel
 from .plugin import register
 from .strength import signal_strength

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from torchdsc.arguments import check_at_least
 from torchdsc.nn import DSC, BasisBank
 from torchdsc.nn.atom_rows import AtomRows
+from torchdsc.nn.modes import evaluating
 from torchdsc.nn.sharding import whole
 
 from .config import DSCAdapterConfig
-from .layer import ContextualDSC, adapted_modules, dsc_layers
+from .dsc_layer import ContextualDSC, adapted_modules, dsc_layers
 
 Masks = Mapping[str, Tensor]
 """By the name of a target module, a bool of shape (M,)."""
@@ -50,14 +51,10 @@ def atoms_used_by(
 
         return hook
 
-    training = [module for module in model.modules() if module.training]
-    with ExitStack() as stack, torch.no_grad():
+    with ExitStack() as stack, torch.no_grad(), evaluating(model):
         for name, layer in layers.items():
             handle = layer.router.register_forward_hook(count(name), with_kwargs=True)
             stack.callback(handle.remove)
-        model.eval()
-        for module in training:
-            stack.callback(setattr, module, "training", True)
         for batch in batches:
             model(**batch)
     unseen = [name for name, found in counts.items() if not found.any()]
@@ -85,8 +82,7 @@ def freeze_atoms(model: nn.Module, atoms: Masks, *, adapter_name: str = "default
         ValueError: If the model has no such adapter or target, a mask has another shape, its router has no rows of
             atoms (product keys, n-grams), its gradients are sparse, or no atom would be left to train.
     """
-    layers = _own_layers(model, adapter_name)
-    _config(model, adapter_name)
+    layers, config = _changeable(model, adapter_name)
     marked = _checked(layers, atoms)
     groups = {tuple(group): torch.stack([marked[name] for name in group]).any(0) for group in _groups(layers)}
     for names, chosen in groups.items():
@@ -97,7 +93,7 @@ def freeze_atoms(model: nn.Module, atoms: Masks, *, adapter_name: str = "default
         # Stable: the others stay in their order.
         order = torch.argsort(chosen.logical_not(), stable=True)
         _arrange(layers, [*names], order, int(chosen.sum()))
-    _note(model, adapter_name, layers)
+    _note(model, adapter_name, config, layers)
 
 
 def add_atoms(model: nn.Module, count: int, *, origin: str, adapter_name: str = "default") -> None:
@@ -122,7 +118,7 @@ def add_atoms(model: nn.Module, count: int, *, origin: str, adapter_name: str = 
             atoms (product keys, n-grams); gradients are sparse; or other adapters use its banks.
     """
     check_at_least(1, count=count)
-    layers, config = _own_layers(model, adapter_name), _config(model, adapter_name)
+    layers, config = _changeable(model, adapter_name)
     origins = list(config.atom_origins or ["first"])
     if origin in origins:
         raise ValueError(f"origin must be a new name, got {origin!r} of {origins}")
@@ -147,7 +143,7 @@ def add_atoms(model: nn.Module, count: int, *, origin: str, adapter_name: str = 
             assert bank.origin is not None
             bank.origin[present:] = len(origins)
     config.atom_origins = [*origins, origin]
-    _note(model, adapter_name, layers)
+    _note(model, adapter_name, config, layers)
 
 
 def remove_atoms(
@@ -173,7 +169,7 @@ def remove_atoms(
     """
     if (atoms is None) == (origin is None):
         raise ValueError(f"either atoms or origin must be given, got atoms = {atoms!r} and origin = {origin!r}")
-    layers, config = _own_layers(model, adapter_name), _config(model, adapter_name)
+    layers, config = _changeable(model, adapter_name)
     origins = list(config.atom_origins or ["first"])
     if origin is not None:
         if origin not in origins:
@@ -191,11 +187,14 @@ def remove_atoms(
         _arrange(layers, [*names], stay, kept if kept < len(stay) else 0)
     if config.atom_origins is not None:
         _forget_origins(config, layers)
-    _note(model, adapter_name, layers)
+    _note(model, adapter_name, config, layers)
 
 
-def _own_layers(model: nn.Module, adapter_name: str) -> dict[str, ContextualDSC]:
-    """The same, of an adapter whose banks no other one uses."""
+def _changeable(model: Any, adapter_name: str) -> tuple[dict[str, ContextualDSC], DSCAdapterConfig]:
+    """The layers and the config of an adapter whose banks no other one uses.
+
+    The config is the model's own from here on: the one that was given to PEFT may be of several adapters.
+    """
     layers = dsc_layers(model, adapter_name)
     own = {id(layer.bank) for layer in layers.values()}
     others = {
@@ -206,17 +205,11 @@ def _own_layers(model: nn.Module, adapter_name: str) -> dict[str, ContextualDSC]
     }
     if others:
         raise ValueError(f"banks must be those of adapter {adapter_name!r} alone, got {sorted(others)} with the same")
-    return layers
-
-
-def _config(model: Any, adapter_name: str) -> DSCAdapterConfig:
-    """The adapter's config, from here on the model's own: what is given to PEFT may be of several adapters."""
     configs = getattr(model, "peft_config", None)
     if configs is None:
         raise ValueError(f"model must be a PEFT model or one of transformers with adapters, got {type(model).__name__}")
     configs[adapter_name] = copy.deepcopy(configs[adapter_name])
-    config: DSCAdapterConfig = configs[adapter_name]
-    return config
+    return layers, configs[adapter_name]
 
 
 def _checked(layers: Mapping[str, DSC], masks: Masks) -> dict[str, Tensor]:
@@ -288,16 +281,15 @@ def _forget_origins(config: DSCAdapterConfig, layers: Mapping[str, DSC]) -> None
             bank.origin = places.to(torch.int64)
 
 
-def _note(model: Any, adapter_name: str, layers: Mapping[str, ContextualDSC]) -> None:
+def _note(model: nn.Module, adapter_name: str, config: DSCAdapterConfig, layers: Mapping[str, ContextualDSC]) -> None:
     """Write the sizes into the adapter's config, by which a saved adapter is built again, and freeze what is kept."""
-    config: DSCAdapterConfig = model.peft_config[adapter_name]
     config.atom_counts = {name: [layer.options.num_atoms, layer.bank.kept_atoms] for name, layer in layers.items()}
     is_trained = not config.inference_mode and any(
         adapter_name in each.active_adapters for each in adapted_modules(model)
     )
     for layer in layers.values():
-        if layer.trains_atoms_only and not config.trains_atoms_only and is_trained:
+        if layer.freezes_rest and not config.freezes_rest and is_trained:
             layer.requires_grad_(True)
-        layer.trains_atoms_only = config.trains_atoms_only
+        layer.freezes_rest = config.freezes_rest
     for module in adapted_modules(model):
         module.keep_frozen()

@@ -7,7 +7,8 @@ from peft import PeftConfig
 
 from torchdsc.arguments import check_at_least, check_positive, check_types, own_copies
 from torchdsc.nn import ContextOptions, DSCOptions, RegularizerWeights
-from torchdsc.nn.options import ContextFields, DSCFields, RouterNorm, split_context
+from torchdsc.nn.context_options import ContextFields, split_context
+from torchdsc.nn.options import DSCFields, RouterNorm
 from torchdsc.ops.compose.api import Implementation
 
 from .files import refuse_pickle
@@ -146,8 +147,8 @@ class DSCAdapterConfig(AdapterConfig, DSCFields, ContextFields):
         self.ngram_orders = self.context().ngram_orders
 
     @property
-    def trains_atoms_only(self) -> bool:
-        """Whether atoms and their rows of the router alone are trained."""
+    def freezes_rest(self) -> bool:
+        """Whether all but atoms and their rows of the router stay as they are."""
         keeps = any(kept for _, kept in (self.atom_counts or {}).values())
         return self.train_atoms_only or (keeps and len(self.atom_origins or ()) > 1)
 

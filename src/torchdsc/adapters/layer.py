@@ -1,8 +1,6 @@
 """A target module with its adapters: ``base(x) + update(x)``."""
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Callable, Iterator
 from typing import Any, ClassVar, cast
 
 import torch
@@ -11,13 +9,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from torchdsc.baselines import MixtureOfLoRAs
-from torchdsc.nn import DSC, BasisBank, ContextOptions, DSCOptions, RoutedLayer
-from torchdsc.nn.atom_rows import AtomRows
+from torchdsc.nn import RoutedLayer
 from torchdsc.nn.broadcast import Broadcast, Listener
-from torchdsc.nn.host import TokenMasked, feature_sizes, is_linear, layer_index, stream_width
-from torchdsc.nn.routers import set_salt
+from torchdsc.nn.host import TokenMasked, feature_sizes, is_linear, stream_width
 
-from .config import AdapterConfig, DSCAdapterConfig, MixtureOfLoRAsConfig
+from .config import AdapterConfig, MixtureOfLoRAsConfig
 
 # PEFT's name for no adapter, for samples of a mixed batch.
 BASE = "__base__"
@@ -167,8 +163,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer, TokenMasked):
         """
         layer = self.build(config, None if owner is None else owner.adapters[adapter_name])
         self.adapters[adapter_name] = layer.train(self.training)
-        with without_lent_banks([layer]):
-            self._move_adapter_to_device_of_base_layer(adapter_name)
+        self._move_adapter_to_device_of_base_layer(adapter_name)
         devices = {part.device for part in self.adapters[adapter_name].parameters()} - {torch.device("meta")}
         if len(devices) > 1:
             raise ValueError(f"shared banks and routers must be on the device of every target module, got {devices}")
@@ -273,152 +268,6 @@ NO_MERGE = (
     "adapters whose weights are composed token by token cannot be merged into a weight: there is no single update to "
     "add to it. Keep them beside the model, or unload() them"
 )
-
-
-@contextmanager
-def without_lent_banks(layers: Iterable[nn.Module]) -> Iterator[None]:
-    """Move and cast layers in the block without the banks that are other adapters'; then the layers get their dtype."""
-    lent = {layer: layer.bank for layer in layers if isinstance(layer, ContextualDSC) and layer.borrows_bank}
-    for layer in lent:
-        del layer.bank
-    try:
-        yield
-    finally:
-        for layer, bank in lent.items():
-            layer.to(bank.u.dtype)
-            layer.bank = bank
-
-
-class ContextualDSC(DSC, Listener):
-    """A DSC layer with its short convolutions.
-
-    Args:
-        in_features: d_in.
-        out_features: d_out.
-        options: Of the layer.
-        context: Of the short convolutions.
-        bank: A bank to share; by default a new one.
-
-    Attributes:
-        trains_atoms_only: Whether all but atoms and their rows of the router stay as they are.
-        borrows_bank: Whether the bank is another adapter's, and stays as it is.
-    """
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        options: DSCOptions,
-        context: ContextOptions,
-        bank: BasisBank | None = None,
-    ) -> None:
-        super().__init__(in_features, out_features, options, bank=bank)
-        self.add_contexts(in_features, context)
-        self.trains_atoms_only = self.borrows_bank = False
-
-    def reset_parameters(self) -> None:
-        """See :class:`torchdsc.DSC`; also initialises the short convolutions."""
-        super().reset_parameters()
-        for convolution in (self.router_context, self.input_context):
-            if convolution is not None:
-                convolution.reset_parameters()
-
-
-class DSCAdapterLayer(AdapterLayer):
-    """A target module with a :class:`torchdsc.DSC` for each adapter."""
-
-    container = "dsc_layers"
-    adapter_layer_names = ("dsc_layers",)
-
-    def build(self, config: AdapterConfig, owner: nn.Module | None) -> DSC:
-        """See :class:`AdapterLayer`."""
-        assert isinstance(config, DSCAdapterConfig)
-        bank = owner.bank if isinstance(owner, DSC) and config.share_bank else None
-        if config.bank_of is not None:
-            bank = cast(DSC, self.adapters[config.bank_of]).bank
-        num_atoms, kept = (config.atom_counts or {}).get(self.target, (config.num_atoms, 0))
-        options = replace(config.options(), num_atoms=num_atoms)
-        layer = ContextualDSC(self.in_features, self.out_features, options, config.context(), bank)
-        set_salt(layer.router, layer_index(self.target))
-        if isinstance(owner, DSC) and config.share_router:
-            layer.router = owner.router
-        for part in (layer.router,) if config.bank_of is not None else (layer.bank, layer.router):
-            if isinstance(part, AtomRows) and part.kept_atoms != kept:
-                part.arrange(torch.arange(num_atoms, device=part.all_rows(part.atom_parameters[0]).device), kept)
-        if config.atom_origins is not None and layer.bank.origin is None:
-            layer.bank.origin = torch.zeros(num_atoms, dtype=torch.int64, device=layer.bank.u.device)
-        layer.trains_atoms_only, layer.borrows_bank = config.trains_atoms_only, config.bank_of is not None
-        if layer.borrows_bank:
-            layer.bank.is_lent = True
-        return layer
-
-    @property
-    def lenders(self) -> dict[str, int]:
-        """M of the adapters that have a bank of their own, by name."""
-        layers = {name: cast(ContextualDSC, layer) for name, layer in self.adapters.items()}
-        return {name: layer.options.num_atoms for name, layer in layers.items() if not layer.borrows_bank}
-
-    def check_deletion(self, adapter_name: str) -> None:
-        """Raise a ValueError for an adapter whose bank others use."""
-        layers = {name: cast(ContextualDSC, layer) for name, layer in self.adapters.items()}
-        if adapter_name not in layers or layers[adapter_name].borrows_bank:
-            return
-        bank = layers[adapter_name].bank
-        users = [name for name, layer in layers.items() if name != adapter_name and layer.bank is bank]
-        if users:
-            raise ValueError(
-                f"adapter_name must be an adapter whose bank no other uses, got {adapter_name!r} of {users}"
-            )
-
-    def delete_adapter(self, adapter_name: str) -> None:
-        """See PEFT, and :meth:`check_deletion`."""
-        self.check_deletion(adapter_name)
-        super().delete_adapter(adapter_name)
-
-    def set_adapter(self, *args: Any, **kwargs: Any) -> None:
-        """See PEFT, which lets all parameters of the active adapters be trained; what is kept stays so."""
-        super().set_adapter(*args, **kwargs)
-        self.keep_frozen()
-
-    def set_requires_grad(self, *args: Any, **kwargs: Any) -> None:
-        """See PEFT; what is kept stays so."""
-        super().set_requires_grad(*args, **kwargs)
-        self.keep_frozen()
-
-    def keep_frozen(self) -> None:
-        """Let no gradient reach kept atoms, lent banks, nor the other parameters where only atoms are trained."""
-        for adapter in self.adapters.values():
-            layer = cast(ContextualDSC, adapter)
-            parts = [part for part in (layer.bank, layer.router) if isinstance(part, AtomRows)]
-            rows = {id(getattr(part, name)) for part in parts for name in part.atom_parameters}
-            kept = {id(getattr(part, f"kept_{name}", None)) for part in parts for name in part.atom_parameters}
-            kept |= {id(parameter) for parameter in layer.bank.parameters()} if layer.bank.is_lent else set()
-            for parameter in layer.parameters():
-                if id(parameter) in kept or (layer.trains_atoms_only and id(parameter) not in rows):
-                    parameter.requires_grad_(False)
-
-
-def adapted_modules(model: nn.Module) -> list[DSCAdapterLayer]:
-    """The target modules of a model's DSC adapters."""
-    return [module for module in model.modules() if isinstance(module, DSCAdapterLayer)]
-
-
-def dsc_layers(model: nn.Module, adapter_name: str) -> dict[str, ContextualDSC]:
-    """A DSC adapter's layers by the names of their targets.
-
-    Raises:
-        ValueError: If the model has no DSC adapter of that name.
-    """
-    adapted = adapted_modules(model)
-    found = {
-        each.target: cast(ContextualDSC, each.adapters[adapter_name])
-        for each in adapted
-        if adapter_name in each.adapters
-    }
-    if not found:
-        names = sorted({name for each in adapted for name in each.adapters})
-        raise ValueError(f"adapter_name must be that of a DSC adapter of the model, {names}, got {adapter_name!r}")
-    return found
 
 
 class MixtureOfLoRAsLayer(AdapterLayer):

@@ -25,16 +25,9 @@ from torchdsc.nn.broadcast import broadcast_tokens, decoder_of, embedding_size
 from torchdsc.nn.host import leave_attention_mask, leave_fused_encoder, pass_attention_mask
 
 from .config import ALL_LINEAR, AdapterConfig, DSCAdapterConfig
+from .dsc_layer import DSCAdapterLayer, adapted_modules, without_lent_banks
 from .files import check_keys, shared_keys
-from .layer import (
-    BASE,
-    NO_MERGE,
-    AdapterLayer,
-    DSCAdapterLayer,
-    MixtureOfLoRAsLayer,
-    sizes_of,
-    without_lent_banks,
-)
+from .layer import BASE, NO_MERGE, AdapterLayer, MixtureOfLoRAsLayer, sizes_of
 
 
 class AdapterModel(BaseTuner):
@@ -225,12 +218,13 @@ class DSCAdapterModel(AdapterModel):
 
     def delete_adapter(self, adapter_name: str) -> None:
         """See PEFT; refuses an adapter whose banks others use before anything is deleted."""
-        for layer in _layers(self.model):
+        for layer in adapted_modules(self.model):
             layer.check_deletion(adapter_name)
         super().delete_adapter(adapter_name)
 
     def _cast_adapter_dtype(self, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        layers = [layer.adapters[adapter_name] for layer in _layers(self.model) if adapter_name in layer.adapters]
+        adapted = adapted_modules(self.model)
+        layers = [each.adapters[adapter_name] for each in adapted if adapter_name in each.adapters]
         with without_lent_banks(layers):
             super()._cast_adapter_dtype(adapter_name, *args, **kwargs)
 
@@ -238,8 +232,7 @@ class DSCAdapterModel(AdapterModel):
         config = self.peft_config[adapter_name]
         assert isinstance(config, DSCAdapterConfig)
         context = config.context()
-        layers = [layer for layer in _layers(self.model) if isinstance(layer, DSCAdapterLayer)]
-        layers = [layer for layer in layers if adapter_name in layer.adapters]
+        layers = [layer for layer in adapted_modules(self.model) if adapter_name in layer.adapters]
         if context.tokens_are_seen and layers:
             features = layers[0].in_features if context.embeddings_are_seen else None
             source = broadcast_tokens(self.model, features, context.past_tokens, context.orders_seen)

@@ -8,7 +8,7 @@ from torch.nn import functional
 
 from torchdsc.nn.context import Seen
 
-from .layer import dsc_layers
+from .dsc_layer import dsc_layers
 
 
 def signal_strength(

@@ -1,7 +1,7 @@
 """Conversion of a model in place."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from inspect import Signature, signature
 from typing import Any, Literal, Unpack, cast
 
@@ -12,6 +12,7 @@ from torchdsc.arguments import check_at_least, check_types
 from torchdsc.losses import add_regularization
 from torchdsc.nn import DSC, BasisBank, ContextOptions, Residual
 from torchdsc.nn.broadcast import Listener, broadcast_tokens
+from torchdsc.nn.context_options import FeedForwardArguments, split_context
 from torchdsc.nn.host import (
     TokenMasked,
     feature_sizes,
@@ -21,7 +22,6 @@ from torchdsc.nn.host import (
     stream_width,
     tied_keys,
 )
-from torchdsc.nn.options import FeedForwardArguments, split_context
 from torchdsc.nn.residual import build_static
 from torchdsc.nn.routers import set_salt
 
@@ -94,11 +94,8 @@ def convert(
     sizes: list[tuple[int, int | None]] = []
     for name in names:
         base = model.get_submodule(name)
-        if mode == "replace" and _returns_a_tuple(base):
-            raise ValueError(
-                f"target must match modules that return one tensor for mode = 'replace', got {name!r}, a "
-                f"{type(base).__name__}, which returns a tuple"
-            )
+        if mode == "replace":
+            _check_output(name, base)
         first, last = _sizes(name, base, in_features, out_features, stream_width(model, name))
         num_atoms, width = own.get("num_atoms"), hidden_features
         if match:
@@ -111,13 +108,7 @@ def convert(
         layers.append(_build(base, mode, (first, last), width, context, changes, bank))
         set_salt(layers[-1].dsc.router, layer_index(name))
         sizes.append((layers[-1].dsc.options.num_atoms, width or None))
-    if context.tokens_are_seen:
-        seen_by = {layer.dsc.in_features for layer in layers if layer.context.embeddings_are_seen}
-        if len(seen_by) > 1:
-            raise ValueError(f"in_features must be the same for layers that see embeddings, got {sorted(seen_by)}")
-        source = broadcast_tokens(model, next(iter(seen_by), None), context.past_tokens, context.orders_seen)
-        for layer in layers:
-            layer.listen(source)
+    _tell_tokens(model, layers, context)
     for name, layer in zip(names, layers, strict=True):
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, layer)
@@ -127,20 +118,43 @@ def convert(
     pass_attention_mask(model)
     add_regularization(model)
     arguments = {"mode": mode, "in_features": in_features, "out_features": out_features, "share_bank": share_bank}
-    for size in dict.fromkeys(sizes):
-        # Remember the sizes that were chosen, not the budget.
-        found = [name for name, other in zip(names, sizes, strict=True) if other == size]
-        solved = {"num_atoms": size[0], "hidden_features": size[1]}
-        remember_conversion(model, {"modules": found, "arguments": {**arguments, **options, **solved}})
+    _remember(model, names, sizes, {**arguments, **options})
     return names
 
 
-def _returns_a_tuple(module: nn.Module) -> bool:
-    """By what its class says of itself: attention returns one, whether it is annotated so or not."""
-    annotation = signature(type(module).forward).return_annotation
+def _tell_tokens(model: nn.Module, layers: "list[_Converted]", context: ContextOptions) -> None:
+    """Let layers get what the options ask for of their model's tokens."""
+    if not context.tokens_are_seen:
+        return
+    seen_by = {layer.dsc.in_features for layer in layers if layer.context.embeddings_are_seen}
+    if len(seen_by) > 1:
+        raise ValueError(f"in_features must be the same for layers that see embeddings, got {sorted(seen_by)}")
+    source = broadcast_tokens(model, next(iter(seen_by), None), context.past_tokens, context.orders_seen)
+    for layer in layers:
+        layer.listen(source)
+
+
+def _remember(
+    model: nn.Module, names: list[str], sizes: list[tuple[int, int | None]], arguments: Mapping[str, Any]
+) -> None:
+    """Note the conversion for saving: with the sizes that were chosen, not the budget."""
+    for size in dict.fromkeys(sizes):
+        found = [name for name, other in zip(names, sizes, strict=True) if other == size]
+        solved = {"num_atoms": size[0], "hidden_features": size[1]}
+        remember_conversion(model, {"modules": found, "arguments": {**arguments, **solved}})
+
+
+def _check_output(name: str, module: nn.Module) -> None:
+    """Refuse a module that returns a tuple, by its class: attention does, whether it is annotated so or not."""
+    annotation, kind = signature(type(module).forward).return_annotation, type(module).__name__
+    returns_tuple = "attention" in kind.lower()
     if annotation is not Signature.empty:
-        return str(annotation).lower().removeprefix("<class '").startswith(("tuple", "typing.tuple"))
-    return "attention" in type(module).__name__.lower()
+        returns_tuple = str(annotation).lower().removeprefix("<class '").startswith(("tuple", "typing.tuple"))
+    if returns_tuple:
+        raise ValueError(
+            f"target must match modules that return one tensor for mode = 'replace', got {name!r}, a {kind}, which "
+            "returns a tuple"
+        )
 
 
 def _check_combination(
@@ -210,6 +224,10 @@ class _Converted(nn.Module, TokenMasked, Listener):
 class _Wrapped(_Converted):
     module: Residual
 
+    def __init__(self, module: Residual) -> None:
+        super().__init__(module)
+        self._input_name = next(iter(signature(module.base.forward).parameters))
+
     @property
     def takes_router_input(self) -> bool:
         return getattr(self.module.base, "takes_router_input", False)
@@ -217,7 +235,7 @@ class _Wrapped(_Converted):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         # The base gets exactly the arguments it got before, whatever their names; attention may get its input by
         # keyword, and returns a tuple.
-        x: Tensor = args[0] if args else kwargs[next(iter(signature(self.module.base.forward).parameters))]
+        x: Tensor = args[0] if args else kwargs[self._input_name]
         output = self.module.base(*args, **kwargs)
         y: Tensor = output[0] if isinstance(output, tuple) else output
         z, routed, _ = self.look(x)

@@ -9,6 +9,7 @@ from torch import Tensor
 from torchdsc.arguments import check_positive
 from torchdsc.bounds import check_layer, spectral_norm
 from torchdsc.nn import DSC, NgramRouter
+from torchdsc.nn.modes import evaluating
 
 from .routing import gates_of
 
@@ -78,12 +79,8 @@ def sensitivity(layer: DSC, x: Tensor, *, step: float = 0.01, seed: int = 0) -> 
         raise ValueError("layer must be routed by x, got router = 'ngram'")
     if not has_sensitivity(layer):
         raise ValueError("layer must have no activation, thin atoms or offset")
-    was_training = layer.training
-    layer.eval()
-    try:
+    with evaluating(layer):
         return _measure(layer, x.detach().reshape(-1, x.shape[-1]), step, seed)
-    finally:
-        layer.train(was_training)
 
 
 def _measure(layer: DSC, x: Tensor, step: float, seed: int) -> Sensitivity:

@@ -1,8 +1,6 @@
 """What a measurement sees of one routed layer, and what it makes of it."""
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -10,6 +8,7 @@ from torch import Tensor, nn
 
 from torchdsc.bounds import certified_spectral_bound, norm_of_factors
 from torchdsc.nn import DSC, RoutedLayer
+from torchdsc.nn.modes import evaluating
 from torchdsc.nn.sharding import on_all_processes
 
 from .health import LayerHealth
@@ -106,7 +105,7 @@ class Watch:
             measured["tokens"] = self.seen
             measured |= {name: float(sum(values)) / self.seen for name, values in self.sums.items()}
         if isinstance(layer, DSC):
-            with _evaluating(layer):
+            with evaluating(layer):
                 measured |= self._of_few_tokens(layer)
         self._reset()
         kind = layer.options.gate if self.is_gated and isinstance(layer, DSC) else None
@@ -139,15 +138,3 @@ class Watch:
             assert self.selected is not None
             found["agreement"] = shared(layer.route(rows).indices, self.selected)
         return found
-
-
-@contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode for a while."""
-    modes = [(each, each.training) for each in module.modules()]
-    module.eval()
-    try:
-        yield
-    finally:
-        for each, mode in modes:
-            each.training = mode

@@ -52,11 +52,10 @@ def regularization(
     """Collect the regularisers of every routed layer in ``model`` that has run since the last collection.
 
     Add ``.total`` to the task loss; a backward pass through the layers that has not come through it before warns. Only
-    forward passes in training mode count whose output, or something computed from
-    it, still exists; through others nothing can be trained. With gradient accumulation or several processes, pass
-    ``num_tokens``, the tokens of the whole optimizer step, and sum the losses (under DistributedDataParallel, which
-    averages gradients, multiply them by the number of processes). Then L_z and L_frame are the same however a step is
-    split.
+    forward passes in training mode count whose output, or something computed from it, still exists; through others
+    nothing can be trained. With gradient accumulation or several processes, pass ``num_tokens``, the tokens of the
+    whole optimizer step, and sum the losses (under DistributedDataParallel, which averages gradients, multiply them by
+    the number of processes). Then L_z and L_frame are the same however a step is split.
 
     Args:
         model: Any module that contains DSC layers.

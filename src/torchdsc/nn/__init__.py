@@ -2,11 +2,12 @@
 
 from .bank import BasisBank
 from .context import Contextual, Seen
+from .context_options import ContextOptions
 from .dense import DenseFFN
 from .dsc import DSC
 from .feed_forward import DSCFeedForward
 from .gated import GatedFFN
-from .options import ContextOptions, DSCOptions
+from .options import DSCOptions
 from .recommended import recommended
 from .regularizers import RegularizerWeights
 from .residual import Residual

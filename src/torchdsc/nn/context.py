@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from torchdsc.ops import ngram_codes
 
-from .options import ContextOptions
+from .context_options import ContextOptions
 from .short_convolution import ShortConvolution
 
 # An id is kept as its bytes, least first, which every floating dtype holds exactly.

@@ -140,6 +140,14 @@ class DSC(RoutedLayer):
         # Not tanh, whose gradient is soon exactly zero: Adam moves gamma by its rate whatever that does to the output.
         return scaled if most is None else scaled / (1 + scaled.abs() / most)
 
+    @torch.no_grad()
+    def multiply_output_scale(self, factor: float) -> None:
+        """Multiply ``output_scale``, and so the output, by a factor in [0, 1], through gamma."""
+        wanted, most = self.output_scale * factor, self.options.max_update_norm
+        # The inverse of what the bound makes of it.
+        scaled = wanted if most is None else wanted / (1 - wanted.abs() / most)
+        self.gamma.copy_(scaled / self.options.scale)
+
     def regularizer_factor(self) -> Tensor | None:
         """See :class:`RoutedLayer`: 0 while gamma is still at its initial zero.
 

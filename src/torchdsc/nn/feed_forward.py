@@ -10,9 +10,9 @@ from torchdsc.arguments import check_at_least, check_types
 
 from .bank import BasisBank
 from .context import ID_FEATURES, Contextual, Seen, with_ids
+from .context_options import FeedForwardArguments, split_context
 from .dsc import DSC
 from .gated import GatedFFN
-from .options import FeedForwardArguments, split_context
 from .recommended import recommended
 from .residual import build_static
 from .routers import set_salt

@@ -2,7 +2,7 @@
 
 from typing import Literal, Unpack
 
-from .options import FeedForwardArguments
+from .context_options import FeedForwardArguments
 
 
 def recommended(

@@ -5,9 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .context_options import StaticKind
 from .dense import DenseFFN
 from .gated import GatedFFN
-from .options import StaticKind
 from .routing import Routing
 from .statistics import RoutedLayer
 

@@ -80,6 +80,21 @@ def test_what_is_forgotten_is_drawn(pages):
     assert "against forgotten" not in Page(pages("glue")).text, "where it was not measured"
 
 
+def test_what_no_other_beats_comes_first():
+    page = report.Page(Results.read(EXPERIMENTS / "forgetting"))
+    [column] = page.costs
+    points = {row.name: (-row.mean, sum(map(column.value, row.runs)) / len(row.runs)) for row in page.rows if row.runs}
+    ranked = page.ranked_by(column)
+    assert sorted(ranked) == sorted(points)
+    unbeaten = {
+        name
+        for name, (loss, cost) in points.items()
+        if not any(a <= loss and b <= cost and (a, b) != (loss, cost) for a, b in points.values())
+    }
+    assert 2 < len(unbeaten) < len(points)
+    assert set(ranked[: len(unbeaten)]) == unbeaten
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_every_methods_marker_has_a_shape(method):
     page = (Path(report.__file__).parent / "page.html.j2").read_text()

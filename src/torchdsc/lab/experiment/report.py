@@ -18,7 +18,7 @@ from torchdsc.lab.figures.costs import Cost, draw_costs
 from torchdsc.lab.figures.differences import draw_differences
 from torchdsc.lab.figures.lines import draw_curves, draw_rates
 from torchdsc.lab.figures.loads import draw_loads
-from torchdsc.lab.figures.looks import NAMED, Group, choose_looks
+from torchdsc.lab.figures.looks import NAMED, Group, Look, choose_looks
 from torchdsc.lab.figures.series import Series
 from torchdsc.lab.figures.style import PALETTE, to_svg
 from torchdsc.lab.files import write_text
@@ -77,7 +77,7 @@ class Page:
         rows: Of the variants that have runs.
         runs: By variant, where it has any; likewise "trials", and "routed", runs with records of a routing.
         groups: Variants that figures and tables show together: all, where they are few, or those of like size.
-        looks: By variant.
+        methods: Of the library, by variant; likewise "looks".
         has_seeds: Whether a variant has two seeds or more.
         has_active: Whether a variant has parameters that are not active.
         has_task_loss: Whether the training loss is known without regularisers.
@@ -99,8 +99,8 @@ class Page:
         self.routed = _by_variant(names, [run for run in every_run if (run["routing"] or {}).get("layers")])
         self.groups = self._group()
         firsts = {name: own[0] for name, own in (self.runs or self.trials).items()}
-        methods = {name: str(record.get("method", "")) for name, record in firsts.items()}
-        self.looks = choose_looks(methods, self.groups, self.experiment.chosen_reference)
+        self.methods = {name: str(record.get("method", "")) for name, record in firsts.items()}
+        self.looks = choose_looks(self.methods, self.groups, self.experiment.chosen_reference)
         self.has_seeds = any(len(by_seed) > 1 for row in self.rows for by_seed in row.values.values())
         self.has_active = any(run.get("params_active", row.size) != row.size for row in self.rows for run in row.runs)
         self.has_task_loss = any("task_loss" in point for run in every_run for point in run["train_curve"])
@@ -210,17 +210,41 @@ class Page:
 
     def draw_cost(self, column: Column) -> Figure | None:
         """The measure against a column that is a cost: its mean over runs, and their range."""
-        costs = {}
+        costs = {name: (fmean(values), (min(values), max(values))) for name, values in self._costs_of(column).items()}
+        ranked = self.ranked_by(column)
+        looks = choose_looks(self.methods, [Group("", ranked)], self.experiment.chosen_reference)
+        named = [name for name in ranked if looks[name].is_named]
+        return self._draw_costs(costs, column.cost or column.title, looks, named)
+
+    def ranked_by(self, column: Column) -> list[str]:
+        """Variants by measure and cost: first those that no other beats in both, then of the others likewise."""
+        costs = self._costs_of(column)
+        left = {row.name: (self._loss(row.mean), fmean(costs[row.name])) for row in self.rows if row.name in costs}
+        ranked: list[str] = []
+        while left:
+            front = [name for name, own in left.items() if not any(_beats(other, own) for other in left.values())]
+            ranked += sorted(front, key=lambda name: left[name])
+            left = {name: own for name, own in left.items() if name not in front}
+        return ranked
+
+    def _costs_of(self, column: Column) -> dict[str, list[float]]:
+        found = {}
         for row in self.rows:
             values = [value for run in row.runs if (value := column.value(run)) is not None and math.isfinite(value)]
             if values:
-                costs[row.name] = fmean(values), (min(values), max(values))
-        return self._draw_costs(costs, column.cost or column.title)
+                found[row.name] = values
+        return found
 
-    def _draw_costs(self, costs: Mapping[str, tuple[float, tuple[float, float]]], xlabel: str) -> Figure | None:
+    def _draw_costs(
+        self,
+        costs: Mapping[str, tuple[float, tuple[float, float]]],
+        xlabel: str,
+        looks: Mapping[str, Look] | None = None,
+        named: Sequence[str] | None = None,
+    ) -> Figure | None:
         reached = {row.name: row for row in self.rows if row.name in costs and math.isfinite(row.mean)}
         found = {name: Cost(*costs[name], row.mean, _deviation(row)) for name, row in reached.items()}
-        return draw_costs(found, self.looks, self.named_best, xlabel, self.measure.name)
+        return draw_costs(found, looks or self.looks, named or self.named_best, xlabel, self.measure.name)
 
     def draw_load(self, name: str) -> Figure | None:
         """How evenly a variant uses its atoms or experts, at the scale of all those that are named."""
@@ -249,6 +273,11 @@ def _by_variant(names: Sequence[str], records: Sequence[Record]) -> dict[str, li
     """Records of each variant that has any."""
     found = {name: [record for record in records if record["variant"] == name] for name in names}
     return {name: own for name, own in found.items() if own}
+
+
+def _beats(one: tuple[float, float], other: tuple[float, float]) -> bool:
+    """Whether both of its figures are as low, and one is lower."""
+    return one != other and one[0] <= other[0] and one[1] <= other[1]
 
 
 def _deviation(row: summary.Row) -> float:

@@ -14,7 +14,7 @@ from .looks import Look
 from .style import FONT_SIZE, HEIGHT, add_axes, new_figure
 
 # Of a letter, about, of the line and marker before a label, and of axes: in figure units.
-_LETTER, _SWATCH, _WIDTH = 6.4, 26.0, 330.0
+_LETTER, _SWATCH, _WIDTH = 7.0, 26.0, 330.0
 _LONGEST = 32
 
 

@@ -8,6 +8,7 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from torchdsc.lab.saved import load_saved
+from torchdsc.nn.modes import evaluating
 
 from .environment import quiet_transformers
 
@@ -106,11 +107,10 @@ def continue_text(
     sampling: dict[str, Any] = {"do_sample": False}
     if temperature > 0:
         sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p}
-    was_training = model.training
     # The caller's random numbers are none of this function's business.
-    with torch.random.fork_rng(devices=[]), quiet_transformers():
+    with torch.random.fork_rng(devices=[]), quiet_transformers(), evaluating(model):
         torch.manual_seed(seed)
-        output = model.eval().generate(
+        output = model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
             max_new_tokens=max_new_tokens,
@@ -118,7 +118,6 @@ def continue_text(
             pad_token_id=tokenizer.eos_token_id,
             **sampling,
         )
-    model.train(was_training)
     begun: str = tokenizer.decode(output[0, : ids.shape[1]], skip_special_tokens=True)
     whole: str = tokenizer.decode(output[0], skip_special_tokens=True)
     return begun, whole.removeprefix(begun)

@@ -183,10 +183,7 @@ def scale_update(model: nn.Module, settings: Settings) -> None:
     factor = settings.update_scale
     if settings.method == "dsc":
         for layer in (module for module in model.modules() if isinstance(module, DSC)):
-            wanted, most = layer.output_scale * factor, layer.options.max_update_norm
-            # What the bound makes of gamma is undone first.
-            free = wanted if most is None else wanted / (1 - wanted.abs() / most)
-            layer.gamma.copy_(free / layer.options.scale)
+            layer.multiply_output_scale(factor)
     elif settings.method == "lora":
         ends = tuple(f".{name}.default{part}" for name, part in _LORA_ENDS)
         scaled = [parameter for name, parameter in model.named_parameters() if name.endswith(ends)]

@@ -128,8 +128,8 @@ class Settings(Model):
             raise ValueError(f"head must be left out for kind = 'causal_lm', got {self.head!r}")
         if self.update_scale != 1 and (self.method not in ("lora", "dsc", "full") or self.options.get("use_dora")):
             raise ValueError(f"update_scale must be 1 for method = {self.method!r}, got {self.update_scale:g}")
-        idle = {"modules_to_save": (None,), "init_lora_weights": (True, False, "gaussian")}
-        for name, values in idle.items() if self.update_scale != 1 else ():
+        allowed = {"modules_to_save": (None,), "init_lora_weights": (True, False, "gaussian")}
+        for name, values in allowed.items() if self.update_scale != 1 else ():
             if name in self.options and self.options[name] not in values:
                 raise ValueError(f"options must not set {name} for update_scale, got {self.options[name]!r}")
         if self.update_scale != 1 and self.eval_every is not None:

@@ -19,6 +19,11 @@ from .timing import measure_seconds, training_step
 __all__ = ["Task"]
 
 
+def _forgotten(run: Record) -> float | None:
+    """What the loss on old domains rose by; older records have its ends alone."""
+    return run["retain_loss_after"] - run["retain_loss_before"] if "retain_loss_after" in run else None
+
+
 class Task(Base[Settings]):
     """Pretrained models, adapted by different methods, by their score."""
 
@@ -37,7 +42,7 @@ class Task(Base[Settings]):
         Column("saved bytes", lambda run: run.get("adapter_bytes"), ",.0f"),
         Column("learning rate", lambda run: run["learning_rate"], "g"),
         Column("loss on old domains", lambda run: run.get("retain_loss_after"), ".3f", has_spread=True),
-        Column("forgotten", lambda run: _forgotten(run), ".3f", has_spread=True, cost="forgotten (nats per token)"),
+        Column("forgotten", _forgotten, ".3f", has_spread=True, cost="forgotten (nats per token)"),
         Column("right choices (%)", lambda run: run.get("choice_after"), ".1f", has_spread=True),
     )
     timed_words: ClassVar[str] = "training step"
@@ -80,8 +85,3 @@ class Task(Base[Settings]):
             with quiet_transformers():
                 self._solved[key] = solve_options(settings)
         return self._solved[key]
-
-
-def _forgotten(run: Record) -> float | None:
-    """What the loss on old domains rose by."""
-    return run["retain_loss_after"] - run["retain_loss_before"] if "retain_loss_after" in run else None
