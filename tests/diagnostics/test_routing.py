@@ -45,6 +45,13 @@ class TestDSC:
         assert routing.load == pytest.approx([4 / 8, 2 / 8, 2 / 8, 0, 0, 0])
         assert routing.effective_atoms == pytest.approx(math.exp(0.5 * math.log(2) + 0.5 * math.log(4)))
 
+    def test_histogram_of_loads_in_multiples_of_the_even_share(self):
+        layer = one_hot_dsc(num_atoms=8)
+        # The even share is 8: none, 1, 3, 4, 8, 15, 16 and 17 more.
+        with RoutingMonitor(layer) as monitor:
+            layer(tokens(*([1] + [2] * 3 + [3] * 4 + [4] * 8 + [5] * 15 + [6] * 16 + [7] * 17), num_atoms=8))
+        assert only(monitor).histogram == pytest.approx([1 / 8, 1 / 8, 1 / 8, 1 / 8, 2 / 8, 2 / 8, 0])
+
     def test_keeps_the_selections_of_the_first_tokens(self):
         layer = one_hot_dsc()
         with RoutingMonitor(layer, tokens=3) as monitor:

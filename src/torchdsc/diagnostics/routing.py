@@ -13,6 +13,9 @@ from torchdsc.ops import gate
 # Most points of a load curve that are kept.
 _LOAD_POINTS = 200
 
+LOAD_EDGES = (0.25, 0.5, 1.0, 2.0, 4.0)
+"""Edges between the bins of a histogram of loads, in multiples of the even share 1 / M."""
+
 
 @dataclass(frozen=True)
 class LayerRouting:
@@ -26,6 +29,8 @@ class LayerRouting:
             atoms are hashed, as S is constant then.
         gate: Mean tanh S; tanh (S / K) for ``gate="mean"``; None likewise, and for ``gate="none"``.
         load: Each atom's share of all selections, in descending order, thinned to at most 200 evenly spaced points.
+        histogram: Share of the atoms that were never selected, and then of those with a load below each of
+            :data:`LOAD_EDGES` and with one above the last: seven numbers that sum to 1.
     """
 
     num_atoms: int
@@ -34,6 +39,7 @@ class LayerRouting:
     strength: float | None
     gate: float | None
     load: list[float]
+    histogram: list[float]
 
     def as_dict(self) -> dict[str, Any]:
         """The fields, for JSON."""
@@ -64,6 +70,14 @@ def load_of(counts: Tensor) -> tuple[Tensor, float, float]:
     """Each atom's share of all selections (M,), the share of atoms that have any, and ``exp`` of the load's entropy."""
     share = counts.double() / counts.sum()
     return share, float((share > 0).double().mean()), float(torch.special.entr(share).sum().exp())
+
+
+def _histogram(share: Tensor) -> list[float]:
+    """Shares of the atoms in the bins of :data:`LOAD_EDGES`, those without a load in one of their own."""
+    multiples = share * len(share)
+    bins = torch.bucketize(multiples, torch.tensor(LOAD_EDGES, dtype=multiples.dtype), right=True) + 1
+    counts = torch.bincount(bins.masked_fill(share == 0, 0), minlength=len(LOAD_EDGES) + 2)
+    return (counts.double() / len(share)).tolist()
 
 
 def shared(selected: Tensor, others: Tensor) -> float:
@@ -147,4 +161,5 @@ class _Counter:
             strength=self.strength_sum / self.tokens if self.has_gate else None,
             gate=None if self.gate_sum is None else self.gate_sum / self.tokens,
             load=load[points].tolist(),
+            histogram=_histogram(share),
         )

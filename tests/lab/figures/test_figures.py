@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 
 from torchdsc.baselines.methods import METHODS
+from torchdsc.lab.experiment.intervals import TIMES
 from torchdsc.lab.figures.costs import Cost, draw_costs
 from torchdsc.lab.figures.labels import label_text, spread
 from torchdsc.lab.figures.lines import draw_curves, draw_rates
-from torchdsc.lab.figures.loads import draw_loads
+from torchdsc.lab.figures.loads import draw_load_history, draw_loads
 from torchdsc.lab.figures.looks import Group, Look, choose_looks
 from torchdsc.lab.figures.series import Series
 from torchdsc.lab.figures.style import COLORS, PALETTE, pad_limits, to_svg
@@ -127,6 +128,21 @@ def test_loads_are_in_multiples_of_the_even_share():
     assert line.get_ydata().tolist() == [2, 1, 1, axes.get_ylim()[0]]
     assert {text.get_text() for text in axes.texts[1:]} == {"even", "layer 2"}
     assert draw_loads({"DSC": [{"routing": None}]}, LOOKS, "DSC") is None
+
+
+def test_loads_over_training_are_stacked_from_the_unused_up():
+    def run(*unused):
+        loads = [[share, 0, 0, 0, 1 - share, 0, 0] for share in unused]
+        points = [{"step": 10 * place, "histogram": histogram} for place, histogram in enumerate(loads)]
+        return {"routing": {"history": [*points, {"step": 99}]}}
+
+    axes = draw_load_history([run(0.0, 0.5), run(0.0, 0.3, 1.0)], LOOKS["DSC"]).axes[0]
+    tops = [band.get_paths()[0].vertices[:, 1].max() for band in axes.collections]
+    assert tops == pytest.approx([0.4, 0.4, 0.4, 0.4, 1.0, 1.0, 1.0])
+    assert [text.get_text() for text in axes.texts[1:]] == ["unused", f"to 2{TIMES}"]
+    assert axes.get_xlim() == (0, 10)
+    assert draw_load_history([run(0.0)], LOOKS["DSC"]) is None
+    assert draw_load_history([{"routing": None}], LOOKS["DSC"]) is None
 
 
 def test_rates_leave_out_what_failed():

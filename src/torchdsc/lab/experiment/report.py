@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from torchdsc.lab.figures.costs import Cost, draw_costs
 from torchdsc.lab.figures.differences import draw_differences
 from torchdsc.lab.figures.lines import draw_curves, draw_rates
-from torchdsc.lab.figures.loads import draw_loads
+from torchdsc.lab.figures.loads import draw_load_history, draw_loads
 from torchdsc.lab.figures.looks import NAMED, Group, Look, choose_looks
 from torchdsc.lab.figures.series import Series
 from torchdsc.lab.figures.style import PALETTE, to_svg
@@ -250,6 +250,10 @@ class Page:
         """How evenly a variant uses its atoms or experts, at the scale of all those that are named."""
         routed = {name: own for name, own in self.routed.items() if name in self.named_best}
         return draw_loads(routed, self.looks, name)
+
+    def draw_load_history(self, name: str) -> Figure | None:
+        """How that changed over training."""
+        return draw_load_history(self.routed[name], self.looks[name])
 
     def draw_rates(self, group: Group) -> Figure | None:
         """What the best trial of each variant of a group reached by learning rate, in means over cases."""

@@ -7,6 +7,7 @@ import numpy.typing as npt
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, PercentFormatter
 
+from torchdsc.diagnostics.routing import LOAD_EDGES
 from torchdsc.lab.experiment.intervals import TIMES
 from torchdsc.lab.tasks.task import Record
 
@@ -55,6 +56,40 @@ def draw_loads(runs: Mapping[str, Sequence[Record]], looks: Mapping[str, Look], 
             tails.setdefault(layer, []).append(float(drawn[-1]))
     ends = [(float(np.mean(tails[layer])), f"layer {layer}", look.ink) for layer in sorted({min(tails), max(tails)})]
     label_ends(axes, [(1.0, "even", COLORS["label"]), *ends])
+    return figure
+
+
+def draw_load_history(runs: Sequence[Record], look: Look) -> Figure | None:
+    """Draw, over training, which share of the atoms or experts has no load, a small one, and so on to a large one.
+
+    Args:
+        runs: Records of a variant, over which it draws the mean at the steps that all of them have.
+        look: Of the variant.
+
+    Returns:
+        None if there are not two such steps.
+    """
+    points = [(run["routing"] or {}).get("history", []) for run in runs]
+    histories = [{point["step"]: point["histogram"] for point in own if "histogram" in point} for own in points]
+    steps = sorted(set(histories[0]).intersection(*histories)) if histories else []
+    if len(steps) < 2:
+        return None
+    shares = np.array([[history[step] for step in steps] for history in histories]).mean(axis=0).T
+    figure = new_figure(width=340, height=260)
+    axes = add_axes(figure, "training step", "share of atoms or experts", margins=(52, 86, 44, 26))
+    axes.set_xlim(steps[0], steps[-1])
+    axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+    axes.set_ylim(0, 1)
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+    tops = np.cumsum(shares, axis=0)
+    names = ["unused", *(f"to {edge:g}{TIMES}" for edge in LOAD_EDGES), "more"]
+    labels = []
+    for place, (name, share, top) in enumerate(zip(names, shares, tops, strict=True)):
+        # The larger the load, the stronger.
+        ink, alpha = (COLORS["faint"], 0.3) if place == 0 else (look.ink, 0.1 + 0.9 * (place - 1) / (len(names) - 2))
+        axes.fill_between(steps, top - share, top, color=ink, alpha=alpha, linewidth=0)
+        labels += [(float(top[-1] - share[-1] / 2), name, COLORS["label"])] if share[-1] >= 0.005 else []
+    label_ends(axes, labels)
     return figure
 
 

@@ -177,7 +177,7 @@ class LabTrainer(Trainer):
             health, self.health = self.health, {}
             kept = self._compare(monitor.selections()) if eval_dataset is None else {}
             self.state.log_history[-1] |= {
-                "routing": health | kept | _means(layers, _ROUTING),
+                "routing": health | kept | _means(layers, _ROUTING) | {"histogram": _mean_histogram(layers)},
                 "routing_layers": layers,
             }
         if trains and self.state.global_step >= self.args.max_steps:
@@ -232,6 +232,11 @@ def _means(layers: Iterable[dict[str, Any]], names: Sequence[str]) -> dict[str, 
     known = list(layers)
     found = {name: [layer[name] for layer in known if layer[name] is not None] for name in names}
     return {name: fmean(values) for name, values in found.items() if values}
+
+
+def _mean_histogram(layers: Iterable[dict[str, Any]]) -> list[float]:
+    """Of loads, over layers."""
+    return [fmean(shares) for shares in zip(*(layer["histogram"] for layer in layers), strict=True)]
 
 
 class _MeasureHealth(DiagnosticsCallback):

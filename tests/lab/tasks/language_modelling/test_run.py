@@ -142,6 +142,7 @@ class TestRecord:
             assert 0 <= point["changed"] <= 1
             assert point["noise_norm"] > 0
         assert "kept" not in history[0]
+        assert all(sum(point["histogram"]) == pytest.approx(1.0) for point in history)
         assert all(0 < point["kept"] <= 1 for point in history[1:])
 
     def test_sample_goes_on_from_the_validation_part(self, train, tiny_data, tmp_path):
