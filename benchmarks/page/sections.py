@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from benchmarks.suite.compose import BASE
 
-from . import ahead, compiled, layers, presets, tables, traffic
+from . import adapters, ahead, compiled, layers, presets, tables, traffic
 from .tables import Figures, Result
 
 INTRODUCTION = """\
@@ -129,6 +129,17 @@ SECTIONS = {
         "Parts of the paper's layer in whole models",
         "The same for the preset `ablations` (d 64, 4 layers, M 256): one thing changed at a time, K among them.",
         presets.tables,
+        lambda result: {},
+    ),
+    "adapters": Section(
+        "Adapters",
+        "A causal LM of SmolLM2-135M's sizes (d 576, 30 layers, vocabulary 49,152; weights are random, which costs the "
+        "same time) with adapters of about as many parameters: LoRA of rank 8 in all linear layers, DSC (K 4) beside "
+        "attention blocks and MLPs, beside whole layers, and by n-grams. A merged LoRA is the base model, and costs "
+        "nothing; a DSC adapter cannot be merged. Prefill fills a cache, decoding goes on from one of 64 tokens, a "
+        "training step is a forward and backward pass. Of many adapters over one bank each has a low-rank router and a "
+        "gamma alone; a batch of eight sequences has an adapter for each, and a switch is `set_adapter`.",
+        adapters.tables,
         lambda result: {},
     ),
     "diagnostics": Section(

@@ -19,6 +19,7 @@ _REGISTERED = {
     "sparse": "presets:SPARSE",
     "sparse_ratios": "presets:SPARSE_RATIOS",
     "ablations": "presets:ABLATIONS",
+    "adapters": "adapters:ADAPTERS",
     "diagnostics": "diagnostics:DIAGNOSTICS",
     "memory": "memory:MEMORY",
     "compose": "compose:COMPOSE",
