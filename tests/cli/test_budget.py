@@ -49,6 +49,23 @@ def test_router_options_that_do_not_fit(fails, flags, error):
     assert fails(*BUDGET, *flags) == f"torchdsc budget: {error}"
 
 
+@pytest.mark.parametrize(("by", "top_k", "words"), [("embeddings", 32, "linear"), ("ngrams", 18, "ngram")])
+def test_dsc_as_recommended(torchdsc, by, top_k, words):
+    status, out, _ = torchdsc(*BUDGET, "--json", "--recommended", by)
+    dsc = json.loads(out)[-1]
+    assert status == 0
+    assert dsc["options"]["top_k"] == top_k
+    assert (dsc["options"].get("router", "linear"), dsc["options"]["router_input"]) == (words, "embeddings")
+    assert abs(dsc["miss_total"]) < 0.001
+    mixture = json.loads(out)[-2]
+    assert mixture["options"]["top_k"] == 4
+
+
+def test_what_is_recommended_is_not_to_be_changed(fails):
+    line = fails(*BUDGET, "--recommended", "ngrams", "--top_k", 8)
+    assert "--recommended must be given without --top_k and options of the router" in line
+
+
 def test_infeasible(fails):
     line = fails("budget", "--total", "1e6", "--active", "1e5", "--d_model", 100, "--n_layer", 2)
     assert line == "torchdsc budget: total must be at least 5,137,400 for width 1, got 1,000,000"

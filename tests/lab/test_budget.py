@@ -482,7 +482,7 @@ class TestArguments:
             ({"method": "dsc", "top_k": 0}, "top_k must be >= 1, got 0"),
             ({"method": "mixture_of_loras", "rank": 0}, "rank must be >= 1, got 0"),
             (
-                {"method": "dsc", "options": {"top_k": 8}},
+                {"method": "dsc", "top_k": 4, "options": {"top_k": 8}},
                 r"options of dsc must leave .* to the solver, got \['top_k'\]",
             ),
             ({"method": "moe", "options": {"colour": 1}}, "feed_forward_options do not fit feed_forward='moe'.*colour"),
@@ -493,6 +493,9 @@ class TestArguments:
     def test_solve(self, arguments, message):
         with pytest.raises(ValueError, match=message):
             solve(budget=SMALL, **arguments)
+
+    def test_options_may_have_top_k(self):
+        assert solve("dsc", SMALL, options={"top_k": 8}) == solve("dsc", SMALL, top_k=8)
 
     @pytest.mark.parametrize("total", [SMALL.total, 1000])
     def test_atoms_for_each_order_of_ngrams_before_the_targets(self, total):

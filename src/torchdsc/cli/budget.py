@@ -35,24 +35,35 @@ def run(arguments: list[str]) -> int:
     )
     parser.add_argument("--router_rank", type=int, help="of a low_rank or product_key router")
     parser.add_argument("--router_heads", type=int, default=1, help="of a product_key router")
+    parser.add_argument(
+        "--recommended",
+        choices=("embeddings", "ngrams"),
+        help="DSC as recommended, routed by these, in place of the paper's; see torchdsc.recommended",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
     options = parser.parse_args(arguments)
     from rich.console import Console
 
     from torchdsc.lab.budget import Budget, solve_all
+    from torchdsc.nn import recommended
 
     sizes = ("total", "active", "d_model", "n_layer", "vocab_size", "n_positions")
     budget = Budget(**{name: getattr(options, name) for name in sizes})
-    router = ("router", "router_rank", "router_heads")
+    names = ("router", "router_rank", "router_heads")
+    # None is dropped in silence: what does not fit the router is refused.
+    router = {name: getattr(options, name) for name in names if getattr(options, name) != parser.get_default(name)}
+    if options.recommended is None:
+        dsc_options = router
+    elif router or options.top_k != parser.get_default("top_k"):
+        parser.error("--recommended must be given without --top_k and options of the router, which it settles")
+    else:
+        dsc_options = dict(recommended(options.recommended))
     plans = solve_all(
         budget,
         top_k=options.top_k,
         rank=options.rank,
         experts_per_token=options.experts_per_token,
-        # None is dropped in silence: what does not fit the router is refused.
-        dsc_options={
-            name: getattr(options, name) for name in router if getattr(options, name) != parser.get_default(name)
-        },
+        dsc_options=dsc_options,
     )
     if options.json:
         print(json.dumps([asdict(plan) for plan in plans], indent=1))

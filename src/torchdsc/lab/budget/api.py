@@ -35,31 +35,34 @@ def solve(
         top_k: Atoms or experts per token; 2 for MoE, 4 for others by default.
         rank: Of Mixture-of-LoRAs.
         match: Another method's plan whose realised numbers replace the targets.
-        options: Further feed-forward options, counted with the rest where they have parameters.
+        options: Further feed-forward options, counted with the rest where they have parameters; for example those of
+            :func:`torchdsc.recommended`, whose ``top_k`` is taken where none is given.
 
     Returns:
         The plan.
 
     Raises:
         TypeError: If an option that concerns the model around the layer has another type.
-        ValueError: If the method is unknown, an option is the solver's to choose, or a target infeasible: it says
-            which, and the nearest feasible one.
+        ValueError: If the method is unknown, an option is the solver's to choose, or a target infeasible: it
+            says which, and the nearest feasible one.
     """
     if method not in METHODS:
         raise ValueError(f"method must be one of {tuple(METHODS)}, got {method!r}")
+    options = dict(options or {})
+    top_k = options.pop("top_k", None) if top_k is None else top_k
     if top_k is not None and top_k < 1:
         raise ValueError(f"top_k must be >= 1, got {top_k}")
     if rank < 1:
         raise ValueError(f"rank must be >= 1, got {rank}")
     widths, form = METHODS[method].widths, METHODS[method].form
-    chosen = sorted(set(widths) & set(options or {}))
+    chosen = sorted(set(widths) & set(options))
     if chosen:
         raise ValueError(f"options of {method} must leave {', '.join(sorted(widths))} to the solver, got {chosen}")
     total = floor(budget.total) if match is None else match.params_total
     active = floor(budget.active) if match is None else match.params_active
     source = "" if match is None else f" (realised by {match.method})"
     top_k, rank = top_k or (2 if form == "experts" else 4), rank if "rank" in widths else 1
-    targets = Targets(budget, method, total, active, source, top_k, rank, dict(options or {}))
+    targets = Targets(budget, method, total, active, source, top_k, rank, options)
     targets.model.check_atoms(top_k)
     return SOLVERS[form](targets)
 
@@ -72,10 +75,14 @@ def solve_all(
     experts_per_token: int = 2,
     dsc_options: dict[str, Any] | None = None,
 ) -> list[Plan]:
-    """Plans of the comparison's four methods; see :func:`solve`. ``dsc_options`` are further options of DSC."""
+    """Plans of the comparison's four methods; see :func:`solve`.
+
+    ``dsc_options`` are further options of DSC; their ``top_k``, if they have one, goes before the other.
+    """
+    own = dsc_options or {}
     return [
         solve("dense", budget),
         solve("moe", budget, top_k=experts_per_token),
         solve("mixture_of_loras", budget, top_k=top_k, rank=rank),
-        solve("dsc", budget, top_k=top_k, options=dsc_options),
+        solve("dsc", budget, top_k=None if "top_k" in own else top_k, options=own),
     ]
