@@ -66,6 +66,15 @@ def test_what_is_recommended_is_not_to_be_changed(fails):
     assert "--recommended must be given without --top_k and options of the router" in line
 
 
+def test_methods_that_cannot_meet_it_are_told(torchdsc):
+    sparse = ("budget", "--total", "35e6", "--active", "10e6", "--d_model", 384, "--n_layer", 6, "--vocab_size", 4096)
+    status, out, err = torchdsc(*sparse, "--recommended", "ngrams")
+    assert status == 0
+    assert re.search(r"dsc .*K 18", out)
+    assert "mixture_of_loras" not in out
+    assert "torchdsc budget: no mixture_of_loras: active must be at least 15,165,163" in err
+
+
 def test_infeasible(fails):
     line = fails("budget", "--total", "1e6", "--active", "1e5", "--d_model", 100, "--n_layer", 2)
     assert line == "torchdsc budget: total must be at least 5,137,400 for width 1, got 1,000,000"

@@ -1,6 +1,7 @@
 """``torchdsc budget``."""
 
 import json
+import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING, get_args
 
@@ -58,17 +59,21 @@ def run(arguments: list[str]) -> int:
         parser.error("--recommended must be given without --top_k and options of the router, which it settles")
     else:
         dsc_options = dict(recommended(options.recommended))
+    refused: dict[str, str] = {}
     plans = solve_all(
         budget,
         top_k=options.top_k,
         rank=options.rank,
         experts_per_token=options.experts_per_token,
         dsc_options=dsc_options,
+        refused=refused,
     )
     if options.json:
         print(json.dumps([asdict(plan) for plan in plans], indent=1))
     else:
         Console().print(_table(plans))
+    for method, reason in refused.items():
+        print(f"torchdsc budget: no {method}: {reason}", file=sys.stderr)
     return 0
 
 

@@ -74,15 +74,37 @@ def solve_all(
     rank: int = 1,
     experts_per_token: int = 2,
     dsc_options: dict[str, Any] | None = None,
+    refused: dict[str, str] | None = None,
 ) -> list[Plan]:
     """Plans of the comparison's four methods; see :func:`solve`.
 
-    ``dsc_options`` are further options of DSC; their ``top_k``, if they have one, goes before the other.
+    Args:
+        budget: Targets and sizes.
+        top_k: Of DSC and Mixture-of-LoRAs.
+        rank: Of Mixture-of-LoRAs.
+        experts_per_token: Of MoE.
+        dsc_options: Further options of DSC; their ``top_k``, if they have one, goes before the other.
+        refused: Takes the errors of methods other than DSC that have no plan, by method; by default the first is
+            raised.
+
+    Raises:
+        ValueError: See :func:`solve`; with ``refused``, if DSC has no plan.
     """
     own = dsc_options or {}
-    return [
-        solve("dense", budget),
-        solve("moe", budget, top_k=experts_per_token),
-        solve("mixture_of_loras", budget, top_k=top_k, rank=rank),
-        solve("dsc", budget, top_k=None if "top_k" in own else top_k, options=own),
-    ]
+    requests: dict[FeedForwardKind, dict[str, Any]] = {
+        "dense": {},
+        "moe": {"top_k": experts_per_token},
+        "mixture_of_loras": {"top_k": top_k, "rank": rank},
+        "dsc": {"top_k": None if "top_k" in own else top_k, "options": own},
+    }
+    plans, errors = [], dict[str, ValueError]()
+    for method, arguments in requests.items():
+        try:
+            plans.append(solve(method, budget, **arguments))
+        except ValueError as error:
+            errors[method] = error
+    if errors and (refused is None or "dsc" in errors):
+        raise next(iter(errors.values()))
+    if refused is not None:
+        refused.update({method: str(error) for method, error in errors.items()})
+    return plans
