@@ -110,6 +110,20 @@ class TestRoundTrip:
         assert torch.equal(loaded(input_ids).last_hidden_state, model(input_ids).last_hidden_state)
         assert isinstance(loaded, transformers.LlamaModel)
 
+    def test_of_the_hub_by_name(self, tmp_path):
+        model = converted()
+        # The layout of the hub's cache.
+        cached = tmp_path / "models--someone--converted"
+        model.save_pretrained(cached / "snapshots" / "1234")
+        (cached / "refs").mkdir()
+        (cached / "refs" / "main").write_text("1234")
+        where = {"cache_dir": tmp_path, "local_files_only": True}
+        loaded = load_converted("someone/converted", **where)
+        input_ids = torch.randint(61, (2, 9))
+        assert torch.equal(loaded(input_ids).logits, model(input_ids).logits)
+        with pytest.raises(OSError, match="someone/else"):
+            load_converted("someone/else", **where)
+
 
 class TestWhatWouldBeSilent:
     @pytest.mark.parametrize("cls", [transformers.AutoModelForCausalLM, transformers.LlamaForCausalLM])

@@ -1,6 +1,7 @@
 """Loading of converted Hugging Face models."""
 
 import json
+import re
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,20 +11,26 @@ from torch import nn
 from .api import convert
 from .saving import CONVERSIONS, REDIRECTION, converted_class
 
+_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+# Of from_pretrained's arguments, those that say where on the hub a file is.
+_HUB_OPTIONS = {"cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token"}
+
 
 def load_converted(folder: str | Path, *, model_class: type[nn.Module] | None = None, **options: Any) -> Any:
     """Load a Hugging Face model that was saved after :func:`torchdsc.convert`.
 
     Args:
-        folder: Where ``save_pretrained`` or Trainer saved it.
+        folder: Where ``save_pretrained`` or Trainer saved it, or the name of a model on the hub.
         model_class: The model's class before conversion; by default the transformers class that config.json names.
-        **options: Arguments of ``from_pretrained``: ``dtype``, ``device_map``, ``attn_implementation`` and so on.
+        **options: Arguments of ``from_pretrained``: ``dtype``, ``device_map``, ``attn_implementation``, ``revision``,
+            ``token`` and so on.
 
     Returns:
         The model in evaluation mode, with its converted layers.
 
     Raises:
-        FileNotFoundError: If ``folder`` holds no config.json.
+        FileNotFoundError: If ``folder`` holds no config.json, or is a name that the hub does not know or cannot be
+            asked for.
         OSError: If it holds no weights in safetensors.
         ValueError: If it holds no converted model, transformers has no class of its name, or weights are missing or
             belong to another model.
@@ -31,6 +38,8 @@ def load_converted(folder: str | Path, *, model_class: type[nn.Module] | None = 
     import transformers
 
     path = Path(folder, "config.json")
+    if isinstance(folder, str) and _HUB_NAME.fullmatch(folder) and not Path(folder).is_dir():
+        path = _from_hub(folder, {name: value for name, value in options.items() if name in _HUB_OPTIONS})
     settings = json.loads(path.read_text(encoding="utf-8"))
     conversions = settings.pop(CONVERSIONS, None)
     if not conversions:
@@ -54,6 +63,18 @@ def load_converted(folder: str | Path, *, model_class: type[nn.Module] | None = 
         raise ValueError(f"the weights in {str(folder)!r} must be those of its config, got {wrong}")
     model.__class__ = converted_class(model_class)
     return model
+
+
+def _from_hub(name: str, options: dict[str, Any]) -> Path:
+    """The config of a model on the hub, in the local cache."""
+    from transformers.utils.hub import cached_file
+
+    try:
+        return Path(cached_file(name, "config.json", **options))
+    except OSError as error:
+        raise FileNotFoundError(
+            f"folder must be a folder, or the name of a model on the hub or in its cache, got {name!r}"
+        ) from error
 
 
 def _loading_class(cls: Any, conversions: list[dict[str, Any]]) -> Any:
