@@ -117,7 +117,7 @@ class TestAddAndRemove:
         assert len(origins) == len({id(layer.bank) for layer in layers(adapted).values()}), "shared ones once"
         config = json.loads((tmp_path / "adapter_config.json").read_text())
         assert config["atom_origins"] == ["first", "law", "medicine"]
-        assert set(map(tuple, config["atom_counts"].values())) == {(15, 12)}
+        assert set(map(tuple, config["atom_counts"].values())) == {(15, 12, 0, 0, 0)}
         loaded = PeftModel.from_pretrained(make_base("llama"), tmp_path, is_trainable=True)
         loaded.eval()
         assert torch.equal(output(loaded, batch), output(adapted, batch))
@@ -153,6 +153,40 @@ class TestAddAndRemove:
             assert all(torch.equal(now[part][:count], states[name][part][:count]) for part in ("u", "v", "weight"))
             assert not torch.equal(now["u"][count:], states[name]["u"][count:])
             assert not torch.equal(now["gamma"], states[name]["gamma"])
+
+
+def test_removing_gives_back_what_was_trained_before(model, output):
+    adapted, batch = model()
+    some = {name: torch.arange(layer.options.num_atoms) < 2 for name, layer in layers(adapted).items()}
+    freeze_atoms(adapted, some)
+    trained = {name for name, parameter in adapted.named_parameters() if parameter.requires_grad}
+    before = output(adapted, batch)
+    add_atoms(adapted, 3, origin="law")
+    train(adapted, batch)
+    add_atoms(adapted, 2, origin="medicine")
+    train(adapted, batch)
+    remove_atoms(adapted, origin="medicine")
+    # The atoms of law alone are trained.
+    assert {(layer.bank.num_atoms, layer.bank.kept_atoms) for layer in layers(adapted).values()} == {(12, 9)}
+    train(adapted, batch)
+    remove_atoms(adapted, origin="law")
+    assert torch.equal(output(adapted, batch), before)
+    assert {layer.bank.kept_atoms for layer in layers(adapted).values()} == {2}
+    assert {name for name, parameter in adapted.named_parameters() if parameter.requires_grad} == trained
+    rest = {name: torch.arange(layer.options.num_atoms) >= 2 for name, layer in layers(adapted).items()}
+    with pytest.raises(ValueError, match=r"atoms must leave one to train at .*, got none beside 2 kept ones"):
+        remove_atoms(adapted, rest)
+
+
+def test_a_new_adapter_with_the_config_of_a_grown_one_is_told_that_it_learns_nothing(model, make_base, tmp_path):
+    adapted, batch = model()
+    add_atoms(adapted, 3, origin="law")
+    adapted.save_pretrained(tmp_path)
+    config = DSCAdapterConfig.from_pretrained(tmp_path)
+    config.inference_mode = False
+    new = get_peft_model(make_base("llama"), config)
+    with pytest.warns(RuntimeWarning, match="atoms alone are trained .* nothing can be learnt.*leave them out"):
+        train(new, batch, steps=1)
 
 
 def test_what_is_kept_stays_kept(model):
@@ -302,13 +336,13 @@ class TestErrors:
             add_atoms(headed, 1, origin="law")
 
     def test_counts_in_a_config(self, make_config, make_base):
-        for counts in ([9, 9], [9, -2], [9], [1, 0]):
-            with pytest.raises(ValueError, match="atom_counts must be pairs of M >= top_k = 2 and 0 <= kept < M"):
+        for counts in ([9, 9, 0], [9, -2, 0], [9], [9, 0], [1, 0, 0]):
+            with pytest.raises(ValueError, match="atom_counts must be M >= top_k = 2, 0 <= kept < M, and a number"):
                 make_config(target_modules=["mlp"], atom_counts={"x": counts})
         with pytest.raises(ValueError, match="atom_origins must be one name or more, all different"):
             make_config(target_modules=["mlp"], atom_origins=["law", "law"])
         with pytest.raises(ValueError, match=r"atom_counts must be of targets, .* got \['nowhere'\]"):
-            get_peft_model(make_base("llama"), make_config(target_modules=["mlp"], atom_counts={"nowhere": [9, 0]}))
+            get_peft_model(make_base("llama"), make_config(target_modules=["mlp"], atom_counts={"nowhere": [9, 0, 0]}))
 
     def test_masks(self, model):
         adapted, _ = model()

@@ -54,6 +54,30 @@ def test_banks_are_the_same_and_stay_as_they_are(model, output):
         assert torch.equal(output(adapted, batch), outputs[name])
 
 
+def test_other_banks_than_those_it_was_trained_over_are_refused(model, make_base, tmp_path):
+    adapted, _ = model
+    adapted.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(make_base("llama"), tmp_path)
+    loaded.load_adapter(tmp_path / "law", "law")
+    with torch.no_grad():
+        next(iter(layers(adapted, "default").values())).bank.v[0, 0] += 1e-3
+    adapted.save_pretrained(tmp_path / "others", selected_adapters=["default"])
+    loaded = PeftModel.from_pretrained(make_base("llama"), tmp_path / "others")
+    with pytest.raises(
+        ValueError, match="the banks of 'default' must be those that the adapter 'law'"
+    ):
+        loaded.load_adapter(tmp_path / "law", "law")
+
+
+def test_a_bank_that_no_other_uses_any_more_is_trained_again(model):
+    adapted, _ = model
+    adapted.set_adapter("default")
+    adapted.delete_adapter("law")
+    assert not {"u", "v"} & trained(adapted)
+    adapted.delete_adapter("medicine")
+    assert {"u", "v"} <= trained(adapted)
+
+
 @pytest.mark.parametrize("targets", [["q_proj", "o_proj"], ["q_proj"]], ids=["all", "some"])
 @pytest.mark.parametrize("share_bank", [False, True])
 def test_no_adapter_trains_a_lent_bank(adapt, make_config, targets, share_bank):

@@ -201,8 +201,6 @@ class TestRefusals:
     @pytest.mark.parametrize(
         "key",
         [
-            "base_model.model.model.embed_tokens.weight",
-            "model.embed_tokens.weight",
             "base_model.model.model.layers.0.self_attn.q_proj.base_layer.weight",
             "base_model.model.lm_head.original_module.weight",
             "base_model.model.lm_head.modules_to_save.other.weight",
@@ -251,13 +249,17 @@ class TestRefusals:
         ).eval()
         model.base_model.model.model.embed_tokens.weight.data[65:] = 1.0
         model.save_pretrained(tmp_path, save_embedding_layers=True)
-        with pytest.raises(
-            ValueError, match=r"2 \(.*lm_head.weight, .*embed_tokens.weight\) unexpected.*modules_to_save"
-        ):
-            PeftModel.from_pretrained(resized(), tmp_path)
-        tampered(tmp_path, modules_to_save=["embed_tokens", "lm_head"])
         batch = make_batch("llama")
         batch["input_ids"][0, 2] = 66
+        told = r"the base model's .*lm_head.weight, .*embed_tokens.weight, which replace"
+        with pytest.warns(UserWarning, match=told):
+            loaded = PeftModel.from_pretrained(resized(), tmp_path)
+        assert torch.equal(output(loaded.eval(), batch), output(model, batch))
+        base = resized()
+        with pytest.warns(UserWarning, match=told):
+            base.load_adapter(tmp_path)
+        assert torch.equal(base.eval()(**batch).logits, model(**batch).logits)
+        tampered(tmp_path, modules_to_save=["embed_tokens", "lm_head"])
         loaded = PeftModel.from_pretrained(resized(), tmp_path)
         assert torch.equal(output(loaded, batch), output(model, batch))
         loaded.save_pretrained(tmp_path / "again", save_embedding_layers=True)

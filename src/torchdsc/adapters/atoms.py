@@ -89,11 +89,16 @@ def freeze_atoms(model: nn.Module, atoms: Masks, *, adapter_name: str = "default
         chosen[: layers[names[0]].bank.kept_atoms] = True
         if chosen.all():
             raise ValueError(f"atoms must leave one to train at {[*names]}, got all {len(chosen)}")
+    frozen = _frozen(config, layers)
     for names, chosen in groups.items():
+        # Those of earlier origins are kept anyway.
+        last = _origins(layers[names[0]]) == len(frozen[names[0]]) - 1
+        for name in names:
+            frozen[name][-1] = int((chosen & last).sum())
         # Stable: the others stay in their order.
         order = torch.argsort(chosen.logical_not(), stable=True)
         _arrange(layers, [*names], order, int(chosen.sum()))
-    _note(model, adapter_name, config, layers)
+    _note(model, adapter_name, config, layers, frozen)
 
 
 def add_atoms(model: nn.Module, count: int, *, origin: str, adapter_name: str = "default") -> None:
@@ -133,6 +138,7 @@ def add_atoms(model: nn.Module, count: int, *, origin: str, adapter_name: str = 
             "gamma must not be 0, as new atoms act through the gamma that is there, got 0 everywhere: train the "
             "adapter first, or give it more atoms at once"
         )
+    frozen = {name: [*counts, 0] for name, counts in _frozen(config, layers).items()}
     for group in _groups(layers):
         present = layers[group[0]].options.num_atoms
         for bank in _banks(layers, group):
@@ -143,7 +149,7 @@ def add_atoms(model: nn.Module, count: int, *, origin: str, adapter_name: str = 
             assert bank.origin is not None
             bank.origin[present:] = len(origins)
     config.atom_origins = [*origins, origin]
-    _note(model, adapter_name, config, layers)
+    _note(model, adapter_name, config, layers, frozen)
 
 
 def remove_atoms(
@@ -151,9 +157,10 @@ def remove_atoms(
 ) -> None:
     """Remove atoms of a DSC adapter, with their rows of the router: those of a mask, or of an origin.
 
-    Where only the atoms of the last :func:`add_atoms` are removed, outputs are those from before it, bit for bit. Where
-    only kept atoms are left, these and the rest of the adapter are trained again. An origin without atoms is free for
-    others. The parameters are new ones: make the optimizer afterwards.
+    Where only the atoms of the last :func:`add_atoms` are removed, outputs are those from before it, bit for bit, and
+    what was trained then is trained again: the atoms of the origin before, without those that :func:`freeze_atoms`
+    keeps; and the rest of the adapter where it is the only origin left. An origin without atoms is free for others.
+    The parameters are new ones: make the optimizer afterwards.
 
     Args:
         model: With the adapter.
@@ -165,7 +172,8 @@ def remove_atoms(
     Raises:
         TypeError: If a mask is no bool tensor.
         ValueError: If neither or both are given, the model has no such adapter, target or origin, a mask has another
-            shape, its router has no rows of atoms (product keys, n-grams), or fewer than K atoms would be left.
+            shape, its router has no rows of atoms (product keys, n-grams), or fewer than K atoms would be left, or none
+            to train.
     """
     if (atoms is None) == (origin is None):
         raise ValueError(f"either atoms or origin must be given, got atoms = {atoms!r} and origin = {origin!r}")
@@ -174,20 +182,30 @@ def remove_atoms(
     if origin is not None:
         if origin not in origins:
             raise ValueError(f"origin must be one of {origins}, got {origin!r}")
-        atoms = {name: _of_origin(layer, origins.index(origin)) for name, layer in layers.items()}
+        atoms = {name: _origins(layer) == origins.index(origin) for name, layer in layers.items()}
     marked = _checked(layers, cast(Masks, atoms))
     groups = {tuple(group): torch.stack([marked[name] for name in group]).all(0) for group in _groups(layers)}
     for names, gone in groups.items():
-        left, top_k = int((~gone).sum()), layers[names[0]].options.top_k
-        if left < top_k:
-            raise ValueError(f"top_k = {top_k} atoms must be left at {[*names]}, got {left}")
+        count, top_k = int((~gone).sum()), layers[names[0]].options.top_k
+        if count < top_k:
+            raise ValueError(f"top_k = {top_k} atoms must be left at {[*names]}, got {count}")
+    left = {name: _origins(layers[name])[~gone] for names, gone in groups.items() for name in names}
+    used = sorted({index for indices in left.values() for index in indices.unique().tolist()})
+    frozen = _frozen(config, layers)
+    kept: dict[tuple[str, ...], int] = {}
     for names, gone in groups.items():
-        kept = int((~gone[: layers[names[0]].bank.kept_atoms]).sum())
-        stay = torch.nonzero(~gone).squeeze(1)
-        _arrange(layers, [*names], stay, kept if kept < len(stay) else 0)
+        before, counts = _origins(layers[names[0]]), frozen[names[0]]
+        # In each origin, what freeze_atoms keeps comes first.
+        still = [int((~gone[before == index][: counts[index]]).sum()) for index in used]
+        kept[names] = int((left[names[0]] != used[-1]).sum()) + still[-1]
+        if kept[names] == len(left[names[0]]):
+            raise ValueError(f"atoms must leave one to train at {[*names]}, got none beside {kept[names]} kept ones")
+        frozen |= {name: list(still) for name in names}
+    for names, gone in groups.items():
+        _arrange(layers, [*names], torch.nonzero(~gone).squeeze(1), kept[names])
     if config.atom_origins is not None:
-        _forget_origins(config, layers)
-    _note(model, adapter_name, config, layers)
+        _forget_origins(config, layers, used)
+    _note(model, adapter_name, config, layers, frozen)
 
 
 def _changeable(model: Any, adapter_name: str) -> tuple[dict[str, ContextualDSC], DSCAdapterConfig]:
@@ -251,9 +269,16 @@ def _banks(layers: Mapping[str, DSC], names: list[str]) -> list[BasisBank]:
     return [*{id(layers[name].bank): layers[name].bank for name in names}.values()]
 
 
-def _of_origin(layer: DSC, index: int) -> Tensor:
+def _origins(layer: DSC) -> Tensor:
+    """The index of each atom's origin, on the CPU; ascending, as what is added comes last."""
     origin = layer.bank.origin
-    return torch.full((layer.options.num_atoms,), index == 0) if origin is None else (origin == index).cpu()
+    return torch.zeros(layer.options.num_atoms, dtype=torch.int64) if origin is None else origin.cpu()
+
+
+def _frozen(config: DSCAdapterConfig, layers: Mapping[str, DSC]) -> dict[str, list[int]]:
+    """By target, how many atoms of each origin, its first, freeze_atoms keeps."""
+    none = [0] * len(config.atom_origins or [""])
+    return {name: list((config.atom_counts or {}).get(name, [])[2:]) or list(none) for name in layers}
 
 
 def _arrange(layers: Mapping[str, DSC], names: list[str], atoms: Tensor, kept: int, copies: int = 0) -> None:
@@ -269,21 +294,27 @@ def _arrange(layers: Mapping[str, DSC], names: list[str], atoms: Tensor, kept: i
         layers[name].options = replace(layers[name].options, num_atoms=len(atoms))
 
 
-def _forget_origins(config: DSCAdapterConfig, layers: Mapping[str, DSC]) -> None:
-    """Drop the names of which no atom is left."""
-    banks = _banks(layers, [*layers])
-    used = sorted({index for bank in banks if bank.origin is not None for index in bank.origin.unique().tolist()})
+def _forget_origins(config: DSCAdapterConfig, layers: Mapping[str, DSC], used: list[int]) -> None:
+    """Drop the names but those of which an atom is left."""
     origins = config.atom_origins or []
-    config.atom_origins = [origins[index] for index in used] or origins[:1]
-    for bank in banks:
+    config.atom_origins = [origins[index] for index in used]
+    for bank in _banks(layers, [*layers]):
         if bank.origin is not None:
             places = torch.tensor([used.index(index) for index in bank.origin.tolist()], device=bank.origin.device)
             bank.origin = places.to(torch.int64)
 
 
-def _note(model: nn.Module, adapter_name: str, config: DSCAdapterConfig, layers: Mapping[str, ContextualDSC]) -> None:
+def _note(
+    model: nn.Module,
+    adapter_name: str,
+    config: DSCAdapterConfig,
+    layers: Mapping[str, ContextualDSC],
+    frozen: Mapping[str, list[int]],
+) -> None:
     """Write the sizes into the adapter's config, by which a saved adapter is built again, and freeze what is kept."""
-    config.atom_counts = {name: [layer.options.num_atoms, layer.bank.kept_atoms] for name, layer in layers.items()}
+    config.atom_counts = {
+        name: [layer.options.num_atoms, layer.bank.kept_atoms, *frozen[name]] for name, layer in layers.items()
+    }
     is_trained = not config.inference_mode and any(
         adapter_name in each.active_adapters for each in adapted_modules(model)
     )

@@ -102,8 +102,9 @@ class DSCAdapterConfig(AdapterConfig, DSCFields, ContextFields):
         atom_origins: Names of what atoms are there for: at first none or one, that of all, by default "first";
             :func:`torchdsc.adapters.add_atoms` adds to them. ``bank.origin`` has the index of each atom's. If there are
             several, and atoms are kept, atoms alone are trained.
-        atom_counts: By the name of a target, M and how many atoms are kept, where these were changed. Written by
-            ``add_atoms``, ``freeze_atoms`` and ``remove_atoms``.
+        atom_counts: By the name of a target, M, how many atoms are kept, and how many of each origin ``freeze_atoms``
+            keeps, where these were changed. Written by ``add_atoms``, ``freeze_atoms`` and ``remove_atoms``.
+        bank_hash: Of the banks that an adapter with ``bank_of`` was saved over; loaded over others it raises.
 
     Fields of :class:`torchdsc.DSCOptions`, some with other defaults, and of :class:`torchdsc.nn.ContextOptions` are
     arguments too.
@@ -121,6 +122,7 @@ class DSCAdapterConfig(AdapterConfig, DSCFields, ContextFields):
     train_atoms_only: bool = field(default=False, metadata={"help": "Train atoms and their rows of the router alone."})
     atom_origins: list[str] | None = field(default=None, metadata={"help": "What atoms were added for."})
     atom_counts: dict[str, list[int]] | None = field(default=None, metadata={"help": "Atoms of changed targets."})
+    bank_hash: str | None = field(default=None, metadata={"help": "Of the banks of bank_of."})
     num_atoms: int = field(default=64, metadata={"help": "M, atoms in a bank."})
     top_k: int = field(default=4, metadata={"help": "K, atoms composed per token."})
     gamma_init: float = field(default=0.0, metadata={"help": "0 for an adapter that starts as the identity."})
@@ -136,10 +138,11 @@ class DSCAdapterConfig(AdapterConfig, DSCFields, ContextFields):
         if self.train_atoms_only and self.gamma_init == 0 and self.atom_counts is None:
             raise ValueError("gamma_init must not be 0 for train_atoms_only: nothing would be trained, got 0")
         for target, counts in (self.atom_counts or {}).items():
-            if len(counts) != 2 or not 0 <= counts[1] < counts[0] or counts[0] < self.top_k:
+            several = len(self.atom_origins or [""])
+            if len(counts) != 2 + several or not 0 <= counts[1] < counts[0] or counts[0] < self.top_k:
                 raise ValueError(
-                    f"atom_counts must be pairs of M >= top_k = {self.top_k} and 0 <= kept < M, got {counts} of "
-                    f"{target!r}"
+                    f"atom_counts must be M >= top_k = {self.top_k}, 0 <= kept < M, and a number for each of {several} "
+                    f"origins, got {counts} of {target!r}"
                 )
         if self.atom_origins is not None and len(set(self.atom_origins)) != max(1, len(self.atom_origins)):
             raise ValueError(f"atom_origins must be one name or more, all different, got {self.atom_origins}")
@@ -149,7 +152,7 @@ class DSCAdapterConfig(AdapterConfig, DSCFields, ContextFields):
     @property
     def freezes_rest(self) -> bool:
         """Whether all but atoms and their rows of the router stay as they are."""
-        keeps = any(kept for _, kept in (self.atom_counts or {}).values())
+        keeps = any(counts[1] for counts in (self.atom_counts or {}).values())
         return self.train_atoms_only or (keeps and len(self.atom_origins or ()) > 1)
 
     def options(self) -> DSCOptions:

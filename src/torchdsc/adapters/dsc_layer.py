@@ -1,18 +1,21 @@
 """A target module with its DSC adapters: what they share, what is lent, and what stays as it is."""
 
+import hashlib
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from torchdsc.nn import DSC, BasisBank, ContextOptions, DSCOptions
 from torchdsc.nn.atom_rows import AtomRows
 from torchdsc.nn.broadcast import Listener
 from torchdsc.nn.host import layer_index
 from torchdsc.nn.routers import set_salt
+from torchdsc.nn.sharding import is_sharded, whole
 
 from .config import AdapterConfig, DSCAdapterConfig
 from .layer import AdapterLayer
@@ -45,6 +48,7 @@ class ContextualDSC(DSC, Listener):
     Attributes:
         freezes_rest: Whether all but atoms and their rows of the router stay as they are.
         borrows_bank: Whether the bank is another adapter's, and stays as it is.
+        gamma_is_known: Whether it was looked at in training, where it stays as it is.
     """
 
     def __init__(
@@ -57,7 +61,7 @@ class ContextualDSC(DSC, Listener):
     ) -> None:
         super().__init__(in_features, out_features, options, bank=bank)
         self.add_contexts(in_features, context)
-        self.freezes_rest = self.borrows_bank = False
+        self.freezes_rest = self.borrows_bank = self.gamma_is_known = False
 
     def reset_parameters(self) -> None:
         """See :class:`torchdsc.DSC`; also initialises the short convolutions."""
@@ -79,7 +83,7 @@ class DSCAdapterLayer(AdapterLayer):
         bank = owner.bank if isinstance(owner, DSC) and config.share_bank else None
         if config.bank_of is not None:
             bank = cast(DSC, self.adapters[config.bank_of]).bank
-        num_atoms, kept = (config.atom_counts or {}).get(self.target, (config.num_atoms, 0))
+        num_atoms, kept, *_ = (config.atom_counts or {}).get(self.target, (config.num_atoms, 0))
         options = replace(config.options(), num_atoms=num_atoms)
         layer = ContextualDSC(self.in_features, self.out_features, options, config.context(), bank)
         set_salt(layer.router, layer_index(self.target))
@@ -120,7 +124,32 @@ class DSCAdapterLayer(AdapterLayer):
     def delete_adapter(self, adapter_name: str) -> None:
         """See PEFT, and :meth:`check_deletion`."""
         self.check_deletion(adapter_name)
+        layer = dict(self.adapters.items()).get(adapter_name)
         super().delete_adapter(adapter_name)
+        if isinstance(layer, ContextualDSC) and layer.borrows_bank:
+            self._return_bank(layer.bank)
+
+    def _return_bank(self, bank: BasisBank) -> None:
+        """Let the adapter that has lent a bank train it again, if no other uses it."""
+        users = [cast(ContextualDSC, layer) for layer in self.adapters.values() if layer.bank is bank]
+        if not any(layer.borrows_bank for layer in users):
+            bank.is_lent = False
+            bank.requires_grad_(any(layer.gamma.requires_grad for layer in users))
+            self.keep_frozen()
+
+    def _update(self, name: str, *args: Any, **kwargs: Any) -> Tensor:
+        layer = cast(ContextualDSC, self.adapters[name])
+        if self.training and layer.freezes_rest and not layer.gamma_is_known and not torch.compiler.is_compiling():
+            layer.gamma_is_known = True
+            if not bool(whole(layer.gamma).any()):
+                warnings.warn(
+                    f"atoms alone are trained of adapter {name!r} at {self.target!r}, and gamma is 0 there, so that "
+                    "nothing can be learnt. atom_counts and atom_origins of a config are for loading what was saved: "
+                    "leave them out of that of a new adapter",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
+        return super()._update(name, *args, **kwargs)
 
     def set_adapter(self, *args: Any, **kwargs: Any) -> None:
         """See PEFT, which lets all parameters of the active adapters be trained; what is kept stays so."""
@@ -143,6 +172,37 @@ class DSCAdapterLayer(AdapterLayer):
             for parameter in layer.parameters():
                 if id(parameter) in kept or (layer.freezes_rest and id(parameter) not in rows):
                     parameter.requires_grad_(False)
+
+
+def hash_of_banks(model: nn.Module, adapter_name: str, state_dict: dict[str, Tensor]) -> str | None:
+    """A hash of the banks that an adapter uses, as a state dict of the model has them; None if that has not all."""
+    digest, kinds = hashlib.sha256(), set[torch.dtype]()
+    for name, module in model.named_modules():
+        if not isinstance(module, DSCAdapterLayer) or adapter_name not in module.adapters:
+            continue
+        bank = cast(ContextualDSC, module.adapters[adapter_name]).bank
+        # A state dict may have what is shared under one of its names.
+        users = [user for user, layer in module.adapters.items() if layer.bank is bank]
+        for part, _ in bank.named_parameters():
+            keys = (f"{name}.{module.container}.{user}.bank.{part}" for user in users)
+            rows = next((state_dict[key] for key in keys if key in state_dict), None)
+            if rows is None or is_sharded(rows) or rows.is_meta:
+                return None
+            kinds.add(rows.dtype)
+            digest.update(rows.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return f"{'-'.join(sorted(map(str, kinds)))} {digest.hexdigest()[:16]}"
+
+
+def check_banks(model: nn.Module, config: DSCAdapterConfig, adapter_name: str) -> None:
+    """Raise a ValueError if an adapter was saved over other banks than it finds. Those of another dtype may differ."""
+    if config.bank_of is None or config.bank_hash is None:
+        return
+    found = hash_of_banks(model, adapter_name, model.state_dict())
+    if found is not None and found != config.bank_hash and found.split()[0] == config.bank_hash.split()[0]:
+        raise ValueError(
+            f"the banks of {config.bank_of!r} must be those that the adapter {adapter_name!r} was trained over, got "
+            "others: load the adapter that lent them under this name, as it was when this one was saved"
+        )
 
 
 def adapted_modules(model: nn.Module) -> list[DSCAdapterLayer]:

@@ -3,6 +3,7 @@
 import inspect
 import json
 import re
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import wraps
@@ -20,6 +21,9 @@ from torchdsc.nn.host import tied_keys
 
 # Where PEFT keeps the base's module and the adapters', inside a module that modules_to_save names.
 _INSIDE = r"(original_module|modules_to_save)\."
+
+# What PEFT puts before the names of a model's parameters.
+_PEFT_PREFIX = "base_model.model."
 
 # For each method of this package, the attribute of a layer that holds its adapters.
 _CONTAINERS: dict[str, str] = {}
@@ -65,6 +69,39 @@ def shared_keys(model: nn.Module) -> dict[str, str]:
     return tied_keys((name, module) for name, module in model.named_modules() if isinstance(module, RoutedLayer))
 
 
+def tell_embeddings(keys: Iterable[str], model: nn.Module) -> set[str]:
+    """Warn of weights of a base's embeddings or head in an adapter's file; returns the other names.
+
+    PEFT saves them where a vocabulary was resized, or adapters stand beside them, and takes them from the file.
+    """
+    keys, known = {*keys}, _embedding_keys(model)
+    found = {key for key in keys if key.removeprefix(_PEFT_PREFIX) in known or key in known}
+    if found:
+        warnings.warn(
+            f"the adapter's file has the base model's {', '.join(sorted(found))}, which replace those of this one, as "
+            "PEFT saves them where a vocabulary was resized or an adapter stands beside them",
+            stacklevel=2,
+        )
+    return keys - found
+
+
+def _embedding_keys(model: nn.Module) -> set[str]:
+    """Names of the weights of a model's embeddings and of its head, also where adapters stand beside these."""
+    getters = (getattr(model, name, lambda: None) for name in ("get_input_embeddings", "get_output_embeddings"))
+    found = {id(module) for getter in getters if (module := _embedding(getter)) is not None}
+    places = [name for name, module in model.named_modules() if id(module) in found]
+    inside = ("weight", "bias", "base_layer.weight", "base_layer.bias")
+    return {f"{place}.{key}" for place in places for key in inside}
+
+
+def _embedding(getter: Callable[[], nn.Module | None]) -> nn.Module | None:
+    try:
+        return getter()
+    except (AttributeError, NotImplementedError):
+        # What is no language model has none.
+        return None
+
+
 def _watched(load: Callable[..., Any], watch: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(load)
     def load_adapter(*args: Any, **kwargs: Any) -> Any:
@@ -83,7 +120,12 @@ def _by_peft(self: PeftModel, model_id: str, adapter_name: str, kwargs: Any, **_
     # If the configuration was passed rather than read from the folder, the folder has not been checked yet.
     if adapter_name in self.peft_config and self.peft_config[adapter_name].peft_type in _CONTAINERS:
         refuse_pickle(model_id, kwargs.get("subfolder"))
-    yield lambda _: None
+
+    def check(info: Any) -> None:
+        # A shared parameter is loaded under one of its names only, and a lent one by its own adapter.
+        info.missing_keys[:] = [key for key in info.missing_keys if key not in shared_keys(self)]
+
+    yield check
 
 
 @contextmanager
@@ -111,7 +153,7 @@ def _by_transformers(
             keys = [*weights.keys()]
     parts = [rf"{container}\.", *(rf"{name}\.(?!{_INSIDE})" for name in config.get("modules_to_save") or ())]
     own = re.compile(rf"(^|.*\.)({'|'.join(parts)})")
-    check_keys((), [key for key in keys if not own.match(key)])
+    check_keys((), tell_embeddings((key for key in keys if not own.match(key)), self))
 
     def check(info: Any) -> None:
         mine = f".{container}.{adapter_name or 'default'}."

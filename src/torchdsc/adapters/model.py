@@ -21,12 +21,13 @@ from transformers import GenerationConfig
 from transformers.pytorch_utils import Conv1D
 
 from torchdsc.losses import add_regularization, leave_regularization
+from torchdsc.nn import RoutedLayer
 from torchdsc.nn.broadcast import broadcast_tokens, decoder_of, embedding_size
 from torchdsc.nn.host import leave_attention_mask, leave_fused_encoder, pass_attention_mask
 
 from .config import ALL_LINEAR, AdapterConfig, DSCAdapterConfig
-from .dsc_layer import DSCAdapterLayer, adapted_modules, without_lent_banks
-from .files import check_keys, shared_keys
+from .dsc_layer import DSCAdapterLayer, adapted_modules, check_banks, hash_of_banks, without_lent_banks
+from .files import check_keys, shared_keys, tell_embeddings
 from .layer import BASE, NO_MERGE, AdapterLayer, MixtureOfLoRAsLayer, sizes_of
 
 
@@ -133,8 +134,10 @@ class AdapterModel(BaseTuner):
 
     def unload(self) -> nn.Module:
         """The base model without adapters."""
-        leave_regularization(self.model)
         model: nn.Module = super().unload()
+        if not any(isinstance(module, RoutedLayer) for module in model.modules()):
+            # A converted model keeps its own.
+            leave_regularization(model)
         leave_attention_mask(model)
         return model
 
@@ -206,7 +209,7 @@ class AdapterModel(BaseTuner):
                     # With a resized vocabulary, PEFT also saves the base's weights, and the trained ones twice.
                     inside = tuple(f"{name}.{kept}." for kept in ("original_module", "modules_to_save"))
                     remapped = {k: v for k, v in remapped.items() if k in own or not k.startswith(inside)}
-        check_keys(expected - {*remapped}, {*remapped} - expected)
+        check_keys(expected - {*remapped}, tell_embeddings({*remapped} - expected, model))
         return remapped
 
 
@@ -227,6 +230,27 @@ class DSCAdapterModel(AdapterModel):
         layers = [each.adapters[adapter_name] for each in adapted if adapter_name in each.adapters]
         with without_lent_banks(layers):
             super()._cast_adapter_dtype(adapter_name, *args, **kwargs)
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: Any,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, Tensor]:
+        if config.bank_of is not None:
+            # The config is saved next.
+            config.bank_hash = hash_of_banks(model, adapter_name, state_dict)
+        return super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        check_banks(model, config, adapter_name)
+        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
 
     def _broadcast(self, adapter_name: str) -> None:
         config = self.peft_config[adapter_name]

@@ -1,5 +1,6 @@
 """Saving of converted Hugging Face models."""
 
+import copy
 import json
 from pathlib import Path
 from typing import Any, cast
@@ -25,10 +26,16 @@ def remember_conversion(model: nn.Module, conversion: dict[str, Any]) -> None:
     """
     if not is_pretrained(model):
         return
+    config: Any = model.config
     if not isinstance(model, _Converted):
         model.__class__ = converted_class(type(model))
-    config: Any = model.config
-    setattr(config, CONVERSIONS, [*getattr(config, CONVERSIONS, []), conversion])
+        # Other models may have been made from the same config.
+        shared, config = config, copy.copy(config)
+        setattr(config, CONVERSIONS, [])
+        for module in model.modules():
+            if module.__dict__.get("config") is shared:
+                module.config = config
+    setattr(config, CONVERSIONS, [*getattr(config, CONVERSIONS), conversion])
 
 
 class _Converted:

@@ -59,7 +59,6 @@ class Watch:
             return
         counts = torch.bincount(indices.reshape(-1), minlength=self.num_atoms)
         self.counts = counts if self.counts is None else self.counts + counts
-        self.top_k = indices.shape[-1]
         self.seen += indices.shape[0]
         if self.is_gated:
             layer: Any = self.layer
@@ -94,7 +93,8 @@ class Watch:
     def result(self, bank: dict[str, Any]) -> LayerHealth:
         """The layer's state; ``bank`` is what its bank has."""
         layer, measured = self.layer, dict(bank)
-        top_k = layer.options.top_k if isinstance(layer, DSC) else getattr(self, "top_k", 1)
+        owner: Any = layer.options if isinstance(layer, DSC) else layer if hasattr(layer, "top_k") else layer.router
+        top_k = owner.top_k
         if isinstance(layer, DSC):
             measured["certified_norm"] = certified_spectral_bound(layer)
         if self.counts is not None:

@@ -81,8 +81,7 @@ def load_saved(folder: str | Path, *, base: str | None = None) -> Saved:
             name = base or PeftConfig.from_pretrained(str(path)).base_model_name_or_path
             if not name:
                 raise ValueError(f"base must be given for an adapter that names no base model, as {path} does not")
-            model = PeftModel.from_pretrained(_load_base(name, path), str(path)).eval()
-            return Saved("adapter", path, model, _tokenizer(path, name))
+            return Saved("adapter", path, _load_adapter(path, _load_base(name, path)).eval(), _tokenizer(path, name))
         if base is not None:
             raise ValueError(f"base must be None for a whole model, got {base!r}")
         config = json.loads((path / "config.json").read_text(encoding="utf-8"))
@@ -102,8 +101,26 @@ def _kind(path: Path) -> str | None:
     return "model" if (path / "config.json").is_file() else None
 
 
+def _load_adapter(path: Path, base: Any) -> Any:
+    """The base with the adapter; and before it the one whose bank it uses, which PEFT saves above or beside it."""
+    lender = getattr(PeftConfig.from_pretrained(str(path)), "bank_of", None)
+    if lender is None:
+        return PeftModel.from_pretrained(base, str(path))
+    place = path.parent if lender == "default" else path.parent / lender
+    if _kind(place) != "adapter":
+        raise FileNotFoundError(f"the adapter in {path} uses the bank of {lender!r}, which must be in {place}")
+    model = PeftModel.from_pretrained(base, str(place), adapter_name=lender)
+    borrower = f"over-{lender}"
+    model.load_adapter(str(path), borrower)
+    model.set_adapter(borrower)
+    return model
+
+
 def _load_base(name: str, adapter: Path) -> Any:
     """The base with the head that the adapter's task asks for."""
+    config = Path(name, "config.json")
+    if config.is_file() and json.loads(config.read_text(encoding="utf-8")).get(CONVERSIONS):
+        return load_converted(name)
     task = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8")).get("task_type")
     if task in _HEADS:
         return _HEADS[task].from_pretrained(name)

@@ -79,10 +79,14 @@ def serve(
 
 def _within_positions(model: Any) -> Any:
     """The model's ``generate`` for no more tokens than it has positions: a request need not say how many it wants."""
-    generate, positions = model.generate, model.config.max_position_embeddings
+    generate, positions = model.generate, getattr(model.config, "max_position_embeddings", None)
 
     def bounded(*args: Any, **kwargs: Any) -> Any:
         length = kwargs["input_ids"].shape[-1]
+        if length == 0:
+            raise ValueError("the prompt must have a token, and is empty")
+        if positions is None:
+            return generate(*args, **kwargs)
         if length >= positions:
             raise ValueError(
                 f"the prompt must leave room in the model's {positions} positions, and has {length} tokens"

@@ -51,6 +51,13 @@ def _layer_class() -> Any:
         def batch_select_indices(self, indices: Tensor) -> None:
             self.conv_states[0] = self.conv_states[0][indices, ...]
 
+        def crop(self, max_length: int) -> None:
+            raise NotImplementedError(
+                "tokens cannot be taken back from this cache, as it keeps the embeddings of the last ones alone: "
+                "assisted generation (assistant_model, prompt_lookup_num_tokens) is not supported by adapters and "
+                "converted models whose layers see embeddings"
+            )
+
     return EmbeddingsLayer
 
 

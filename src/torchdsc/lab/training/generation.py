@@ -55,8 +55,8 @@ def generate(
     if not generates(model):
         raise ValueError(f"the model in {saved.folder} must generate text, and is a {type(model).__name__}")
     ids = torch.tensor([tokenizer(prompt)["input_ids"] or [tokenizer.eos_token_id]])
-    limit = model.config.max_position_embeddings
-    if ids.shape[1] + max_new_tokens > limit:
+    limit = getattr(model.config, "max_position_embeddings", None)
+    if limit is not None and ids.shape[1] + max_new_tokens > limit:
         raise ValueError(
             f"prompt and max_new_tokens must fit the model's {limit} positions, "
             f"got {ids.shape[1]} tokens and {max_new_tokens}"
