@@ -2,7 +2,7 @@
 
     python examples/train_processes.py runs/one --model converted
     torchrun --nproc_per_node 4 examples/train_processes.py runs/four --model converted
-    accelerate launch --cpu --num_processes 2 examples/train_processes.py runs/two --model adapted --resume runs/four
+    torchrun --nproc_per_node 2 examples/train_processes.py runs/two --model converted --resume runs/four
 
 A step has as many examples however many processes share it, and its loss, with the regularisers, is the same. What one
 number of processes has saved, another goes on from. `losses.json` in the folder has the loss of each step.
@@ -83,6 +83,8 @@ def main(argv=None):
     trainer = Trainer(build_model(args.model), arguments, train_dataset=examples(), data_collator=collate)
     last = None
     if args.resume:
+        if not list(Path(args.resume).glob("checkpoint-*")):
+            parser.error(f"--resume must be a folder with checkpoints, got {args.resume!r}")
         last = str(max(Path(args.resume).glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1])))
     trainer.train(resume_from_checkpoint=last)
     if trainer.is_world_process_zero():

@@ -1,4 +1,4 @@
-"""examples/train_processes.py under torchrun and accelerate launch: its losses are those of one process."""
+"""examples/train_processes.py under torchrun: its losses are those of one process."""
 
 import importlib.util
 import json
@@ -13,10 +13,6 @@ import pytest
 pytest.importorskip("accelerate")
 
 SCRIPT = Path(__file__).parents[1] / "examples" / "train_processes.py"
-LAUNCHERS = {
-    "torchrun": ("torch.distributed.run", "--nproc_per_node"),
-    "accelerate": ("accelerate.commands.launch", "--cpu", "--num_processes"),
-}
 STEPS = ("--steps", "8")
 
 
@@ -28,13 +24,14 @@ def in_one_process(folder, *options):
     return losses(folder)
 
 
-def launched(folder, launcher, processes, *options, port):
-    module, *arguments = LAUNCHERS[launcher]
-    own = ["--master_port" if launcher == "torchrun" else "--main_process_port", str(port), *arguments, str(processes)]
-    command = [sys.executable, "-m", module, *own, str(SCRIPT), str(folder), *STEPS, *options]
+def launched(folder, processes, *options, port):
+    launcher = ["torch.distributed.run", "--master_port", str(port), "--nproc_per_node", str(processes)]
+    command = [sys.executable, "-m", *launcher, str(SCRIPT), str(folder), *STEPS, *options]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
+    # Each process keeps the state of its random numbers.
+    assert len(list((folder / "checkpoint-8").glob("rng_state_*.pth"))) == processes
     return losses(folder)
 
 
@@ -52,7 +49,7 @@ def one(tmp_path_factory):
 def four(tmp_path_factory):
     """A folder that four processes have written."""
     folder = tmp_path_factory.mktemp("four")
-    launched(folder, "torchrun", 4, port=29611)
+    launched(folder, 4, port=29611)
     return folder
 
 
@@ -70,24 +67,27 @@ def test_others_go_on_from_what_four_have_saved(processes, one, four, tmp_path):
     shutil.copytree(four / "checkpoint-4", interrupted / "checkpoint-4")
     options = ["--resume", str(interrupted)]
     folder = tmp_path / "later"
-    if processes == 1:
-        found = in_one_process(folder, *options)
-    else:
-        found = launched(folder, "accelerate", processes, *options, port=29612)
+    found = in_one_process(folder, *options) if processes == 1 else launched(folder, processes, *options, port=29612)
     # The log before comes from the checkpoint.
     assert found == pytest.approx(one, rel=1e-5)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("model", "launcher", "options", "tolerance"),
-    [("adapted", "accelerate", ["--checkpointing"], 1e-5), ("converted", "torchrun", ["--bf16"], 5e-3)],
+    ("model", "options", "tolerance"),
+    [("adapted", ["--checkpointing"], 1e-5), ("converted", ["--bf16"], 5e-3)],
 )
-def test_adapted_and_converted_models(model, launcher, options, tolerance, tmp_path):
+def test_adapted_and_converted_models(model, options, tolerance, tmp_path):
     expected = in_one_process(tmp_path / "one", "--model", model, *options)
-    found = launched(tmp_path / "two", launcher, 2, "--model", model, *options, port=29613)
+    found = launched(tmp_path / "two", 2, "--model", model, *options, port=29613)
     assert found == pytest.approx(expected, rel=tolerance)
     assert len({*found.values()}) == 8
+
+
+def test_nothing_to_go_on_from_is_refused(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        in_one_process(tmp_path, "--resume", str(tmp_path))
+    assert "--resume must be a folder with checkpoints" in capsys.readouterr().err
 
 
 def test_a_batch_that_cannot_be_shared_is_refused(monkeypatch, tmp_path, capsys):

@@ -228,6 +228,11 @@ class TestGeneration:
         with model.disable_adapter():
             assert not torch.equal(model.generate(prompts, **options), expected)
 
+    def test_assisted_generation_is_refused(self, kind, make, ids):
+        model = make(kind, **CONTEXTS[next(iter(SEEING))])
+        with pytest.raises(NotImplementedError, match=r"assisted generation .* is not supported by adapters"):
+            model.generate(ids[:1], prompt_lookup_num_tokens=3, max_new_tokens=6, do_sample=False)
+
 
 @pytest.mark.parametrize("kind", KINDS)
 class TestTraining:

@@ -63,9 +63,7 @@ def test_other_banks_than_those_it_was_trained_over_are_refused(model, make_base
         next(iter(layers(adapted, "default").values())).bank.v[0, 0] += 1e-3
     adapted.save_pretrained(tmp_path / "others", selected_adapters=["default"])
     loaded = PeftModel.from_pretrained(make_base("llama"), tmp_path / "others")
-    with pytest.raises(
-        ValueError, match="the banks of 'default' must be those that the adapter 'law'"
-    ):
+    with pytest.raises(ValueError, match="the banks of 'default' must be those that the adapter 'law'"):
         loaded.load_adapter(tmp_path / "law", "law")
 
 

@@ -62,8 +62,9 @@ def test_dsc_as_recommended(torchdsc, by, top_k, words):
 
 
 def test_what_is_recommended_is_not_to_be_changed(fails):
-    line = fails(*BUDGET, "--recommended", "ngrams", "--top_k", 8)
-    assert "--recommended must be given without --top_k and options of the router" in line
+    for flags in (("--top_k", 4), ("--router", "linear")):
+        line = fails(*BUDGET, "--recommended", "ngrams", *flags)
+        assert "--recommended must be given without --top_k and options of the router" in line
 
 
 def test_methods_that_cannot_meet_it_are_told(torchdsc):

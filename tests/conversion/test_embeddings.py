@@ -366,8 +366,8 @@ class TestTraining:
         assert all(part.grad is not None for part in adapted.parameters() if part.requires_grad)
 
     @pytest.mark.slow
-    @pytest.mark.parametrize("kind", ["llama", "llama, n-grams"])
-    def test_compiles_to_one_graph(self, kind, ids):
+    @pytest.mark.parametrize(("kind", "cache"), [("llama", False), ("llama, n-grams", False), ("llama", True)])
+    def test_compiles_to_one_graph(self, kind, cache, ids):
         model = self.model(kind).float()
         loss = model(ids, labels=ids).loss
         loss.backward()
@@ -375,7 +375,7 @@ class TestTraining:
         model.zero_grad()
         torch._dynamo.reset()
         compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-        found = compiled(ids, labels=ids, use_cache=False).loss
+        found = compiled(ids, labels=ids, use_cache=cache).loss
         found.backward()
         torch.testing.assert_close(found, loss)
         torch.testing.assert_close(gradients(model), expected, rtol=1e-4, atol=1e-5)

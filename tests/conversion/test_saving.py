@@ -110,6 +110,19 @@ class TestRoundTrip:
         assert torch.equal(loaded(input_ids).last_hidden_state, model(input_ids).last_hidden_state)
         assert isinstance(loaded, transformers.LlamaModel)
 
+    def test_two_models_of_one_config(self, tmp_path):
+        config = llama().config
+        models = [transformers.LlamaForCausalLM(config).eval() for _ in range(3)]
+        for model in models[:2]:
+            convert(model, num_atoms=20, top_k=3, gamma_init=1.0)
+        input_ids = torch.randint(61, (2, 9))
+        for index, model in enumerate(models[:2]):
+            assert model.config is model.model.config
+            model.save_pretrained(tmp_path / str(index))
+            assert torch.equal(load_converted(tmp_path / str(index))(input_ids).logits, model(input_ids).logits)
+        models[2].save_pretrained(tmp_path / "plain")
+        assert "torchdsc" not in (tmp_path / "plain" / "config.json").read_text()
+
     def test_of_the_hub_by_name(self, tmp_path):
         model = converted()
         # The layout of the hub's cache.

@@ -24,18 +24,17 @@ def run(arguments: list[str]) -> int:
     parser.add_argument("--n_layer", type=int, required=True, help="layers")
     parser.add_argument("--vocab_size", type=int, default=50304, help="tokens of the tied embedding (default: 50304)")
     parser.add_argument("--n_positions", type=int, default=256, help="learned positions (default: 256)")
-    parser.add_argument("--top_k", type=int, default=4, help="K of DSC, and experts per token of Mixture-of-LoRAs")
+    parser.add_argument("--top_k", type=int, help="K of DSC, and experts per token of Mixture-of-LoRAs (default: 4)")
     parser.add_argument("--rank", type=int, default=1, help="of Mixture-of-LoRAs")
     parser.add_argument("--experts_per_token", type=int, default=2, help="of MoE")
     parser.add_argument(
         "--router",
-        default="linear",
         choices=get_args(RouterKind),
         metavar="KIND",
-        help="of DSC: linear, low_rank or product_key",
+        help="of DSC: linear (default), low_rank, product_key or ngram",
     )
     parser.add_argument("--router_rank", type=int, help="of a low_rank or product_key router")
-    parser.add_argument("--router_heads", type=int, default=1, help="of a product_key router")
+    parser.add_argument("--router_heads", type=int, help="of a product_key router (default: 1)")
     parser.add_argument(
         "--recommended",
         choices=("embeddings", "ngrams"),
@@ -52,17 +51,17 @@ def run(arguments: list[str]) -> int:
     budget = Budget(**{name: getattr(options, name) for name in sizes})
     names = ("router", "router_rank", "router_heads")
     # None is dropped in silence: what does not fit the router is refused.
-    router = {name: getattr(options, name) for name in names if getattr(options, name) != parser.get_default(name)}
+    router = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
     if options.recommended is None:
         dsc_options = router
-    elif router or options.top_k != parser.get_default("top_k"):
+    elif router or options.top_k is not None:
         parser.error("--recommended must be given without --top_k and options of the router, which it settles")
     else:
         dsc_options = dict(recommended(options.recommended))
     refused: dict[str, str] = {}
     plans = solve_all(
         budget,
-        top_k=options.top_k,
+        top_k=4 if options.top_k is None else options.top_k,
         rank=options.rank,
         experts_per_token=options.experts_per_token,
         dsc_options=dsc_options,

@@ -176,6 +176,9 @@ class TokenMasked:
         mask = self.token_mask
         if self.memory is not None and not torch.compiler.is_compiling() and id(x) == self.memory[0]:
             mask = self.memory[1]
+        if mask is not None and mask.is_floating_point():
+            # Models take these too, 1.0 for tokens that count.
+            mask = mask.bool()
         if mask is None or mask.shape == x.shape[:-1]:
             return mask
         # Flattened to (tokens,), or to (sequences, length) as models with several texts an example do.

@@ -1,6 +1,5 @@
 """The embeddings of the last tokens, kept in transformers' cache beside keys and values."""
 
-from functools import cache
 from typing import Any
 
 from torch import Tensor
@@ -37,26 +36,9 @@ def _index(cache: Any) -> int | None:
     return next((i for i, layer in enumerate(getattr(cache, "layers", ())) if isinstance(layer, kind)), None)
 
 
-@cache
 def _layer_class() -> Any:
-    # Made here, so that transformers is imported late.
-    from transformers.cache_utils import LinearAttentionLayer
-
-    class EmbeddingsLayer(LinearAttentionLayer):  # type: ignore[misc]
-        """A layer of transformers' cache that keeps the last embeddings, in the place of a convolution's state."""
-
-        def batch_repeat_interleave(self, repeats: int) -> None:
-            self.conv_states[0] = self.conv_states[0].repeat_interleave(repeats, dim=0)
-
-        def batch_select_indices(self, indices: Tensor) -> None:
-            self.conv_states[0] = self.conv_states[0][indices, ...]
-
-        def crop(self, max_length: int) -> None:
-            raise NotImplementedError(
-                "tokens cannot be taken back from this cache, as it keeps the embeddings of the last ones alone: "
-                "assisted generation (assistant_model, prompt_lookup_num_tokens) is not supported by adapters and "
-                "converted models whose layers see embeddings"
-            )
+    # Imported late, as transformers is.
+    from .embeddings_layer import EmbeddingsLayer
 
     return EmbeddingsLayer
 

@@ -11,11 +11,18 @@ from .statistics_log import RoutingStatistics, StatisticsLog
 
 
 def check_token_mask(token_mask: Tensor | None, x: Tensor) -> Tensor | None:
-    """Flatten a padding mask to shape (T,); ValueError if its shape is not ``x.shape[:-1]``."""
+    """Flatten a padding mask to bools of shape (T,).
+
+    Raises:
+        TypeError: If it has floats, whose zeros may stand for tokens that count, as in additive masks.
+        ValueError: If its shape is not ``x.shape[:-1]``.
+    """
     if token_mask is None:
         return None
     if token_mask.shape != x.shape[:-1]:
         raise ValueError(f"token_mask must have shape {tuple(x.shape[:-1])}, got {tuple(token_mask.shape)}")
+    if token_mask.is_floating_point():
+        raise TypeError(f"token_mask must hold bools or integers, True for tokens that count, got {token_mask.dtype}")
     return token_mask.reshape(-1).bool()
 
 

@@ -81,6 +81,10 @@ class TestReading:
         values, base = read_experiment(str(file)), read_experiment("quick")
         assert values["settings"] == {**base["settings"], "steps": 7}
         assert (values["variants"], values["seeds"]) == ([{"name": "DSC"}], base["seeds"])
+        circle = tmp_path / "circle.yaml"
+        circle.write_text("extends: circle.yaml")
+        with pytest.raises(SettingsError, match=r"extends must not lead back .*circle.yaml -> .*circle.yaml"):
+            read_experiment(str(circle))
         (tmp_path / "more.yaml").write_text("extends: mine.yaml\nseeds: [1]\n")
         assert read_experiment(str(tmp_path / "more.yaml")) == {**values, "seeds": [1]}
 
@@ -91,6 +95,17 @@ class TestReading:
                 "extends: quik",
                 r"experiment must be a YAML file or one of ablations, .*, got 'quik' \(did you mean quick\?\)",
             ),
+            ("variants: [A]", r"variants.0 must be a mapping, got 'A'"),
+            ("variants: [null]", "variants.0 must be a mapping, got nothing"),
+            ("variants: {A: {}}", r"variants must be a list, got \{'A': \{\}\}"),
+            ("variants: [{name: A, trials: {learning_rate: 0.1}}]", "variants.0.trials must be a list, got"),
+            ("variants: [{name: A, trials: [0.1]}]", "variants.0.trials.0 must be a mapping, got 0.1"),
+            ("variants: [{name: A, settings: moe}]", "variants.0.settings must be a mapping, got 'moe'"),
+            ("settings: foo", "settings must be a mapping, got 'foo'"),
+            ("trial_settings: [1]", "trial_settings must be a mapping"),
+            ("cases: [a, b]", "cases must be a mapping"),
+            ("cases: {a: 3}", "cases.a must be a mapping, got 3"),
+            ("task: 3", "task must be a name, got 3"),
             ("extends: 5", "extends must be a preset or a YAML file, got 5"),
             ("- a", "must hold settings by name"),
         ],

@@ -1,10 +1,17 @@
 import re
+import shutil
 
 import pytest
 import torch
 from peft import get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 import torchdsc
 from torchdsc.adapters import DSCAdapterConfig
@@ -129,10 +136,45 @@ def test_page_has_its_pictures(folders, text):
     assert "http" not in re.sub(r'xmlns(:xlink)?="[^"]*"', "", page)
 
 
+def test_an_adapter_on_a_converted_model(folders):
+    base = torchdsc.load_converted(folders / "converted")
+    config = DSCAdapterConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], num_atoms=24, top_k=2)
+    adapted = get_peft_model(base, config).eval()
+    adapted.save_pretrained(folders / "both")
+    ids = torch.tensor([[1, 2, 3]])
+    assert torch.equal(load_saved(folders / "both").model(ids).logits, adapted(ids).logits)
+
+
+@pytest.mark.parametrize("lender", ["default", "library"])
+def test_an_adapter_over_the_bank_of_another(folders, lender):
+    base = LlamaForCausalLM.from_pretrained(folders / "base")
+    options = {"task_type": "CAUSAL_LM", "target_modules": ["q_proj"], "num_atoms": 24, "top_k": 2, "gamma_init": 1.0}
+    adapted = get_peft_model(base, DSCAdapterConfig(**options), adapter_name=lender)
+    adapted.add_adapter("law", DSCAdapterConfig(**options, bank_of=lender))
+    adapted.set_adapter("law")
+    adapted.eval().save_pretrained(folders / "many")
+    saved, ids = load_saved(folders / "many" / "law"), torch.tensor([[1, 2, 3]])
+    assert torch.equal(saved.model(ids).logits, adapted(ids).logits)
+    assert generate(folders / "many" / "law", "abc", max_new_tokens=2, temperature=0.0)
+    shutil.copytree(folders / "many" / "law", folders / "alone" / "law")
+    with pytest.raises(FileNotFoundError, match=f"uses the bank of '{lender}', which must be in"):
+        load_saved(folders / "alone" / "law")
+
+
+def test_a_base_without_a_number_of_positions(tmp_path):
+    base = BloomForCausalLM(BloomConfig(vocab_size=5, hidden_size=16, n_layer=1, n_head=2))
+    base.save_pretrained(tmp_path / "base")
+    save_tokenizer(tmp_path / "base")
+    base = BloomForCausalLM.from_pretrained(tmp_path / "base")
+    config = DSCAdapterConfig(task_type="CAUSAL_LM", target_modules=["query_key_value"], num_atoms=24, top_k=2)
+    get_peft_model(base, config).save_pretrained(tmp_path / "adapter")
+    assert generate(tmp_path / "adapter", "abc", max_new_tokens=3, temperature=0.0).startswith(("abc", "a b c"))
+
+
 def test_experts_are_routed_layers_too(tmp_path):
     dscgpt("moe", num_experts=4).save_pretrained(tmp_path)
     found = inspect(load_saved(tmp_path))
-    assert [state.health.num_atoms for state in found.layers] == [4, 4, 4]
+    assert [(state.health.num_atoms, state.health.top_k) for state in found.layers] == [(4, 2)] * 3
     assert "4" in lines(found)[-3]
     render_inspection(found)
 
