@@ -31,7 +31,7 @@ def test_code(block, tmp_path, monkeypatch):
 def test_budget_command(capsys):
     command = next(c for c in COMMANDS if c.startswith("torchdsc budget"))
     assert main(shlex.split(command)[1:]) == 0
-    assert "M 1523" in capsys.readouterr().out
+    assert "M 1551" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("torchdsc run")])
