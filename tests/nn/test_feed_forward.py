@@ -407,6 +407,12 @@ def test_wrong_tokens(seen, error, match):
         make_layer(dtype=torch.float32, **NGRAMS)(X, E, tokens=seen)
 
 
+def test_wrong_positions_of_ngrams():
+    layer = make_layer(dtype=torch.float32, **NGRAMS)
+    with pytest.raises(ValueError, match=r"positions must have shape \(\.\.\., 5\), got \(4,\)"):
+        layer(X, E, tokens=torch.zeros(2, 5).long(), positions=torch.arange(4))
+
+
 def test_wrong_dtypes():
     layer = make_layer(dtype=torch.float32)
     with pytest.raises(TypeError, match=r"embeddings must have the dtype of x, torch.float32, got torch.float64"):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from torchdsc import DSC, regularization
+from torchdsc import DSC, DSCFeedForward, regularization
 from torchdsc.baselines import PEER, MixtureOfLoRAs, StandardMoE
 from torchdsc.ops import route, select, select_product_key
 
@@ -102,3 +102,13 @@ def test_operations(function, dtype):
     torch.testing.assert_close(spoilt_gradient[mask], gradient)
     if function == "select":
         assert not spoilt_gradient[~mask].any()
+
+
+@pytest.mark.parametrize("layer", [DSC(8, num_atoms=9, top_k=2), DSCFeedForward(8, 6, num_atoms=40)])
+def test_a_mask_of_floats_is_refused(layer):
+    """Additive masks have 0 for tokens that count."""
+    x = torch.randn(2, 5, 8)
+    arguments = (x, x) if isinstance(layer, DSCFeedForward) else (x,)
+    with pytest.raises(TypeError, match=r"token_mask must hold bools or integers, .* got torch.float32"):
+        layer(*arguments, token_mask=torch.zeros(2, 5))
+    layer(*arguments, token_mask=torch.ones(2, 5, dtype=torch.int64))

@@ -39,7 +39,8 @@ def ngram_codes(
 
     Raises:
         TypeError: If ``tokens`` is not int64.
-        ValueError: If ``orders`` is empty or has a number below 1, or ``length`` is not in [0, T].
+        ValueError: If ``orders`` is empty or has a number below 1, ``length`` is not in [0, T], or there are not as many
+            ``positions``.
     """
     if tokens.dtype != torch.int64:
         raise TypeError(f"tokens must be int64, got {tokens.dtype}")
@@ -47,6 +48,8 @@ def ngram_codes(
     length = tokens.shape[-1] if length is None else length
     if not 0 <= length <= tokens.shape[-1]:
         raise ValueError(f"length must be in [0, {tokens.shape[-1]}], got {length}")
+    if positions is not None and positions.shape[-1] != length:
+        raise ValueError(f"positions must have shape (..., {length}), got {tuple(positions.shape)}")
     past = tokens.shape[-1] - length
     longest = max(orders)
     # 0 for what is before the first token.
