@@ -126,6 +126,44 @@ class TestJoined:
         assert not moved & {id(p) for p in held["params"]}
         assert moved & {id(p) for group in others for p in group["params"]}
 
+    @staticmethod
+    def trained(model, optimizer, steps):
+        for step in range(steps):
+            ids = torch.randint(20, (2, 5), generator=torch.Generator().manual_seed(step))
+            optimizer.zero_grad()
+            model.train()(ids, ids)["loss"].backward()
+            optimizer.step()
+        return [parameter.detach().clone() for parameter in model.parameters()]
+
+    @pytest.mark.parametrize("older", [False, True])
+    def test_goes_on_from_a_state(self, older):
+        model, optimizer = self.make()
+        self.trained(model, optimizer, 2)
+        state = copy.deepcopy(optimizer.state_dict())
+        assert {number for group in state["param_groups"] for number in group["params"]} >= {*state["state"]}
+        if older:
+            state = copy.deepcopy({"parts": [part.state_dict() for part in optimizer._parts]})
+        other = copy.deepcopy(model)
+        again = build_optimizer(other, learning_rate=0.7, weight_decay=0.0)
+        again.load_state_dict(state)
+        assert again.param_groups[0]["lr"] == 0.1
+        for one, two in zip(self.trained(model, optimizer, 2), self.trained(other, again, 2), strict=True):
+            assert torch.equal(one, two)
+        with pytest.raises(ValueError, match="param_groups must be"):
+            again.load_state_dict({"state": {}, "param_groups": []})
+
+    @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch has no Muon")
+    def test_distributed_checkpoints_take_it(self):
+        from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+        models = [Model(frame_weight=0.0) for _ in range(2)]
+        optimizers = [build_optimizer(m, learning_rate=0.1, weight_decay=0.0, optimizer="muon") for m in models]
+        self.trained(models[0], optimizers[0], 2)
+        weights, state = copy.deepcopy(get_state_dict(models[0], optimizers[0]))
+        set_state_dict(models[1], optimizers[1], model_state_dict=weights, optim_state_dict=state)
+        after = [self.trained(*pair, 2) for pair in zip(models, optimizers, strict=True)]
+        assert all(torch.equal(one, two) for one, two in zip(*after, strict=True))
+
 
 class TestMuon:
     @staticmethod

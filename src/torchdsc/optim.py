@@ -210,13 +210,28 @@ class JoinedOptimizer(Optimizer):
         for part in self._parts:
             part.step()
 
-    def state_dict(self) -> dict[str, Any]:
-        """States of all, in order."""
-        return {"parts": [part.state_dict() for part in self._parts]}
+    @property  # type: ignore[override]
+    def state(self) -> dict[Tensor, Any]:
+        """The states of all, by parameter; :meth:`state_dict` numbers them through."""
+        return {parameter: state for part in self._parts for parameter, state in part.state.items()}
+
+    @state.setter
+    def state(self, value: Any) -> None:
+        """Nothing: each part has its own."""
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what :meth:`state_dict` returned."""
-        for part, state in zip(self._parts, state_dict["parts"], strict=True):
+        """Load what :meth:`state_dict` returned, or that of an earlier version, which has a list of ``parts``."""
+        parts = state_dict.get("parts")
+        if parts is None:
+            groups, parts = list(state_dict["param_groups"]), []
+            if len(groups) != len(self.param_groups):
+                raise ValueError(f"param_groups must be {len(self.param_groups)}, as many as saved, got {len(groups)}")
+            for part in self._parts:
+                own, groups = groups[: len(part.param_groups)], groups[len(part.param_groups) :]
+                numbers = [number for group in own for number in group["params"]]
+                state = {number: state_dict["state"][number] for number in numbers if number in state_dict["state"]}
+                parts.append({"state": state, "param_groups": own})
+        for part, state in zip(self._parts, parts, strict=True):
             part.load_state_dict(state)
         self._share_groups()
 

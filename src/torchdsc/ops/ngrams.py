@@ -39,8 +39,8 @@ def ngram_codes(
 
     Raises:
         TypeError: If ``tokens`` is not int64.
-        ValueError: If ``orders`` is empty or has a number below 1, ``length`` is not in [0, T], or there are not as many
-            ``positions``.
+        ValueError: If ``orders`` is empty or has a number below 1, ``length`` is not in [0, T], or there are not as
+            many ``positions``.
     """
     if tokens.dtype != torch.int64:
         raise TypeError(f"tokens must be int64, got {tokens.dtype}")
