@@ -123,6 +123,14 @@ class TestRoundTrip:
         models[2].save_pretrained(tmp_path / "plain")
         assert "torchdsc" not in (tmp_path / "plain" / "config.json").read_text()
 
+    def test_modules_that_are_not_there(self, tmp_path):
+        converted().save_pretrained(tmp_path)
+        config = json.loads((tmp_path / "config.json").read_text())
+        config["torchdsc_conversions"][0]["modules"] = ["layers.0.mlp"]
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        with pytest.raises(ValueError, match=r"name modules of LlamaForCausalLM, got \['layers.0.mlp'\]: convert the"):
+            load_converted(tmp_path)
+
     def test_of_the_hub_by_name(self, tmp_path):
         model = converted()
         # The layout of the hub's cache.

@@ -82,6 +82,13 @@ def _loading_class(cls: Any, conversions: list[dict[str, Any]]) -> Any:
 
     def init(self: Any, config: Any, *args: Any, **options: Any) -> None:
         cls.__init__(self, config, *args, **options)
+        names = {name for name, _ in self.named_modules()}
+        unknown = sorted({name for conversion in conversions for name in conversion["modules"]} - names)
+        if unknown:
+            raise ValueError(
+                f"{CONVERSIONS} must name modules of {cls.__name__}, got {unknown}: convert the model that is saved, "
+                "not one inside it"
+            )
         for conversion in conversions:
             convert(self, target=partial(_is_among, conversion["modules"]), **conversion["arguments"])
         self.__class__ = loading
