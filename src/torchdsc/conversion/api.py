@@ -55,9 +55,9 @@ def convert(
     :func:`torchdsc.load_converted`; transformers' own ``from_pretrained`` refuses it.
 
     Args:
-        model: Any PyTorch or Hugging Face model whose targets map (..., d_in) to (..., d_out); to save it, the one whose
-            ``save_pretrained`` is called, not a model inside it. A target that is wrapped may return a tuple whose
-            first element is that, as attention does.
+        model: Any PyTorch or Hugging Face model whose targets map (..., d_in) to (..., d_out); if it is to be saved,
+            the one whose ``save_pretrained`` is called, not a model inside it. A target that is wrapped may return a
+            tuple whose first element is that, as attention does.
         target: Regular expression searched in module names, or a predicate of name and module. Modules inside a
             target, and those converted by an earlier call, are not converted again.
         mode: "wrap" keeps the module as base, with unchanged inputs; "replace" drops it.
