@@ -58,10 +58,15 @@ def spectral_norm(layer: DSC, x: Tensor, router_input: Tensor | None = None) -> 
 
 def norm_of_factors(left: Tensor, right: Tensor) -> Tensor:
     """``|A^T B|_2`` of factors A (..., K, d_in) and B (..., K, d_out), of shape (...)."""
+    return spectrum_of_factors(left, right).amax(-1)
+
+
+def spectrum_of_factors(left: Tensor, right: Tensor) -> Tensor:
+    """Singular values of ``A^T B`` that may differ from 0, of shape (..., min(K, d_in, d_out)), descending."""
     r_left = torch.linalg.qr(left.mT, mode="r").R
     r_right = torch.linalg.qr(right.mT, mode="r").R
-    norm: Tensor = torch.linalg.matrix_norm(r_left @ r_right.mT, ord=2)
-    return norm
+    values: Tensor = torch.linalg.svdvals(r_left @ r_right.mT)
+    return values
 
 
 def check_layer(layer: nn.Module) -> None:

@@ -6,6 +6,7 @@ from torch import nn
 
 from torchdsc import DSC, Residual, build_optimizer, certified_spectral_bound, regularization, spectral_norm
 from torchdsc.baselines import MixtureOfLoRAs, StandardMoE
+from torchdsc.bounds import welch_bound
 from torchdsc.diagnostics import Diagnostics, coherence, effective_rank, sensitivity
 from torchdsc.ops import ngram_codes
 
@@ -68,6 +69,26 @@ class TestWithoutAStep:
             rows = getattr(layer.bank, side)
             assert getattr(health, f"effective_rank_{side}") == pytest.approx(effective_rank(rows), rel=1e-4)
             assert getattr(health, f"coherence_{side}") == pytest.approx(coherence(rows), rel=1e-3)
+            least = welch_bound(*rows.shape) / (20 * 19)
+            assert getattr(health, f"excess_{side}") == pytest.approx(coherence(rows) ** 2 - least, rel=1e-3)
+
+    def test_a_tight_frame_has_no_excess(self):
+        layer = DSC(4, num_atoms=12, top_k=2)
+        with torch.no_grad():
+            layer.bank.u.copy_(torch.eye(4).repeat(3, 1))
+        assert measured(layer, torch.randn(3, 4)).excess_u == pytest.approx(0.0, abs=1e-6)
+
+    def test_rank_of_the_composed_matrices_is_that_of_the_layer(self):
+        layer, x = DSC(8, 6, num_atoms=20, top_k=3), torch.randn(5, 8)
+        nn.init.normal_(layer.router.weight)
+        squares = torch.linalg.svdvals(layer.delta_weight(x)).square()
+        share = squares / squares.sum(-1, keepdim=True)
+        ranks = torch.special.entr(share).sum(-1).exp()
+        assert measured(layer, x).effective_rank_dw == pytest.approx(ranks.mean().item(), rel=1e-4)
+        assert ranks.min() > 1
+        assert ranks.max() <= 3.001
+        nn.init.zeros_(layer.gamma)
+        assert measured(layer, x).effective_rank_dw is None
 
     def test_highest_ranks_are_each_sides_own(self):
         health = measured(DSC(16, 64, num_atoms=40, top_k=2), torch.randn(3, 16))

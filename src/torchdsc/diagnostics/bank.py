@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torchdsc.bounds import welch_bound
 from torchdsc.losses import frame_potential
 from torchdsc.nn import BasisBank
 from torchdsc.nn.sharding import is_sharded
@@ -26,9 +27,7 @@ def effective_rank(rows: Tensor, eps: float = 1e-6) -> float:
         A value between 1 and min(M, d), which is reached by a tight frame.
     """
     unit = torch.nn.functional.normalize(rows.double(), dim=1, eps=eps)
-    share = torch.linalg.svdvals(unit).square()
-    share = share / share.sum().clamp_min(torch.finfo(share.dtype).tiny)
-    return float(torch.special.entr(share).sum().exp())
+    return float(rank_of_spectrum(torch.linalg.svdvals(unit).square()))
 
 
 @torch.no_grad()
@@ -52,11 +51,13 @@ def followed_atoms(bank: BasisBank) -> tuple[Tensor, Tensor]:
 
 
 def measure_bank(bank: BasisBank, before: tuple[Tensor, Tensor] | None) -> dict[str, Any]:
-    """Effective ranks and coherences, and the turn since :func:`followed_atoms` returned ``before``."""
+    """The geometry of the atoms, and their turn since :func:`followed_atoms` returned ``before``."""
     found: dict[str, Any] = {}
     for side, rows in zip("uv", spaced_atoms(bank), strict=True):
         found[f"most_rank_{side}"] = min(rows.shape)
         found[f"effective_rank_{side}"], found[f"coherence_{side}"] = _geometry(rows)
+        pairs = max(1, rows.shape[0] * (rows.shape[0] - 1))
+        found[f"excess_{side}"] = found[f"coherence_{side}"] ** 2 - welch_bound(*rows.shape) / pairs
     if before is not None:
         # By the chord, as small angles are lost in a cosine.
         moves = [(now - was).norm(dim=1) for was, now in zip(before, followed_atoms(bank), strict=True)]
@@ -93,8 +94,14 @@ def _geometry(unit: Tensor) -> tuple[float, float]:
     values, rows = spectrum(unit), unit.shape[0]
     if values is None:
         return math.nan, math.nan
-    share = values / values.sum().clamp_min(torch.finfo(values.dtype).tiny)
     # Squares of all inner products add up to those of the eigenvalues; rows with themselves give one each.
     others = values.square().sum() - unit.square().sum(1).square().sum()
     coherence = (others / max(1, rows * (rows - 1))).clamp_min(0.0).sqrt()
-    return float(torch.special.entr(share).sum().exp()), float(coherence)
+    return float(rank_of_spectrum(values)), float(coherence)
+
+
+def rank_of_spectrum(squares: Tensor) -> Tensor:
+    """Effective ranks of squared singular values (..., n): ``exp`` of the entropy of their shares, of shape (...)."""
+    share = squares / squares.sum(-1, keepdim=True).clamp_min(torch.finfo(squares.dtype).tiny)
+    ranks: Tensor = torch.special.entr(share).sum(-1).exp()
+    return ranks

@@ -30,6 +30,10 @@ class LayerHealth:
         effective_rank_v: Of the atoms v.
         coherence_u: Root mean square of the inner products of different unit atoms u.
         coherence_v: Of the atoms v.
+        excess_u: Mean square of these inner products above Welch's bound, the least that M rows can have: 0 for a tight
+            frame.
+        excess_v: Of the atoms v.
+        effective_rank_dw: Mean effective rank of dW among a few tokens: between 1 and K.
         turn: Median angle, in degrees, by which one step has turned the atoms that it has changed.
         certified_norm: The bound of |dW|_2, see :func:`torchdsc.certified_spectral_bound`.
         measured_norm: The largest |dW|_2 among a few tokens.
@@ -54,6 +58,9 @@ class LayerHealth:
     effective_rank_v: float | None = None
     coherence_u: float | None = None
     coherence_v: float | None = None
+    excess_u: float | None = None
+    excess_v: float | None = None
+    effective_rank_dw: float | None = None
     turn: float | None = None
     certified_norm: float | None = None
     measured_norm: float | None = None

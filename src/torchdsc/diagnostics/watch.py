@@ -6,11 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchdsc.bounds import certified_spectral_bound, norm_of_factors
+from torchdsc.bounds import certified_spectral_bound, spectrum_of_factors
 from torchdsc.nn import DSC, RoutedLayer
 from torchdsc.nn.modes import evaluating
 from torchdsc.nn.sharding import on_all_processes
 
+from .bank import rank_of_spectrum
 from .health import LayerHealth
 from .routing import gates_of, is_gated, load_of, num_units, shared
 
@@ -130,8 +131,15 @@ class Watch:
             assert rows is not None
             assert x is not None
             left, right = layer.factors(x[finite], rows[finite])
-            spoilt = not bool(left.isfinite().all() & right.isfinite().all())
-            found["measured_norm"] = math.nan if spoilt else float(norm_of_factors(left, right).max())
+            if bool(left.isfinite().all() & right.isfinite().all()):
+                values = spectrum_of_factors(left, right)
+                found["measured_norm"] = float(values.max())
+                # A dW of zero has no rank.
+                moved = values[values.amax(-1) > 0]
+                if len(moved):
+                    found["effective_rank_dw"] = float(rank_of_spectrum(moved.square()).mean())
+            else:
+                found["measured_norm"] = math.nan
         # Others may route otherwise in training, by noise or statistics of the batch.
         if on_all_processes(layer, self.is_gated and rows is not None):
             assert rows is not None
