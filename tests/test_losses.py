@@ -176,7 +176,7 @@ def test_padding_does_not_count():
 
 def test_a_batch_of_padding_alone_adds_nothing():
     model = Model(**(ONLY | {"aux_weight": 1.0, "budget_weight": 1.0, "z_weight": 1.0}))
-    result, actual = whole_step(model, torch.randn(4, 6, dtype=torch.float64), torch.zeros(4))
+    result, actual = whole_step(model, torch.randn(4, 6, dtype=torch.float64), torch.zeros(4, dtype=torch.bool))
     assert result.total == 0
     assert not any(g.any() for g in actual)
 

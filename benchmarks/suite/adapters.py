@@ -224,6 +224,6 @@ def _many(base: Any, sizes: Sizes) -> Cases:
 ADAPTERS = Benchmark(
     "adapters",
     "DSC adapters beside a causal LM against LoRA, merged and not",
-    ("tests/adapters",),
+    ("tests/adapters/test_numerics.py", "tests/adapters/test_lent_banks.py", "tests/adapters/test_several.py"),
     _cases,
 )

@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from .context import Contextual, Seen, with_ids
 from .packing import find_places
-from .past import after_past, cache_of, keep_past
+from .past import after_past, cache_of, keep_past, prepare_cache
 
 _OUTSIDE = (
     "a layer that sees the tokens or their embeddings must be called by {model}, whose call tells them, got a call of "
@@ -295,6 +295,7 @@ def broadcast_tokens(model: nn.Module, features: int | None, past_tokens: int, o
         raise ValueError(
             f"layers that see the embeddings of the tokens must have in_features = {size}, theirs, got {features}"
         )
+    prepare_cache()
     decoder = decoder_of(model)
     hooks = (getattr(hook, "__self__", None) for hook in decoder._forward_pre_hooks.values())
     found = next((owner for owner in hooks if isinstance(owner, Broadcast)), None) or Broadcast(decoder)

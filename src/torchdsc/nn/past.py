@@ -1,5 +1,6 @@
 """The embeddings of the last tokens, kept in transformers' cache beside keys and values."""
 
+import sys
 from typing import Any
 
 from torch import Tensor
@@ -36,9 +37,41 @@ def _index(cache: Any) -> int | None:
     return next((i for i, layer in enumerate(getattr(cache, "layers", ())) if isinstance(layer, kind)), None)
 
 
+# The class of the layer, once it is made: torch.compile takes a class, but not its making.
+_made: list[Any] = []
+
+
+def prepare_cache() -> None:
+    """Make the layer for transformers' cache, where transformers is in use, before anything is compiled."""
+    if "transformers" in sys.modules:
+        _layer_class()
+
+
 def _layer_class() -> Any:
-    # Imported late, as transformers is.
-    from .embeddings_layer import EmbeddingsLayer
+    if not _made:
+        _made.append(_make_layer_class())
+    return _made[0]
+
+
+def _make_layer_class() -> Any:
+    # Made here, so that transformers is imported late.
+    from transformers.cache_utils import LinearAttentionLayer
+
+    class EmbeddingsLayer(LinearAttentionLayer):  # type: ignore[misc]
+        """A layer of transformers' cache that keeps the last embeddings, in the place of a convolution's state."""
+
+        def batch_repeat_interleave(self, repeats: int) -> None:
+            self.conv_states[0] = self.conv_states[0].repeat_interleave(repeats, dim=0)
+
+        def batch_select_indices(self, indices: Tensor) -> None:
+            self.conv_states[0] = self.conv_states[0][indices, ...]
+
+        def crop(self, max_length: int) -> None:
+            raise NotImplementedError(
+                "tokens cannot be taken back from this cache, as it keeps the embeddings of the last ones alone: "
+                "assisted generation (assistant_model, prompt_lookup_num_tokens) is not supported by adapters and "
+                "converted models whose layers see embeddings"
+            )
 
     return EmbeddingsLayer
 
