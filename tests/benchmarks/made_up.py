@@ -144,6 +144,14 @@ def traffic():
     return result("traffic", rows, counted=counted)
 
 
+def adapters():
+    rows = [
+        row({"kind": "prefill", "batch": 1, "tokens": 32}, "merged lora", {"merged lora": 2.0, "dsc": 3.0}),
+        row({"kind": "switch", "batch": 1, "tokens": 0}, "lora", {"lora": 4.0, "dsc over one bank": 1.0}),
+    ]
+    return result("adapters", rows, parameters={"lora": 1000, "dsc": 900, "dsc over one bank": 50})
+
+
 def diagnostics():
     times = {"step with a measurement": 1.2, "step": 1.0}
     point = {"model": "small", "batch": 12, "tokens": 128}
@@ -209,6 +217,7 @@ ALL = {
         sparse,
         sparse_ratios,
         ablations,
+        adapters,
         diagnostics,
         traffic,
         memory,

@@ -100,6 +100,12 @@ class TestMeasured:
         assert "| gate, inference | tokens 1, K 4 | 2 | 1.00 | 0.50 [0.47, 0.54] | - |" in first
         assert "| gate, inference | tokens 1, K 4 | 1 | 1.00 | 1.25 [1.19, 1.35] |" in second
 
+    def test_adapters_have_their_time_over_that_of_lora(self, put):
+        text = section(render(put(adapters=MADE_UP.adapters()))[0], "Adapters")
+        assert "| prefill of 32 tokens, over merged lora | switch, over lora |" in text
+        assert "| dsc | 900 | 1.50 [1.39, 1.58] | - |" in text
+        assert "| dsc over one bank | 50 | - | 0.25 [0.23, 0.26] |" in text
+
     def test_same_bytes_again(self, put):
         folder = put(layer=MADE_UP.layer(), crossover=MADE_UP.crossover())
         assert render(folder) == render(folder)
