@@ -9,7 +9,7 @@ from .markdown import NONE, quartiles, table
 
 _TITLES = {
     "prefill": "prefill of {tokens} tokens",
-    "decode": "decoding {batch} sequences",
+    "decode": "decoding, batch {batch}",
     "mixed batch": "batch of {batch} with an adapter each",
     "switch": "switch",
     "training": "training step, {batch} x {tokens}",

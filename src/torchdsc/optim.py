@@ -225,7 +225,7 @@ class JoinedOptimizer(Optimizer):
         if parts is None:
             groups, parts = list(state_dict["param_groups"]), []
             if len(groups) != len(self.param_groups):
-                raise ValueError(f"param_groups must be {len(self.param_groups)}, as many as saved, got {len(groups)}")
+                raise ValueError(f"param_groups must be as many as here, {len(self.param_groups)}, got {len(groups)}")
             for part in self._parts:
                 own, groups = groups[: len(part.param_groups)], groups[len(part.param_groups) :]
                 numbers = [number for group in own for number in group["params"]]

@@ -189,16 +189,16 @@ def remove_atoms(
         count, top_k = int((~gone).sum()), layers[names[0]].options.top_k
         if count < top_k:
             raise ValueError(f"top_k = {top_k} atoms must be left at {[*names]}, got {count}")
-    left = {name: _origins(layers[name])[~gone] for names, gone in groups.items() for name in names}
-    used = sorted({index for indices in left.values() for index in indices.unique().tolist()})
+    left = [_origins(layers[names[0]])[~gone] for names, gone in groups.items()]
+    used = torch.cat(left).unique().tolist()
     frozen = _frozen(config, layers)
     kept: dict[tuple[str, ...], int] = {}
-    for names, gone in groups.items():
+    for (names, gone), origins_left in zip(groups.items(), left, strict=True):
         before, counts = _origins(layers[names[0]]), frozen[names[0]]
         # In each origin, what freeze_atoms keeps comes first.
         still = [int((~gone[before == index][: counts[index]]).sum()) for index in used]
-        kept[names] = int((left[names[0]] != used[-1]).sum()) + still[-1]
-        if kept[names] == len(left[names[0]]):
+        kept[names] = int((origins_left != used[-1]).sum()) + still[-1]
+        if kept[names] == len(origins_left):
             raise ValueError(f"atoms must leave one to train at {[*names]}, got none beside {kept[names]} kept ones")
         frozen |= {name: list(still) for name in names}
     for names, gone in groups.items():

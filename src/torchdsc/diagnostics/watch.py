@@ -94,8 +94,9 @@ class Watch:
     def result(self, bank: dict[str, Any]) -> LayerHealth:
         """The layer's state; ``bank`` is what its bank has."""
         layer, measured = self.layer, dict(bank)
-        owner: Any = layer.options if isinstance(layer, DSC) else layer if hasattr(layer, "top_k") else layer.router
-        top_k = owner.top_k
+        # Of experts either the layer has it or its router.
+        owners: tuple[Any, ...] = (layer.options,) if isinstance(layer, DSC) else (layer, layer.router)
+        top_k = next(owner.top_k for owner in owners if hasattr(owner, "top_k"))
         if isinstance(layer, DSC):
             measured["certified_norm"] = certified_spectral_bound(layer)
         if self.counts is not None:
