@@ -5,6 +5,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from torchdsc import DSC, regularization
+from torchdsc.baselines import PEER
 
 T, D, OUT, M, K = 50, 24, 32, 40, 3
 PRODUCTS = 2 * T * (D * M + K * (D + OUT))
@@ -50,6 +51,15 @@ def test_rectified():
     layer, x = make(activation="relu").eval(), torch.randn(T, D)
     with torch.no_grad():
         assert count(lambda: layer(x)) == PRODUCTS + 2 * T * K * D
+
+
+def test_peer_computes_its_selected_experts_alone():
+    layer, x = PEER(D, OUT, num_experts=400, top_k=K, query_features=8), torch.randn(T, D, requires_grad=True)
+    selected = T * K * (D + OUT)
+    # Twice the latent values: their own products, and those in the composition.
+    expected = 2 * (T * D * 8 + T * 8 * 20 + selected + T * K * D)
+    assert count(lambda: layer.eval()(x)) == expected
+    assert count(lambda: layer(x).sum().backward()) == 3 * expected
 
 
 def test_inference_is_the_same_where_it_is_counted():

@@ -15,18 +15,26 @@ def test_equals_the_gathered_products(tokens, atoms, top_k, dtype):
     torch.testing.assert_close(found, torch.einsum("td,tkd->tk", x.to(found.dtype), u.to(found.dtype)[indices]))
 
 
-def test_autocast_and_gradients_stay_out():
+@pytest.mark.parametrize(("tokens", "atoms", "top_k"), [(7, 11, 3), (5, 3, 3), (4, 2, 6), (1, 9, 1), (0, 4, 2), (700, 8, 6)])
+def test_gradients(tokens, atoms, top_k):
+    x = torch.randn(tokens, 6, dtype=torch.float64, requires_grad=True)
+    u = torch.randn(atoms, 6, dtype=torch.float64, requires_grad=True)
+    indices, grad = torch.randint(atoms, (tokens, top_k)), torch.randn(tokens, top_k, dtype=torch.float64)
+    found = torch.autograd.grad(latents(x, u, indices), (x, u), grad)
+    expected = torch.autograd.grad(torch.einsum("td,tkd->tk", x, u[indices]), (x, u), grad)
+    torch.testing.assert_close(found, expected)
+
+
+def test_autocast_stays_out():
     x, u = torch.randn(9, 6, requires_grad=True), torch.randn(5, 6, requires_grad=True)
     indices = torch.randint(5, (9, 2))
     with torch.autocast("cpu", torch.bfloat16):
         found = latents(x, u, indices)
-    assert not found.requires_grad
     torch.testing.assert_close(found, torch.einsum("td,tkd->tk", x, u[indices]))
 
 
 def test_operator():
     library.opcheck(
         torch.ops.torchdsc.latents.default,
-        (torch.randn(4, 6), torch.randn(5, 6), torch.randint(5, (4, 2))),
-        test_utils=("test_schema", "test_faketensor"),
+        (torch.randn(4, 6, requires_grad=True), torch.randn(5, 6, requires_grad=True), torch.randint(5, (4, 2))),
     )

@@ -11,15 +11,14 @@ from torchdsc.nn import ProductKeyRouter, RegularizerWeights, RoutedLayer, Routi
 from torchdsc.nn.options import RouterNorm
 from torchdsc.nn.routers.product_key import QueryNorm
 from torchdsc.nn.statistics import sum_statistics
-from torchdsc.ops import compose
+from torchdsc.ops import compose, latents
 from torchdsc.ops.compose.api import Implementation
 
 
 class PEER(RoutedLayer):
     """``y = sum_heads sum_{e in top-k} p_e gelu(x . u_e) v_e``, arXiv 2407.04153; to be added to a static layer.
 
-    Each head retrieves K / heads of N experts by product keys, and p is the softmax over those it retrieves. All
-    tokens x N products x . u_e are computed.
+    Each head retrieves K / heads of N experts by product keys, and p is the softmax over those it retrieves.
 
     Args:
         in_features: d_in.
@@ -122,7 +121,7 @@ class PEER(RoutedLayer):
 
     def _compose(self, flat: Tensor, routing: Routing) -> Tensor:
         weights = routing.coefficients
-        latent = (flat @ self.down.t()).gather(1, routing.indices).to(weights.dtype)
+        latent = latents(flat, self.down, routing.indices)
         # gelu(a) = a Phi(a), with the normal distribution function Phi; compose multiplies by a.
         coefficients = weights * 0.5 * torch.erfc(-latent / math.sqrt(2))
         return compose(flat, self.down, self.up, routing.indices, coefficients, eps=None, impl=self.impl)

@@ -139,7 +139,7 @@ class BasisBank(AtomRows):
             # Gathered from another FSDP unit, which this unit's mixed precision does not cast.
             u, v = u.to(x.dtype), v.to(x.dtype)
         if coefficients is None:
-            return latents(x, u, indices)
+            return latents(x.detach(), u.detach(), indices)
         u, v, indices = self._in_use(u, v, indices)
         return compose(x, u, v, indices, coefficients, eps=eps, impl=impl)
 

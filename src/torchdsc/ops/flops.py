@@ -40,3 +40,8 @@ def _compose_backward(grad: Shape, x: Shape, u: Shape, v: Shape, indices: Shape,
 @register_flop_formula(torch.ops.torchdsc.latents)
 def _latents(x: Shape, u: Shape, indices: Shape, *_: Any, **__: Any) -> int:
     return 2 * indices[0] * indices[1] * u[1]
+
+
+@register_flop_formula(torch.ops.torchdsc.latents_backward)
+def _latents_backward(grad: Shape, *inputs: Shape, **_: Any) -> int:
+    return 2 * _latents(*inputs)

@@ -46,7 +46,7 @@ def _forward_by_tensors(
     if scale_u is not None and scale_v is not None:
         latent.mul_(scale_u)
         coefficients = coefficients * scale_v
-    return _weighted_rows(latent * coefficients, v, v_indices).to(x.dtype), latent
+    return weighted_rows(latent * coefficients, v, v_indices).to(x.dtype), latent
 
 
 def backward(
@@ -91,7 +91,7 @@ def _backward_by_tensors(
     if scale_u is not None and scale_v is not None:
         weight_u.mul_(scale_u)
         weight_v.mul_(scale_v)
-    dx = _weighted_rows(weight_u, u, u_indices)
+    dx = weighted_rows(weight_u, u, u_indices)
     order, offsets = _segments(indices, raw_u.shape[0])
     du = _segment_sum(weight_u, x, order, offsets, indices.shape[1])
     dv = _segment_sum(weight_v, grad, order, offsets, indices.shape[1])
@@ -242,9 +242,14 @@ def _has_sampled_product() -> bool:
     return True
 
 
-def _weighted_rows(weights: Tensor, atoms: Tensor, indices: Tensor) -> Tensor:
+def weighted_rows(weights: Tensor, atoms: Tensor, indices: Tensor) -> Tensor:
     """``sum_k weights_tk atoms_(t,k)`` of shape (T, d)."""
     return torch.nn.functional.embedding_bag(indices, atoms, per_sample_weights=weights, mode="sum")
+
+
+def row_gradients(weights: Tensor, tokens: Tensor, indices: Tensor, num_atoms: int) -> Tensor:
+    """``sum_(t,k -> j) weights_tk tokens_t`` of shape (M, d), the gradient of rows of which a token takes K."""
+    return _segment_sum(weights, tokens, *_segments(indices, num_atoms), indices.shape[1])
 
 
 def _segments(indices: Tensor, num_atoms: int) -> tuple[Tensor, Tensor]:
