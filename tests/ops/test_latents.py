@@ -15,7 +15,9 @@ def test_equals_the_gathered_products(tokens, atoms, top_k, dtype):
     torch.testing.assert_close(found, torch.einsum("td,tkd->tk", x.to(found.dtype), u.to(found.dtype)[indices]))
 
 
-@pytest.mark.parametrize(("tokens", "atoms", "top_k"), [(7, 11, 3), (5, 3, 3), (4, 2, 6), (1, 9, 1), (0, 4, 2), (700, 8, 6)])
+@pytest.mark.parametrize(
+    ("tokens", "atoms", "top_k"), [(7, 11, 3), (5, 3, 3), (4, 2, 6), (1, 9, 1), (0, 4, 2), (700, 8, 6)]
+)
 def test_gradients(tokens, atoms, top_k):
     x = torch.randn(tokens, 6, dtype=torch.float64, requires_grad=True)
     u = torch.randn(atoms, 6, dtype=torch.float64, requires_grad=True)

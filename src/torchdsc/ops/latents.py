@@ -20,8 +20,8 @@ def latents(x: Tensor, u: Tensor, indices: Tensor) -> Tensor:
         indices: Selected atoms of shape (T, K), int64, each in [0, M).
 
     Returns:
-        Tensor of shape (T, K), float32 (float64 for float64 input). Differentiable in ``x`` and ``u``. Sums accumulate in
-        its dtype, under autocast too.
+        Tensor of shape (T, K), float32 (float64 for float64 input), in which sums accumulate. Differentiable in ``x``
+        and ``u``.
 
     Raises:
         ValueError: If the tensors are on several devices.
