@@ -1,6 +1,7 @@
 """Modules: the bank of atoms, routers, short convolutions, the DSC layer, and feed-forward layers with it."""
 
 from .bank import BasisBank
+from .bank_shards import shard_bank
 from .context import Contextual, Seen
 from .context_options import ContextOptions
 from .dense import DenseFFN
@@ -40,4 +41,5 @@ __all__ = [
     "ShortConvolution",
     "forget_statistics",
     "recommended",
+    "shard_bank",
 ]

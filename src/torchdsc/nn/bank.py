@@ -1,7 +1,7 @@
 """The bank of atoms, equation (3)."""
 
 import math
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,11 @@ from torchdsc.ops import compose, frame_potential, latents
 from torchdsc.ops.compose.api import Implementation
 
 from .atom_rows import AtomRows
+from .bank_shards import compose_shards, drawn_rows, latents_shards
 from .sharding import check_not_flattened, is_sharded, whole
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 class FrameEstimate(NamedTuple):
@@ -41,6 +45,7 @@ class BasisBank(AtomRows):
     Attributes:
         origin: What each atom was added for, as an index, int64 of shape (M,); None where all are of one kind.
         is_lent: Whether adapters other than its own use it, so that it stays as it is.
+        mesh: Processes that its features are spread over by :func:`shard_bank`; None where it is whole.
 
     Raises:
         TypeError: If an argument has another type.
@@ -51,6 +56,7 @@ class BasisBank(AtomRows):
     row_parameters = atom_parameters = ("u", "v")
     origin: Tensor | None
     is_lent = False
+    mesh: "DeviceMesh | None" = None
 
     def __init__(
         self,
@@ -122,6 +128,8 @@ class BasisBank(AtomRows):
             TypeError: If the dtype of ``x`` is not that of the bank.
             RuntimeError: If the rows are a part of a flattened parameter of FSDP1.
         """
+        if self.mesh is not None and (x is not None or (frame is not None and frame.samples is not None)):
+            return self._forward_shards(self.mesh, x, indices, coefficients, eps, frame)
         u, v = whole(self.u), whole(self.v)
         if frame is not None or u.dim() != 2:
             check_not_flattened("bank.u", u, (self.num_atoms - self.kept_atoms, self.in_features))
@@ -143,14 +151,37 @@ class BasisBank(AtomRows):
         u, v, indices = self._in_use(u, v, indices)
         return compose(x, u, v, indices, coefficients, eps=eps, impl=impl)
 
+    def _forward_shards(
+        self,
+        mesh: "DeviceMesh",
+        x: Tensor | None,
+        indices: Tensor | None,
+        coefficients: Tensor | None,
+        eps: float,
+        frame: FrameEstimate | None,
+    ) -> Tensor:
+        if frame is not None:
+            assert frame.samples is not None
+            rows_u, rows_v = drawn_rows(self.u, self.v, min(frame.samples, self.num_atoms), mesh)
+            return self._frame_term(rows_u, rows_v, frame, eps)
+        assert x is not None
+        assert indices is not None
+        if coefficients is None:
+            return latents_shards(x, self.u, indices, mesh)
+        return compose_shards(x, self.u, self.v, indices, coefficients, eps, mesh)
+
     def _frame_loss(self, u: Tensor, v: Tensor, frame: FrameEstimate, eps: float) -> Tensor:
-        pairs, scale, samples = self.num_atoms * (self.num_atoms - 1), 1.0, frame.samples
+        samples = frame.samples
         if samples is not None and (samples < self.num_atoms or self.sparse_gradients):
-            samples = min(samples, self.num_atoms)
-            drawn = torch.randperm(self.num_atoms, device=u.device)[:samples]
+            drawn = torch.randperm(self.num_atoms, device=u.device)[: min(samples, self.num_atoms)]
             sampled = self._in_use(u, v, drawn)[:2]
             u, v = (u[drawn], v[drawn]) if sampled[0] is u else sampled
-            scale = pairs / max(1, samples * (samples - 1))
+        return self._frame_term(u, v, frame, eps)
+
+    def _frame_term(self, u: Tensor, v: Tensor, frame: FrameEstimate, eps: float) -> Tensor:
+        """L_frame of all atoms, estimated by those given."""
+        pairs, samples = self.num_atoms * (self.num_atoms - 1), u.shape[0]
+        scale = 1.0 if samples == self.num_atoms else pairs / max(1, samples * (samples - 1))
         total = (frame_potential(u, eps) + frame_potential(v, eps)) * scale
         return total / max(1, pairs) if frame.normalized else total
 
