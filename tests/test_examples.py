@@ -5,6 +5,7 @@ import json
 import re
 import statistics
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -98,3 +99,19 @@ def test_readme_shows_the_results():
         shown = [", ".join(f"{value:.3f}" for value in values) for values in (*losses, differences)]
         expected = f"{shown[0]} | {shown[1]} | {statistics.median(differences):.3f} ({shown[2]})"
         assert cells == expected.replace("-", "\N{MINUS SIGN}")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux")
+def test_a_bank_on_disk_is_measured(tmp_path, monkeypatch):
+    example = load("bank_on_disk")
+    monkeypatch.setattr(example, "ATOMS", {**example.ATOMS, "num_atoms": 500})
+    monkeypatch.setattr(example, "ROUNDS", 1)
+    monkeypatch.setattr(example, "memory_limit", lambda: None)
+    example.main(str(tmp_path), str(tmp_path / "results.json"))
+    (record,) = json.loads((tmp_path / "results.json").read_text())
+    assert record["bank_bytes"] == 4 * 2 * 500 * 64 * 4
+    assert set(record["runs"]) == {example.MAPPED, example.ROWS, example.AHEAD, example.MEMORY}
+    for way, ratios in record["over_asked_for_ahead"].items():
+        (run,) = record["runs"][way]
+        assert all(ratios[name] == run[name] / record["runs"][example.AHEAD][0][name] for name in ("prompt", "token"))

@@ -14,6 +14,7 @@ from .regularizers import RegularizerWeights
 from .residual import Residual
 from .routers import LinearRouter, LowRankRouter, NgramRouter, ProductKeyRouter, Router
 from .routing import Routing
+from .rows_on_disk import leave_on_disk
 from .short_convolution import ShortConvolution
 from .statistics import RoutedLayer, forget_statistics
 from .statistics_log import RoutingStatistics
@@ -40,6 +41,7 @@ __all__ = [
     "Seen",
     "ShortConvolution",
     "forget_statistics",
+    "leave_on_disk",
     "recommended",
     "shard_bank",
 ]

@@ -45,6 +45,7 @@ class BasisBank(AtomRows):
     Attributes:
         origin: What each atom was added for, as an index, int64 of shape (M,); None where all are of one kind.
         is_lent: Whether adapters other than its own use it, so that it stays as it is.
+        asks_ahead: Whether the system is asked for rows on disk once they are known, after :func:`leave_on_disk`.
         mesh: Processes that its features are spread over by :func:`shard_bank`; None where it is whole.
 
     Raises:
@@ -55,7 +56,7 @@ class BasisBank(AtomRows):
     # Parameters of which a token uses few rows: torchdsc.parameter_groups gives them a learning rate of their own.
     row_parameters = atom_parameters = ("u", "v")
     origin: Tensor | None
-    is_lent = False
+    is_lent = asks_ahead = False
     mesh: "DeviceMesh | None" = None
 
     def __init__(

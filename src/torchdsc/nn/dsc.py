@@ -15,6 +15,7 @@ from .bank import BasisBank
 from .options import DSCArguments, DSCOptions
 from .routers import NgramRouter, Router, build_router
 from .routing import Routing
+from .rows_on_disk import ask_for_rows
 from .sharding import check_not_flattened, whole
 from .statistics import RoutedLayer, sum_statistics
 
@@ -190,6 +191,8 @@ class DSC(RoutedLayer):
             statistics=collect and self.regularizers.need_logits,
             raw_normalizer=options.z_loss_on_raw_logits and self.regularizers.z > 0,
         )
+        if self.bank.asks_ahead and not torch.compiler.is_compiling():
+            ask_for_rows(self.bank, found.indices)
         logits = found.logits
         if self.parameter_dtype == torch.float64:
             # Codes of n-grams do not tell.
