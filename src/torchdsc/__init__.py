@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from .nn import DSC, BasisBank, DSCFeedForward, DSCOptions, Residual, Routing, ShortConvolution, recommended
     from .optim import build_optimizer, decay_parameter_names, parameter_groups
 
-__version__ = "0.1.0.dev0"
+__version__ = "0.1.0"
 
 __all__ = [
     "DSC",
