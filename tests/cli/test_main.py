@@ -81,6 +81,7 @@ class TestErrors:
             # Nothing is abbreviated: what it stood for could change with a new flag.
             (["run", "--step", "3"], "unrecognized arguments: --step 3 (did you mean --steps?) (see torchdsc"),
             (["run", "--seeds", "1", "quick"], "--seeds must be an integer, got 'quick' (see"),
+            (["run", "--dry-run", "quick"], "the experiment must come before all flags, got 'quick' after them"),
             (["run", "quick", "x"], "unrecognized arguments: x (see torchdsc run --help)"),
             (
                 ["run", "smal"],

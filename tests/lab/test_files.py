@@ -267,11 +267,13 @@ def test_json(tmp_path):
     file = tmp_path / "a.json"
     write_json(file, {"b": 1})
     assert read_json(file, keys=["b"]) == {"b": 1}
-    with pytest.raises(ValueError, match=r"a\.json is damaged: it lacks c, d; delete it to make it anew"):
+    with pytest.raises(
+        ValueError, match=r"a\.json is damaged: it lacks c, d; put it back, or delete it and run the experiment again"
+    ):
         read_json(file, keys=["b", "c", "d"])
     for text in ("{", "[1]"):
         file.write_text(text)
-        with pytest.raises(ValueError, match=r"a\.json is damaged: .*; delete it"):
+        with pytest.raises(ValueError, match=r"a\.json is damaged: .*; put it back"):
             read_json(file)
 
 

@@ -24,10 +24,15 @@ _NESTED = re.compile(r"--(\w+)\.([\w.]+)(?:=(.*))?")
 def run(arguments: list[str]) -> int:
     """Run an experiment, or what is left of it; returns 1 if a run failed."""
     flat, nested = _take_nested(arguments)
-    source = flat.pop(0) if flat and not flat[0].startswith("-") else _DEFAULT
+    given = flat.pop(0) if flat and not flat[0].startswith("-") else None
+    source = given or _DEFAULT
     values = read_experiment(source)
     kind = settings_type(values.get("task", "language_modelling"))
-    options = _parser(kind, values.get("settings") or {}).parse_args(flat)
+    parser = _parser(kind, values.get("settings") or {})
+    _, rest = parser.parse_known_args(flat)
+    if given is None and rest and not rest[0].startswith("-"):
+        raise SettingsError(f"the experiment must come before all flags, got {rest[0]!r} after them")
+    options = parser.parse_args(flat)
     experiment = _experiment(source, values, kind, options, nested)
     folder = Path(getattr(options, "output", f"runs/{Path(source).stem}"))
     if options.print_config:

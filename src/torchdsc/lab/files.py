@@ -228,5 +228,7 @@ def read_json(path: Path, *, keys: Iterable[str] = ()) -> dict[str, Any]:
         if missing := [key for key in keys if key not in value]:
             raise ValueError(f"it lacks {', '.join(missing)}")
     except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}; delete it to make it anew") from error
+        raise ValueError(
+            f"{path} is damaged: {error}; put it back, or delete it and run the experiment again"
+        ) from error
     return value
