@@ -349,7 +349,7 @@ class TestRefusals:
     @pytest.mark.parametrize("content", ["{}", "null", '{"task": '])
     def test_damaged_record(self, copied, make_experiment, content):
         (copied / "run-DSC-seed1" / "record.json").write_text(content)
-        self.refuse(make_experiment(), copied, r"run-DSC-seed1/record\.json is damaged: .* delete it")
+        self.refuse(make_experiment(), copied, r"run-DSC-seed1/record\.json is damaged: .* put it back")
 
     @pytest.mark.parametrize("part", ["config", "data"])
     def test_record_of_another_run(self, copied, make_experiment, part):

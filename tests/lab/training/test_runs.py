@@ -141,7 +141,7 @@ class TestResume:
 class TestFilesOfARun:
     def test_record_that_lacks_what_is_in_it(self, train, tmp_path):
         (tmp_path / "record.json").write_text("{}")
-        with pytest.raises(ValueError, match=r"record.json is damaged: it lacks method, seed, .*; delete it"):
+        with pytest.raises(ValueError, match=r"record.json is damaged: it lacks method, seed, .*; put it back"):
             train(tmp_path)
 
     def test_drafts_of_a_killed_process_are_removed(self, train, tmp_path):
