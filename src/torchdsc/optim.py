@@ -11,6 +11,7 @@ from torch.optim import AdamW, Optimizer, SparseAdam
 from torchdsc.arguments import check_not_negative, check_positive
 from torchdsc.kinds import OptimizerKind
 from torchdsc.nn import BasisBank, RoutedLayer, Router, ShortConvolution
+from torchdsc.nn.sharding import is_sharded
 
 __all__ = [
     "JoinedOptimizer",
@@ -266,7 +267,7 @@ def _sparse_parameters(model: nn.Module) -> set[int]:
 
 @torch.no_grad()
 def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
-    """``torch.nn.utils.clip_grad_norm_`` where some gradients may be row-sparse.
+    """``torch.nn.utils.clip_grad_norm_`` where some gradients may be row-sparse, or sharded while others are not.
 
     Args:
         parameters: Parameters whose gradients are scaled in place.
@@ -285,8 +286,19 @@ def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> Tenso
             gradients.append(parameter.grad.values())
         else:
             gradients.append(parameter.grad)
-    norm = get_total_norm(gradients)
+    norm = _total_norm(gradients)
     scale = (max_norm / (norm + 1e-6)).clamp_max(1.0)
     for gradient in gradients:
-        gradient.mul_(scale)
+        local = gradient.to_local() if is_sharded(gradient) else gradient  # type: ignore[attr-defined]
+        local.mul_(scale)
     return norm
+
+
+def _total_norm(gradients: list[Tensor]) -> Tensor:
+    """The norm of all gradients together, of which some may be DTensors: torch takes all or none."""
+    shards = [gradient for gradient in gradients if is_sharded(gradient)]
+    if not shards:
+        return get_total_norm(gradients)
+    of_shards: Tensor = get_total_norm(shards).full_tensor()  # type: ignore[attr-defined]
+    others = [gradient for gradient in gradients if not is_sharded(gradient)]
+    return torch.hypot(of_shards, get_total_norm(others).to(of_shards)) if others else of_shards

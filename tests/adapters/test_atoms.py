@@ -388,3 +388,12 @@ def test_all_that_is_there_is_kept_in_a_base_model_of_any_dtype(make_base, make_
     remove_atoms(adapted, origin="b")
     remove_atoms(adapted, origin="a")
     assert torch.equal(output(adapted, batch), before)
+
+
+def test_banks_over_processes_are_refused(model):
+    adapted, _ = model()
+    for layer in layers(adapted).values():
+        layer.bank.mesh = object()
+    with pytest.raises(ValueError, match="banks of adapter 'default' must be whole to change their atoms"):
+        add_atoms(adapted, 2, origin="law")
+    assert {layer.bank.num_atoms for layer in layers(adapted).values()} == {9}

@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from torchdsc import DSC, BasisBank, Residual, build_optimizer, regularization
 from torchdsc.nn import bank_shards, shard_bank
+from torchdsc.optim import clip_grad_norm
 
 # Three processes share 8 features unevenly: 3, 3 and 2.
 PROCESSES, WIDTH, OUT, TOP_K = 3, 8, 7, 3
@@ -94,6 +95,19 @@ def trained(rank, mesh, folder):
     return {"state": state, "norm": norm}
 
 
+def clipped(rank, mesh):
+    """The norm of all gradients where the bank alone is sharded, and that of the bank's afterwards."""
+    model, bank = make()
+    shard_bank(bank, mesh)
+    tokens = tokens_of((4, 4, 4), model).split(4)[rank]
+    (loss_of(model, tokens, 12) * PROCESSES).backward()
+    for parameter in model.parameters():
+        if parameter is not bank.u and parameter is not bank.v:
+            dist.all_reduce(parameter.grad.div_(PROCESSES))
+    norm = clip_grad_norm(model.parameters(), 0.01)
+    return {"norm": norm, "u": bank.u.grad.full_tensor(), "gamma": model[2].gamma.grad}
+
+
 def moved(rank, mesh):
     """Numbers that this process sends to others in a forward pass."""
     model, bank = make(frame_weight=0.0)
@@ -117,7 +131,9 @@ def made_in_parts(mesh):
     with torch.device("meta"):
         bank = BasisBank(5000, WIDTH, OUT, init_norm=0.3)
     shard_bank(bank, mesh)
-    return [bank.u.full_tensor(), bank.v.full_tensor()]
+    first = bank.u.full_tensor().clone()
+    bank.reset_parameters()
+    return [first, bank.u.full_tensor(), bank.v.full_tensor()]
 
 
 def errors(mesh):
@@ -133,6 +149,10 @@ def errors(mesh):
     shard_bank(bank, mesh)
     record("twice", lambda: shard_bank(bank, mesh))
     record("type", lambda: shard_bank(model[2], mesh))
+    tokens, indices, coefficients = torch.randn(2, WIDTH), torch.zeros(2, 3, dtype=torch.int64), torch.ones(2, 3)
+    record("x", lambda: bank(tokens[:, 1:], indices, coefficients))
+    record("coefficients", lambda: bank(tokens, indices, coefficients[:, :1]))
+    record("indices", lambda: bank(tokens, indices[:1]))
     record("sparse", lambda: shard_bank(BasisBank(4, 8, sparse_gradients=True), mesh))
     record("narrow", lambda: shard_bank(BasisBank(4, 8, 4), mesh))
     record("mesh", lambda: shard_bank(BasisBank(4, 8), init_device_mesh("cpu", (1, PROCESSES))))
@@ -150,6 +170,7 @@ def work(rank, folder):
         (case, name): gradients_of(case, shares, rank, mesh) for case in CASES for name, shares in SHARES.items()
     }
     found = {"gradients": gradients, "trained": trained(rank, mesh, folder), "moved": moved(rank, mesh)}
+    found["clipped"] = clipped(rank, mesh)
     found |= {"made": made_in_parts(mesh), "errors": errors(mesh)}
     torch.save(found, f"{folder}/{rank}.pt")
     dist.barrier()
@@ -200,6 +221,16 @@ def test_steps_clipping_and_checkpoints(results):
 
 
 @pytest.mark.slow
+def test_clipping_beside_parameters_that_are_not_sharded(results):
+    model, bank = make()
+    loss_of(model, tokens_of((4, 4, 4), model), 12).backward()
+    norm = nn.utils.clip_grad_norm_(model.parameters(), 0.01)
+    expected = {"norm": norm, "u": bank.u.grad, "gamma": model[2].gamma.grad}
+    for found in results:
+        torch.testing.assert_close(found["clipped"], expected)
+
+
+@pytest.mark.slow
 def test_what_moves_for_a_token(results):
     """x and y once, three numbers an atom to each other process, and the norms of the atoms in use."""
     others = PROCESSES - 1
@@ -215,6 +246,8 @@ def test_what_moves_for_a_token(results):
 def test_a_bank_of_the_meta_device_is_made_in_parts(results):
     for found in results:
         torch.testing.assert_close(found["made"], results[0]["made"])
+    first, again, _ = results[0]["made"]
+    assert not torch.equal(first, again)
     for atoms in results[0]["made"]:
         assert float(atoms.detach().square().sum(1).mean()) ** 0.5 == pytest.approx(0.3, rel=0.02)
         # No two processes have the same numbers.
@@ -227,6 +260,9 @@ def test_a_bank_of_the_meta_device_is_made_in_parts(results):
     [
         ("twice", "ValueError: bank must not be sharded already, got u with placements"),
         ("type", "TypeError: bank must be a BasisBank and mesh a DeviceMesh, got DSC and DeviceMesh"),
+        ("x", "ValueError: x must have shape (..., d_in) and u (M, d_in), got (2, 7) and (14, 8)"),
+        ("coefficients", "ValueError: coefficients must have the shape of indices, (2, 3), got (2, 1)"),
+        ("indices", "ValueError: indices must have shape (2, 'K') with K >= 1, got (1, 3)"),
         ("sparse", "ValueError: bank must have sparse_gradients = False to be sharded"),
         ("narrow", "ValueError: bank.out_features must leave a column to each of 3 processes, got 4"),
         ("mesh", r"ValueError: mesh must have one dimension and all 3 processes, got (1, 3)"),

@@ -123,6 +123,21 @@ def test_what_is_not_on_disk_is_refused(folder):
         leave_on_disk(DSCGPTForCausalLM.from_pretrained(folder, dtype=torch.bfloat16))
 
 
+def test_kept_atoms_and_shared_memory_are_refused(folder):
+    model = load(folder)
+    bank = banks_of(model)[0]
+    bank.arrange(torch.arange(bank.num_atoms), 3)
+    with pytest.raises(ValueError, match=r"bank must have no kept atoms to stay on disk, got 3"):
+        leave_on_disk(model)
+    layer = DSC(8, num_atoms=9, top_k=3, router="ngram").share_memory()
+    with pytest.raises(ValueError, match="must be mapped from a file"):
+        leave_on_disk(layer)
+    with pytest.raises(TypeError, match="ahead must be"):
+        leave_on_disk(load(folder), ahead="no")
+    with pytest.raises(TypeError, match="model must be"):
+        leave_on_disk("x")
+
+
 def test_another_system_is_refused(folder, monkeypatch):
     monkeypatch.setattr(sys, "platform", "darwin")
     with pytest.raises(OSError, match="leave_on_disk needs Linux, got darwin"):

@@ -35,8 +35,29 @@ def test_autocast_stays_out():
     torch.testing.assert_close(found, torch.einsum("td,tkd->tk", x, u[indices]))
 
 
-def test_operator():
-    library.opcheck(
-        torch.ops.torchdsc.latents.default,
-        (torch.randn(4, 6, requires_grad=True), torch.randn(5, 6, requires_grad=True), torch.randint(5, (4, 2))),
-    )
+@pytest.mark.parametrize("tokens", [4, 0])
+def test_operator(tokens):
+    """Of any strides, too: what a compiled graph is told of the results has to be so."""
+    x = torch.randn(6, tokens).t().requires_grad_()
+    u = torch.randn(6, 5).t().requires_grad_()
+    library.opcheck(torch.ops.torchdsc.latents.default, (x, u, torch.randint(5, (tokens, 2))))
+
+
+@pytest.mark.parametrize(
+    ("x", "indices", "error", "message"),
+    [
+        ((3, 5), torch.zeros(3, 2, dtype=torch.int64), ValueError, r"u \(M, d_in\), got \(3, 5\) and \(4, 6\)"),
+        (
+            (3, 6),
+            torch.zeros(2, 2, dtype=torch.int64),
+            ValueError,
+            r"int64 of shape \(3, K\), got torch.int64 of \(2, 2\)",
+        ),
+        ((3, 6), torch.zeros(3, 2, dtype=torch.int32), ValueError, "got torch.int32"),
+        ((3, 6), torch.full((3, 2), 4), IndexError, r"indices must be in \[0, 4\)"),
+        ((3, 6), torch.full((3, 2), -1), IndexError, r"indices must be in \[0, 4\)"),
+    ],
+)
+def test_errors(x, indices, error, message):
+    with pytest.raises(error, match=message):
+        latents(torch.randn(x), torch.randn(4, 6), indices)

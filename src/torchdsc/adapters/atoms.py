@@ -223,6 +223,10 @@ def _changeable(model: Any, adapter_name: str) -> tuple[dict[str, ContextualDSC]
     }
     if others:
         raise ValueError(f"banks must be those of adapter {adapter_name!r} alone, got {sorted(others)} with the same")
+    if any(layer.bank.mesh is not None for layer in layers.values()):
+        raise ValueError(
+            f"banks of adapter {adapter_name!r} must be whole to change their atoms, got one over processes"
+        )
     configs = getattr(model, "peft_config", None)
     if configs is None:
         raise ValueError(f"model must be a PEFT model or one of transformers with adapters, got {type(model).__name__}")

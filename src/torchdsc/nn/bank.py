@@ -9,10 +9,10 @@ from torch.nn import functional
 
 from torchdsc.arguments import check_at_least, check_positive, check_types
 from torchdsc.ops import compose, frame_potential, latents
-from torchdsc.ops.compose.api import Implementation
+from torchdsc.ops.compose.api import Implementation, check_shapes
 
 from .atom_rows import AtomRows
-from .bank_shards import compose_shards, drawn_rows, latents_shards
+from .bank_shards import compose_shards, drawn_rows, latents_shards, normal_shards
 from .sharding import check_not_flattened, is_sharded, whole
 
 if TYPE_CHECKING:
@@ -84,9 +84,15 @@ class BasisBank(AtomRows):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Orthogonal rows (columns where M > d), scaled to the root mean square norm ``init_norm``."""
+        """Orthogonal rows (columns where M > d), scaled to the root mean square norm ``init_norm``.
+
+        Of a bank over several processes normal rows of that norm.
+        """
         for atoms in (self.u, self.v):
             if atoms.is_meta:
+                continue
+            if self.mesh is not None:
+                atoms.copy_(normal_shards(atoms, self.init_norm, self.mesh))
                 continue
             precise = torch.empty_like(atoms, dtype=torch.promote_types(atoms.dtype, torch.float32))
             _orthogonal(precise)
@@ -113,7 +119,7 @@ class BasisBank(AtomRows):
             indices: Selected atoms of shape (T, K), int64; without ``x`` of any shape (...), all M by default.
             coefficients: Their coefficients z of shape (T, K).
             eps: Lower bound of an atom's norm.
-            impl: Implementation of the composition.
+            impl: Implementation of the composition; a bank over several processes has one of its own.
             frame: Ask for L_frame, computed like this.
 
         Returns:
@@ -126,7 +132,7 @@ class BasisBank(AtomRows):
 
         Raises:
             ValueError: If shapes do not fit.
-            TypeError: If the dtype of ``x`` is not that of the bank.
+            TypeError: If the dtype of ``x`` is not that of the bank. A bank over several processes takes any.
             RuntimeError: If the rows are a part of a flattened parameter of FSDP1.
         """
         if self.mesh is not None and (x is not None or (frame is not None and frame.samples is not None)):
@@ -167,6 +173,9 @@ class BasisBank(AtomRows):
             return self._frame_term(rows_u, rows_v, frame, eps)
         assert x is not None
         assert indices is not None
+        # One process's error is no answer to the others, who wait: so before anything is exchanged.
+        given = torch.empty_like(indices, dtype=x.dtype) if coefficients is None else coefficients
+        check_shapes(x, self.u, self.v, indices, given)
         if coefficients is None:
             return latents_shards(x, self.u, indices, mesh)
         return compose_shards(x, self.u, self.v, indices, coefficients, eps, mesh)

@@ -30,11 +30,14 @@ def shard_bank(bank: "BasisBank", mesh: "DeviceMesh") -> None:
         fully_shard(model, mesh=mesh, ignored_params={layer.bank.u, layer.bank.v})
 
     Forward, d_in + d_out numbers move for a token, and 3 K to each other process (indices, latent values, weights).
-    L_frame reads the whole bank on every process, or with ``frame_samples`` the rows that are drawn.
+    What inspects atoms (``unit``, ``delta_weight``, diagnostics) and L_frame gather the whole bank on every process;
+    with ``frame_samples`` L_frame has the rows that are drawn. A process that calls the layer alone, to evaluate or to
+    generate, waits for the others. Call this before the optimizer is made: the parameters are new ones.
 
     Args:
-        bank: Of any size, the same on all processes. On the meta device it is made here, with normal rows of root mean
-            square norm ``init_norm``, so that no process ever has it whole.
+        bank: Of any size, the same on all processes. On the meta device (the bank alone, made under
+            ``torch.device("meta")``) it is made here, with normal rows of root mean square norm ``init_norm``, so that
+            no process ever has it whole.
         mesh: Of one dimension and all processes.
 
     Raises:
@@ -68,14 +71,14 @@ def shard_bank(bank: "BasisBank", mesh: "DeviceMesh") -> None:
         if isinstance(atoms, DTensor):
             raise ValueError(f"bank must not be sharded already, got {name} with placements {atoms.placements}")
         if atoms.is_meta:
-            shards = _made_in_parts(atoms, bank.init_norm, mesh)
+            shards = normal_shards(atoms, bank.init_norm, mesh)
         else:
             shards = distribute_tensor(atoms.detach(), mesh, [Shard(1)])
         setattr(bank, name, nn.Parameter(shards, requires_grad=atoms.requires_grad))
     bank.mesh = mesh
 
 
-def _made_in_parts(atoms: Tensor, norm: float, mesh: "DeviceMesh") -> Tensor:
+def normal_shards(atoms: Tensor, norm: float, mesh: "DeviceMesh") -> Tensor:
     """Normal rows of a root mean square norm; each process makes its columns."""
     from torch.distributed.tensor import DTensor, Shard
 
@@ -107,7 +110,7 @@ def compose_shards(
     rows_u, rows_v = step.rows(u), step.rows(v)
     squares = torch.stack([rows.to(coefficients.dtype).square().sum(1) for rows in (rows_u, rows_v)])
     scale_u, scale_v = step.sum(squares).clamp_min(eps * eps).rsqrt()
-    places = step.own_places
+    places = step.own_places()
     latent = step.to_owners(latents(step.to_shards(x), rows_u, step.places)).to(coefficients.dtype)
     weights = step.gather(coefficients * latent * scale_u[places] * scale_v[places])
     part = functional.embedding_bag(step.places, rows_v.to(weights.dtype), per_sample_weights=weights, mode="sum")
@@ -124,7 +127,13 @@ def latents_shards(x: Tensor, u: Any, indices: Tensor, mesh: "DeviceMesh") -> Te
 def drawn_rows(u: Any, v: Any, samples: int, mesh: "DeviceMesh") -> tuple[Tensor, Tensor]:
     """Whole rows of ``samples`` atoms drawn at random, the same on every process, of shape (samples, d)."""
     generator = torch.Generator().manual_seed(_common_seed(mesh))
-    drawn = torch.randperm(u.shape[0], generator=generator)[:samples].to(mesh.device_type)
+    count = u.shape[0]
+    if samples < count // 4:
+        # Twice as many with repeats: more than enough without.
+        some = torch.unique(torch.randint(count, (2 * samples,), generator=generator))
+        drawn = some[torch.randperm(len(some), generator=generator)[:samples]].to(mesh.device_type)
+    else:
+        drawn = torch.randperm(count, generator=generator)[:samples].to(mesh.device_type)
     # As if they were tokens of this process, whose columns of them all others have.
     step = _Step(mesh, [samples] * mesh.size(), drawn, drawn)
     return step.whole_rows(u), step.whole_rows(v)
@@ -157,7 +166,6 @@ class _Step(NamedTuple):
     def rank(self) -> int:
         return self.mesh.get_local_rank()
 
-    @property
     def own_places(self) -> Tensor:
         """Places of this process's tokens, of shape (T, K)."""
         start = sum(self.tokens[: self.rank])

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from torchdsc.arguments import check_types
+
 if TYPE_CHECKING:
     from .bank import BasisBank
 
@@ -26,6 +28,9 @@ def leave_on_disk(model: nn.Module, *, ahead: bool = True) -> int:
     with ``router="ngram"``, DSCGPT routes all its layers before the first one runs, so that rows arrive while layers
     compute. Outputs stay bit for bit the same. It is for inference: training would change rows in memory alone.
 
+    Where memory suffices, leave it out: the system soon has the whole bank there. A call with so many tokens that they
+    select more atoms than there are, repeats counted, reads the whole bank.
+
     Args:
         model: With DSC layers, loaded by ``from_pretrained``.
         ahead: Ask for rows as soon as a layer has routed, instead of reading each when its turn comes.
@@ -34,11 +39,13 @@ def leave_on_disk(model: nn.Module, *, ahead: bool = True) -> int:
         Bytes of the banks that stay on disk.
 
     Raises:
+        TypeError: If an argument has another type.
         OSError: On another system than Linux.
-        ValueError: If the model has no bank, or one that is not mapped from a file.
+        ValueError: If the model has no bank, or one that is not mapped from a file or has kept atoms.
     """
     from .bank import BasisBank
 
+    check_types(leave_on_disk, locals())
     if sys.platform != "linux":
         raise OSError(f"leave_on_disk needs Linux, got {sys.platform}")
     banks = {name: module for name, module in model.named_modules() if isinstance(module, BasisBank)}
@@ -46,6 +53,8 @@ def leave_on_disk(model: nn.Module, *, ahead: bool = True) -> int:
         raise ValueError(f"model must have a bank of atoms, got {type(model).__name__} without one")
     mapped = _mapped_ranges()
     for name, bank in banks.items():
+        if bank.kept_atoms:
+            raise ValueError(f"{name} must have no kept atoms to stay on disk, got {bank.kept_atoms}")
         for key in ("u", "v"):
             atoms = getattr(bank, key)
             start = atoms.data_ptr() if atoms.device.type == "cpu" and type(atoms) is nn.Parameter else 0
@@ -56,14 +65,15 @@ def leave_on_disk(model: nn.Module, *, ahead: bool = True) -> int:
                 )
     for bank in banks.values():
         for atoms in (bank.u, bank.v):
-            _advise(atoms.data_ptr(), atoms.data_ptr() + atoms.nbytes, _RANDOM)
+            if _advise(atoms.data_ptr(), atoms.data_ptr() + atoms.nbytes, _RANDOM):
+                raise OSError(ctypes.get_errno(), "the system takes no advice on mapped memory (madvise)")
         bank.asks_ahead = ahead
     return sum(bank.u.nbytes + bank.v.nbytes for bank in banks.values())
 
 
 def ask_for_rows(bank: "BasisBank", indices: Tensor) -> None:
     """Ask the system for the atoms at ``indices`` (int64, any shape), without waiting for them."""
-    if indices.device.type != "cpu" or not len(indices):
+    if type(indices) is not Tensor or indices.device.type != "cpu" or not len(indices):
         return
     used = torch.unique(indices)
     for atoms in (bank.u, bank.v):
@@ -75,14 +85,15 @@ def ask_for_rows(bank: "BasisBank", indices: Tensor) -> None:
         starts = first[:1].tolist() + first[1:][apart].tolist()
         ends = last[:-1][apart].tolist() + last[-1:].tolist()
         for start, end in zip(starts, ends, strict=True):
+            # A hint that the system does not take costs time alone.
             _advise(start * mmap.PAGESIZE, (end + 1) * mmap.PAGESIZE, _WILL_NEED)
 
 
-def _advise(start: int, end: int, advice: int) -> None:
-    """Tell the system how the memory from ``start`` to ``end`` will be used; whole pages."""
+def _advise(start: int, end: int, advice: int) -> int:
+    """Tell the system how the memory from ``start`` to ``end`` will be used; not zero if it does not listen."""
     start -= start % mmap.PAGESIZE
-    if _madvise()(start, end - start, advice):
-        raise OSError(ctypes.get_errno(), f"madvise of {end - start} bytes failed")
+    result: int = _madvise()(start, end - start, advice)
+    return result
 
 
 @functools.cache
@@ -97,7 +108,8 @@ def _mapped_ranges() -> list[tuple[int, int]]:
     ranges = []
     for line in Path("/proc/self/maps").read_text().splitlines():
         fields = line.split(maxsplit=5)
-        if len(fields) == 6 and fields[5].startswith("/"):
+        # Shared memory has names too.
+        if len(fields) == 6 and fields[5].startswith("/") and not fields[5].startswith(("/dev/", "/memfd:")):
             low, high = fields[0].split("-")
             ranges.append((int(low, 16), int(high, 16)))
     return ranges

@@ -24,8 +24,15 @@ def latents(x: Tensor, u: Tensor, indices: Tensor) -> Tensor:
         and ``u``.
 
     Raises:
-        ValueError: If the tensors are on several devices.
+        ValueError: If shapes do not fit, or the tensors are on several devices.
+        IndexError: On a CPU, if an index is out of range.
     """
+    if x.dim() != 2 or u.dim() != 2 or x.shape[1] != u.shape[1]:
+        raise ValueError(f"x must have shape (T, d_in) and u (M, d_in), got {tuple(x.shape)} and {tuple(u.shape)}")
+    if indices.dim() != 2 or indices.shape[0] != x.shape[0] or indices.dtype != torch.int64:
+        raise ValueError(
+            f"indices must be int64 of shape ({x.shape[0]}, K), got {indices.dtype} of {tuple(indices.shape)}"
+        )
     if not (x.device == u.device == indices.device):
         raise several_devices(x=x, u=u, indices=indices)
     if is_exporting():
@@ -38,6 +45,8 @@ def latents(x: Tensor, u: Tensor, indices: Tensor) -> Tensor:
 @library.custom_op("torchdsc::latents", mutates_args=())
 def _latents_op(x: Tensor, u: Tensor, indices: Tensor) -> Tensor:
     dtype = _accumulated(x)
+    if x.is_cpu and indices.numel() and not 0 <= int(indices.min()) <= int(indices.max()) < u.shape[0]:
+        raise IndexError(f"indices must be in [0, {u.shape[0]}), the atoms that there are")
     with torch.autocast(x.device.type, enabled=False):
         if _is_dense(x, u, indices):
             return (x.to(dtype) @ u.to(dtype).t()).gather(1, indices)
@@ -53,7 +62,7 @@ def _(x: Tensor, u: Tensor, indices: Tensor) -> Tensor:
 def _latents_backward_op(grad: Tensor, x: Tensor, u: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
     dtype = _accumulated(x)
     if x.shape[0] == 0:
-        return torch.zeros_like(x), torch.zeros_like(u)
+        return x.new_zeros(x.shape), u.new_zeros(u.shape)
     grad = grad.contiguous()
     with torch.autocast(x.device.type, enabled=False):
         if _is_dense(x, u, indices):
@@ -62,12 +71,12 @@ def _latents_backward_op(grad: Tensor, x: Tensor, u: Tensor, indices: Tensor) ->
         else:
             dx = weighted_rows(grad, u.to(dtype), indices)
             du = row_gradients(grad, x.to(dtype), indices, u.shape[0])
-    return dx.to(x.dtype), du.to(u.dtype)
+    return dx.to(x.dtype).contiguous(), du.to(u.dtype).contiguous()
 
 
 @_latents_backward_op.register_fake
 def _(grad: Tensor, x: Tensor, u: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x), torch.empty_like(u)
+    return x.new_empty(x.shape), u.new_empty(u.shape)
 
 
 def _accumulated(x: Tensor) -> torch.dtype:

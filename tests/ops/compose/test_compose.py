@@ -126,6 +126,15 @@ def test_opcheck(impl, tokens):
     library.opcheck(torch.ops.torchdsc.compose.default, (*inputs, 1e-6, impl))
 
 
+@pytest.mark.parametrize("tokens", [0, 2, 40])
+@pytest.mark.parametrize("impl", ["auto", "reference", "gather", "dense"])
+def test_opcheck_of_any_strides(impl, tokens):
+    """A compiled graph is told that results are contiguous."""
+    inputs = make_inputs(tokens, 9, 3, 5, 4, impl=impl)
+    inputs = [t.detach().t().contiguous().t().requires_grad_(t.requires_grad) for t in inputs]
+    library.opcheck(torch.ops.torchdsc.compose.default, (*inputs, 1e-6, impl))
+
+
 @pytest.mark.slow
 def test_compile_does_not_recompile_for_batch_sizes():
     torch._dynamo.reset()

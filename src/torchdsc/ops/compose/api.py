@@ -49,7 +49,7 @@ def compose(
         RuntimeError: If ``impl`` is "triton" and ``x`` is on the CPU, unless TRITON_INTERPRET=1 was set before triton
             was first imported.
     """
-    _check_shapes(x, u, v, indices, coefficients)
+    check_shapes(x, u, v, indices, coefficients)
     _check_dtypes(x, u, v, indices)
     if not (x.device == u.device == v.device == indices.device == coefficients.device):
         raise several_devices(x=x, u=u, v=v, indices=indices, coefficients=coefficients)
@@ -67,7 +67,8 @@ def compose(
     return run(*flat, eps, impl).reshape(*x.shape[:-1], v.shape[-1])
 
 
-def _check_shapes(x: Tensor, u: Tensor, v: Tensor, indices: Tensor, coefficients: Tensor) -> None:
+def check_shapes(x: Tensor, u: Tensor, v: Tensor, indices: Tensor, coefficients: Tensor) -> None:
+    """Refuse arguments of :func:`compose` whose shapes do not fit."""
     if x.dim() == 0 or u.dim() != 2 or x.shape[-1] != u.shape[1]:
         raise ValueError(f"x must have shape (..., d_in) and u (M, d_in), got {tuple(x.shape)} and {tuple(u.shape)}")
     if v.dim() != 2 or v.shape[0] != u.shape[0]:

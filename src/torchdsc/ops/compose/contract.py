@@ -58,13 +58,14 @@ def _forward(
 def compose_op(
     x: Tensor, u: Tensor, v: Tensor, indices: Tensor, coefficients: Tensor, eps: float | None, impl: str
 ) -> tuple[Tensor, Tensor]:
-    """Run the chosen implementation; returns y (T, d_out) and the latent values x . u_k (T, K)."""
-    return _forward(x, u, v, indices, coefficients, eps, impl)
+    """Run the chosen implementation; returns y (T, d_out) and the latent values x . u_k (T, K), contiguous."""
+    y, latent = _forward(x, u, v, indices, coefficients, eps, impl)
+    return y.contiguous(), latent.contiguous()
 
 
 @compose_op.register_fake
 def _(x: Tensor, u: Tensor, v: Tensor, indices: Tensor, coefficients: Tensor, *_: Any) -> tuple[Tensor, ...]:
-    return x.new_empty(x.shape[0], v.shape[1]), torch.empty_like(coefficients)
+    return x.new_empty(x.shape[0], v.shape[1]), coefficients.new_empty(coefficients.shape)
 
 
 @library.custom_op("torchdsc::compose_backward", mutates_args=())
@@ -79,19 +80,21 @@ def compose_backward_op(
     eps: float | None,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, u, v and coefficients."""
+    """Gradients of x, u, v and coefficients, contiguous."""
     if x.shape[0] == 0:
-        return torch.zeros_like(x), torch.zeros_like(u), torch.zeros_like(v), torch.zeros_like(coefficients)
+        dx, du, dv, dcoefficients = (t.new_zeros(t.shape) for t in (x, u, v, coefficients))
+        return dx, du, dv, dcoefficients
     backward = _BACKWARD[_resolve(impl, x, u, indices)]
     with torch.autocast(x.device.type, enabled=False):
-        return backward(grad.contiguous(), x, u, v, indices, coefficients, latent, eps)
+        dx, du, dv, dcoefficients = backward(grad.contiguous(), x, u, v, indices, coefficients, latent, eps)
+    return dx.contiguous(), du.contiguous(), dv.contiguous(), dcoefficients.contiguous()
 
 
 @compose_backward_op.register_fake
 def _(
     grad: Tensor, x: Tensor, u: Tensor, v: Tensor, indices: Tensor, coefficients: Tensor, *_: Any
 ) -> tuple[Tensor, ...]:
-    return tuple(torch.empty_like(t) for t in (x, u, v, coefficients))
+    return tuple(t.new_empty(t.shape) for t in (x, u, v, coefficients))
 
 
 def _resolve(impl: str, x: Tensor, u: Tensor, indices: Tensor) -> str:
