@@ -191,7 +191,8 @@ class DSC(RoutedLayer):
             statistics=collect and self.regularizers.need_logits,
             raw_normalizer=options.z_loss_on_raw_logits and self.regularizers.z > 0,
         )
-        if self.bank.asks_ahead and not torch.compiler.is_compiling():
+        # PEFT may have wrapped the bank.
+        if getattr(self.bank, "asks_ahead", False) and not torch.compiler.is_compiling():
             ask_for_rows(self.bank, found.indices)
         logits = found.logits
         if self.parameter_dtype == torch.float64:
