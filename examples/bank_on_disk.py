@@ -62,8 +62,8 @@ def main(folder: str, output: str) -> None:
         **{"command": command_line(), "commit": commit(), "versions": versions(), "hardware": hardware()},
     }
     file = Path(output)
-    records = json.loads(file.read_text()) if file.exists() else []
-    file.write_text(json.dumps([*records, record], indent=1) + "\n")
+    records = json.loads(file.read_text())["measurements"] if file.exists() else []
+    file.write_text(json.dumps({"measurements": [*records, record]}, indent=1) + "\n")
 
 
 def run(folder: str, way: str, seed: int) -> dict[str, float]:

@@ -109,7 +109,7 @@ def test_a_bank_on_disk_is_measured(tmp_path, monkeypatch):
     monkeypatch.setattr(example, "ROUNDS", 1)
     monkeypatch.setattr(example, "memory_limit", lambda: None)
     example.main(str(tmp_path), str(tmp_path / "results.json"))
-    (record,) = json.loads((tmp_path / "results.json").read_text())
+    (record,) = json.loads((tmp_path / "results.json").read_text())["measurements"]
     assert record["bank_bytes"] == 4 * 2 * 500 * 64 * 4
     assert set(record["runs"]) == {example.MAPPED, example.ROWS, example.AHEAD, example.MEMORY}
     for way, ratios in record["over_asked_for_ahead"].items():
