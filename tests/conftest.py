@@ -1,7 +1,10 @@
 """Fixtures and the time budget of slow tests."""
 
 import os
+import subprocess
+import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +30,24 @@ _slow_seconds = 0.0
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def run_processes() -> Callable[..., None]:
+    """Runs a test file as a script in some processes, each with the arguments and its rank; one that fails raises."""
+
+    def run(count: int, file: str, *arguments: Any) -> None:
+        # Fresh interpreters: autograd's threads do not survive a fork.
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, file, *map(str, arguments)]
+        processes = [subprocess.Popen([*command, str(rank)], env=environment) for rank in range(count)]
+        try:
+            assert [process.wait(timeout=200) for process in processes] == [0] * count
+        finally:
+            for process in processes:
+                process.kill()
+
+    return run
 
 
 @pytest.fixture(scope="session")

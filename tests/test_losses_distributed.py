@@ -1,7 +1,6 @@
 """Two gloo processes under DistributedDataParallel, with unequal tokens and padding, against one process."""
 
 import os
-import subprocess
 import sys
 
 import pytest
@@ -52,24 +51,9 @@ def work(rank, port_file, terms, synchronize, results):
 @pytest.mark.parametrize(
     ("terms", "synchronize"), [(("z", "frame"), False), (("aux", "budget"), True), (("aux", "budget"), False)]
 )
-def test_two_processes_equal_one(terms, synchronize, tmp_path):
+def test_two_processes_equal_one(terms, synchronize, tmp_path, run_processes):
     results = tmp_path / "gradients.pt"
-    # Fresh interpreters: autograd's threads do not survive a fork.
-    command = [
-        sys.executable,
-        __file__,
-        str(tmp_path / "rendezvous"),
-        ",".join(terms),
-        str(int(synchronize)),
-        str(results),
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    processes = [subprocess.Popen([*command, str(rank)], env=environment) for rank in range(2)]
-    try:
-        assert [process.wait(timeout=120) for process in processes] == [0, 0]
-    finally:
-        for process in processes:
-            process.kill()
+    run_processes(2, __file__, tmp_path / "rendezvous", ",".join(terms), int(synchronize), results)
     actual = torch.load(results, weights_only=True)
     model = make_model(terms)
     parts = make_parts()

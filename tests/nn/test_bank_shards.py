@@ -1,7 +1,6 @@
 """A bank over three gloo processes equals the whole bank on all their tokens."""
 
 import os
-import subprocess
 import sys
 from functools import partial
 
@@ -178,17 +177,10 @@ def work(rank, folder):
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory):
+def results(tmp_path_factory, run_processes):
     """What the processes found, all in one start of them."""
     folder = tmp_path_factory.mktemp("bank")
-    command = [sys.executable, __file__, str(folder)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    processes = [subprocess.Popen([*command, str(rank)], env=environment) for rank in range(PROCESSES)]
-    try:
-        assert [process.wait(timeout=200) for process in processes] == [0] * PROCESSES
-    finally:
-        for process in processes:
-            process.kill()
+    run_processes(PROCESSES, __file__, folder)
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(PROCESSES)]
 
 

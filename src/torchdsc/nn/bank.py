@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from torchdsc.arguments import check_at_least, check_positive, check_types
 from torchdsc.ops import compose, frame_potential, latents
-from torchdsc.ops.compose.api import Implementation, check_shapes
+from torchdsc.ops.compose.api import Implementation
 
 from .atom_rows import AtomRows
 from .bank_shards import compose_shards, drawn_rows, latents_shards, normal_shards
@@ -135,8 +135,14 @@ class BasisBank(AtomRows):
             TypeError: If the dtype of ``x`` is not that of the bank. A bank over several processes takes any.
             RuntimeError: If the rows are a part of a flattened parameter of FSDP1.
         """
-        if self.mesh is not None and (x is not None or (frame is not None and frame.samples is not None)):
-            return self._forward_shards(self.mesh, x, indices, coefficients, eps, frame)
+        if self.mesh is not None and x is not None:
+            assert indices is not None
+            if coefficients is None:
+                return latents_shards(x, self.u, indices, self.mesh)
+            return compose_shards(x, self.u, self.v, indices, coefficients, eps, self.mesh)
+        if self.mesh is not None and frame is not None and frame.samples is not None:
+            rows_u, rows_v = drawn_rows(self.u, self.v, min(frame.samples, self.num_atoms), self.mesh)
+            return self._frame_term(rows_u, rows_v, frame, eps)
         u, v = whole(self.u), whole(self.v)
         if frame is not None or u.dim() != 2:
             check_not_flattened("bank.u", u, (self.num_atoms - self.kept_atoms, self.in_features))
@@ -157,28 +163,6 @@ class BasisBank(AtomRows):
             return latents(x.detach(), u.detach(), indices)
         u, v, indices = self._in_use(u, v, indices)
         return compose(x, u, v, indices, coefficients, eps=eps, impl=impl)
-
-    def _forward_shards(
-        self,
-        mesh: "DeviceMesh",
-        x: Tensor | None,
-        indices: Tensor | None,
-        coefficients: Tensor | None,
-        eps: float,
-        frame: FrameEstimate | None,
-    ) -> Tensor:
-        if frame is not None:
-            assert frame.samples is not None
-            rows_u, rows_v = drawn_rows(self.u, self.v, min(frame.samples, self.num_atoms), mesh)
-            return self._frame_term(rows_u, rows_v, frame, eps)
-        assert x is not None
-        assert indices is not None
-        # One process's error is no answer to the others, who wait: so before anything is exchanged.
-        given = torch.empty_like(indices, dtype=x.dtype) if coefficients is None else coefficients
-        check_shapes(x, self.u, self.v, indices, given)
-        if coefficients is None:
-            return latents_shards(x, self.u, indices, mesh)
-        return compose_shards(x, self.u, self.v, indices, coefficients, eps, mesh)
 
     def _frame_loss(self, u: Tensor, v: Tensor, frame: FrameEstimate, eps: float) -> Tensor:
         samples = frame.samples

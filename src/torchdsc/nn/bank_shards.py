@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from torchdsc.ops import latents
+from torchdsc.ops.compose.api import check_shapes
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -105,7 +106,11 @@ def compose_shards(
 
     Returns:
         Tensor of shape (T, d_out), in the dtype of ``x``.
+
+    Raises:
+        ValueError: If shapes do not fit. The others wait for a process that raises, so this comes before any exchange.
     """
+    check_shapes(x, u, v, indices, coefficients)
     step = _Step.of(indices, mesh)
     rows_u, rows_v = step.rows(u), step.rows(v)
     squares = torch.stack([rows.to(coefficients.dtype).square().sum(1) for rows in (rows_u, rows_v)])
@@ -119,6 +124,7 @@ def compose_shards(
 
 def latents_shards(x: Tensor, u: Any, indices: Tensor, mesh: "DeviceMesh") -> Tensor:
     """``x_t . u_k`` of raw atoms, of shape (T, K), without gradients; see :func:`compose_shards`."""
+    check_shapes(x, u, u, indices, indices)
     with torch.no_grad():
         step = _Step.of(indices, mesh)
         return step.to_owners(latents(step.to_shards(x), step.rows(u), step.places))
@@ -182,8 +188,8 @@ class _Step(NamedTuple):
         """All columns of the atoms in use, on every process."""
         rows, count = self.rows(atoms), len(self.used)
         sizes = [count * width for width in _widths(atoms.shape[1], self.mesh.size())]
-        received = self.exchange(rows.reshape(-1).repeat(self.mesh.size()), [rows.numel()] * self.mesh.size(), sizes)
-        return torch.cat([part.view(count, -1) for part in torch.split(received, sizes)], dim=1)
+        received = torch.split(self.to_all(rows, sizes), sizes)
+        return torch.cat([part.view(count, -1) for part in received], dim=1)
 
     def to_shards(self, x: Tensor) -> Tensor:
         """Columns of this process of everyone's tokens, (N, d / R), from this process's tokens (T, d)."""
@@ -211,16 +217,19 @@ class _Step(NamedTuple):
     def gather(self, values: Tensor) -> Tensor:
         """Everyone's (N, K) from this process's (T, K)."""
         top_k = values.shape[1]
-        repeated = values.reshape(-1).repeat(self.mesh.size())
-        sizes = [values.numel()] * self.mesh.size()
-        return self.exchange(repeated, sizes, [tokens * top_k for tokens in self.tokens]).view(-1, top_k)
+        return self.to_all(values, [tokens * top_k for tokens in self.tokens]).view(-1, top_k)
 
     def sum(self, values: Tensor) -> Tensor:
         """The sum over processes of tensors of one shape: each process sums a piece, and sends it to all."""
         pieces = _widths(values.numel(), self.mesh.size())
         own = [pieces[self.rank]] * self.mesh.size()
         piece = self.exchange(values.reshape(-1), pieces, own).view(self.mesh.size(), -1).sum(0)
-        return self.exchange(piece.repeat(self.mesh.size()), own, pieces).view_as(values)
+        return self.to_all(piece, pieces).view_as(values)
+
+    def to_all(self, values: Tensor, received: list[int]) -> Tensor:
+        """What all processes send to each other, from the first process's to the last's, flat."""
+        count = self.mesh.size()
+        return self.exchange(values.reshape(-1).repeat(count), [values.numel()] * count, received)
 
     def exchange(self, values: Tensor, sent: list[int], received: list[int]) -> Tensor:
         """Send the first ``sent[0]`` values to the first process and so on; differentiable."""
