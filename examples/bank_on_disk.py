@@ -9,6 +9,7 @@ does not fit. Without a limit the model in memory is measured too. A process sta
 and tokens are drawn at random. On Linux.
 """
 
+import argparse
 import json
 import os
 import re
@@ -47,7 +48,7 @@ def main(folder: str, output: str) -> None:
     found: dict[str, list[dict[str, float]]] = {way: [] for way in (MAPPED, ROWS, AHEAD, *[MEMORY] * fits)}
     for seed in range(ROUNDS):
         for way in found:
-            call = [sys.executable, __file__, folder, "--way", way, str(seed)]
+            call = [sys.executable, __file__, folder, "--way", way, "--seed", str(seed)]
             found[way].append(json.loads(subprocess.run(call, check=True, stdout=subprocess.PIPE, text=True).stdout))
             print(f"{seed + 1} of {ROUNDS}, {way}: {found[way][-1]}", flush=True)
     medians = {way: {name: median(run[name] for run in runs) for name in runs[0]} for way, runs in found.items()}
@@ -107,7 +108,14 @@ def memory_limit() -> int | None:
 
 
 if __name__ == "__main__":
-    if "--way" in sys.argv:
-        print(json.dumps(run(sys.argv[1], sys.argv[3], int(sys.argv[4]))))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", help="of the model, which is made where there is none")
+    parser.add_argument("output", nargs="?", default="results.json", help="JSON that the measurement is added to")
+    # A process of one of the ways.
+    parser.add_argument("--way", choices=(MAPPED, ROWS, AHEAD, MEMORY), help=argparse.SUPPRESS)
+    parser.add_argument("--seed", type=int, default=0, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.way:
+        print(json.dumps(run(options.folder, options.way, options.seed)))
     else:
-        main(*sys.argv[1:])
+        main(options.folder, options.output)
