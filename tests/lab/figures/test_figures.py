@@ -9,7 +9,7 @@ import pytest
 from torchdsc.baselines.methods import METHODS
 from torchdsc.lab.experiment.intervals import TIMES
 from torchdsc.lab.figures.costs import Cost, draw_costs
-from torchdsc.lab.figures.labels import label_text, spread
+from torchdsc.lab.figures.labels import label_text, label_texts, spread
 from torchdsc.lab.figures.lines import draw_curves, draw_rates
 from torchdsc.lab.figures.loads import draw_load_history, draw_loads
 from torchdsc.lab.figures.looks import Group, Look, choose_looks
@@ -175,6 +175,15 @@ def test_labels_keep_order_gap_and_bounds():
     assert spread([3, 1, 2, 100], 10, low=0, high=100) == pytest.approx([20, 0, 10, 100])
     assert label_text("a $b$ name") == r"a \$b\$ name"
     assert label_text("one of very many names", 12) == "one of…names"
+
+
+def test_labels_of_two_variants_never_read_alike():
+    names = [f"DSC by embeddings, {what}quiet 0.03, replay, 1e-2" for what in ("", "one bank, ")]
+    texts = label_texts([*names, "LoRA"])
+    assert [*texts] == [*names, "LoRA"]
+    assert len({*texts.values()}) == 3
+    assert len({label_text(name) for name in names}) == 1, "they would, cut alike"
+    assert all(len(text) < len(name) or text == name for name, text in texts.items())
 
 
 @pytest.mark.parametrize(

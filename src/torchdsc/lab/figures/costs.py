@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from .labels import label_text, label_variants, labelled_axes
+from .labels import label_texts, label_variants, labelled_axes
 from .looks import Look
 from .style import pad_limits
 
@@ -60,7 +60,7 @@ def draw_costs(
     """
     if len(costs) < 2:
         return None
-    labels = {variant: label_text(variant) for variant in labelled if variant in costs}
+    labels = label_texts(variant for variant in labelled if variant in costs)
     figure, axes = labelled_axes(labels.values(), xlabel, ylabel)
     _fit(axes, list(costs.values()))
     named = {variant: cost for variant, cost in costs.items() if looks[variant].is_named}

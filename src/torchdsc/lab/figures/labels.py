@@ -1,7 +1,8 @@
 """Labels that stand beside what they name and keep clear of each other."""
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,16 @@ def label_text(name: str, longest: int = _LONGEST) -> str:
         name = f"{name[: longest - 1 - half].rstrip()}\N{HORIZONTAL ELLIPSIS}{name[-half:].lstrip()}"
     # Two dollars would make a formula of what is between.
     return name.replace("$", r"\$")
+
+
+def label_texts(names: Iterable[str], longest: int = _LONGEST) -> dict[str, str]:
+    """The :func:`label_text` of each name, longer where two would read alike."""
+    names = list(names)
+    texts = {name: label_text(name, longest) for name in names}
+    for longer in range(longest + 1, max(map(len, names), default=0) + 1):
+        count = Counter(texts.values())
+        texts = {name: text if count[text] == 1 else label_text(name, longer) for name, text in texts.items()}
+    return texts
 
 
 def labelled_axes(labels: Collection[str], xlabel: str, ylabel: str) -> tuple[Figure, Axes]:

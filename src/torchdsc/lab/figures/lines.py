@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator
 
-from .labels import label_text, label_variants, labelled_axes
+from .labels import label_texts, label_variants, labelled_axes
 from .looks import Look
 from .series import Series
 from .style import pad_limits
@@ -46,7 +46,9 @@ def draw_curves(
     found = {variant: one for variant, one in series.items() if one.num_points > 1}
     if not found:
         return None
-    labels = {v: _label(v, one, with_end=is_zoomed) for v, one in found.items() if looks[v].is_named}
+    # With the value at the end there is less room.
+    texts = label_texts((v for v in found if looks[v].is_named), 28 if is_zoomed else 32)
+    labels = {v: _label(text, found[v], with_end=is_zoomed) for v, text in texts.items()}
     figure, axes = labelled_axes(labels.values(), "training step", name)
     axes.set_xlim(*pad_limits(np.concatenate([one.places for one in found.values()]), 0.02))
     axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
@@ -75,7 +77,7 @@ def draw_rates(
     found = {variant: one for variant, one in series.items() if one.num_points}
     if max((one.num_points for one in found.values()), default=0) < 2:
         return None
-    labels = {variant: label_text(variant) for variant in found if looks[variant].is_named}
+    labels = label_texts(variant for variant in found if looks[variant].is_named)
     figure, axes = labelled_axes(labels.values(), "learning rate", name)
     axes.set_xscale("log")
     for variant, one in found.items():
@@ -104,8 +106,8 @@ def _draw(axes: Axes, one: Series, look: Look) -> None:
     axes.plot(one.places[last], one.mean[last], **look.point, markersize=5)
 
 
-def _label(variant: str, one: Series, *, with_end: bool) -> str:
-    text = f"{label_text(variant, 28)} {one.end:.3f}" if with_end else label_text(variant)
+def _label(text: str, one: Series, *, with_end: bool) -> str:
+    text = f"{text} {one.end:.3f}" if with_end else text
     return text if one.is_complete else f"{text} (NaN)"
 
 
