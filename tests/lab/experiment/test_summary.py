@@ -150,3 +150,10 @@ def test_table_has_a_column_a_case_and_no_empty_ones(small):
     head, body = table(results, summarize(results))
     assert head[5:11] == ["SST-2", "CoLA", "MRPC", "RTE", "STS-B", "mean"]
     assert body[0][1] == "learning_rate 0.005"
+
+
+def test_figures_below_zero_have_a_minus_sign():
+    results = Results.read(EXPERIMENTS / "smollm2")
+    head, body = table(results, summarize(results))
+    row = next(cells for cells in body if cells[0] == "LoRA 8 with replay, 1e-3")
+    assert row[head.index("forgotten")] == f"{MINUS}0.125"

@@ -52,7 +52,8 @@ def table(results: Results, rows: Sequence[Row]) -> tuple[list[str], list[list[s
         for column in columns:
             found = [value for run in row.runs if (value := column.value(run)) is not None]
             finite = [value for value in found if math.isfinite(value)]
-            cells.append(column.text(finite) if finite else "NaN" if found else DASH)
+            text = column.text(finite) if finite else "NaN" if found else DASH
+            cells.append(MINUS + text[1:] if text.startswith("-") else text)
         cells += [format_mean(list(row.values.get(case, {}).values()), measure.decimals) for case in cases]
         cells += [format_mean([row.mean], measure.decimals)] if len(cases) > 1 else []
         lines: list[list[str]] = [[], [], []]
