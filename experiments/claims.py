@@ -76,13 +76,14 @@ def below(experiment: str, variants: list[str], by: float = 0.0, key: str | None
     """Whether the first variant's figure is lower than the second's, by a margin."""
     own, others = (values(experiment, variant, key) for variant in variants)
     difference = mean_difference(own, others)
-    return _in_words(difference, own, decimals), judge(difference, by)
+    return _in_words(difference, _paired(own, others), decimals), judge(difference, by)
 
 
 def above(experiment: str, variants: list[str], key: str | None = None, decimals: int = 2) -> Found:
     """Whether it is higher: told as it is, judged the other way round."""
     own, others = (values(experiment, variant, key) for variant in variants)
-    return _in_words(mean_difference(own, others), own, decimals), judge(mean_difference(others, own))
+    words = _in_words(mean_difference(own, others), _paired(own, others), decimals)
+    return words, judge(mean_difference(others, own))
 
 
 def judge(found: Interval, margin: float = 0.0) -> str:
@@ -186,6 +187,14 @@ def _forgotten_at(loss: float, experiment: str, others: list[str], case: str, se
         if low <= loss <= high:
             return more + (less - more) * (loss - low) / (high - low)
     raise ValueError(f"the loss {loss:.3f} must be within those of {others} in {experiment}, got {points}")
+
+
+def _paired(own: dict[str, dict[int, float]], others: dict[str, dict[int, float]]) -> dict[str, dict[int, float]]:
+    """What has a counterpart of the same case and seed."""
+    found = {}
+    for case, by_seed in own.items():
+        found[case] = {seed: value for seed, value in by_seed.items() if seed in others.get(case, {})}
+    return found
 
 
 def _in_words(difference: Interval, own: dict[str, dict[int, float]], decimals: int) -> str:
