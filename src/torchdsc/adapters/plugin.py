@@ -16,6 +16,8 @@ def peft_type(name: str) -> PeftType:
     if name not in PeftType._member_map_:
         member = str.__new__(PeftType, name)
         member._name_, member._value_ = name, name
+        # From Python 3.12 on PeftType.NAME is an attribute of the class, which takes none that is a member already.
+        setattr(PeftType, name, member)
         PeftType._member_names_.append(name)
         PeftType._member_map_[name] = member
         PeftType._value2member_map_[name] = member
