@@ -1,4 +1,4 @@
-"""Checks of the types and ranges of arguments of public classes and functions."""
+"""Checks of the types and ranges of arguments of public classes and functions, and arguments by name."""
 
 import copy
 import types
@@ -8,7 +8,15 @@ from functools import cache
 from math import isfinite
 from typing import Any, ClassVar, Literal, Union, Unpack, get_args, get_origin, get_type_hints
 
-__all__ = ["check_at_least", "check_finite", "check_not_negative", "check_positive", "check_types", "own_copies"]
+__all__ = [
+    "check_at_least",
+    "check_finite",
+    "check_not_negative",
+    "check_positive",
+    "check_types",
+    "named_arguments",
+    "own_copies",
+]
 
 # Not checked: torch accepts more than their annotations say, and raises its own errors.
 _LEFT_TO_TORCH = {"device", "dtype"}
@@ -133,3 +141,10 @@ def _described(kind: Any) -> str:
         container, item = "set" if get_origin(kind) is set else "list", get_args(kind)[0]
         return f"a {container} of {getattr(item, '__name__', item)}"
     return _NAMES.get(kind) or f"a {(get_origin(kind) or kind).__name__}"
+
+
+def named_arguments(names: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a call by their names; positional ones beyond ``names`` are left out."""
+    # torch.compile of torch 2.6 takes no zip of unequal lengths.
+    count = min(len(names), len(args))
+    return {**dict(zip(names[:count], args[:count], strict=True)), **kwargs}

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torchdsc.arguments import named_arguments
 from torchdsc.nn import RoutedLayer
 from torchdsc.nn.statistics_log import UNUSED, next_number
 
@@ -85,8 +86,8 @@ def labelled(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     """Number of labels in a call, counted as Trainer does (a causal LM shifts them); None without labels."""
     labels = kwargs.get("shift_labels")
     if labels is None:
-        given = {**dict(zip(inspect.signature(model.forward).parameters, args, strict=False)), **kwargs}
-        labels = given.get("labels")
+        names = tuple(inspect.signature(model.forward).parameters)
+        labels = named_arguments(names, args, kwargs).get("labels")
         if isinstance(labels, Tensor) and _shifts_labels(model):
             labels = labels[..., 1:]
     return (labels != -100).sum() if isinstance(labels, Tensor) else None

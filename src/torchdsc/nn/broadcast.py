@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from torchdsc.arguments import named_arguments
+
 from .context import Contextual, Seen, with_ids
 from .packing import find_places
 from .past import after_past, cache_of, keep_past, prepare_cache
@@ -123,7 +125,7 @@ class Broadcast:
         return calls[0].seen if calls else None
 
     def _begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._given = {**dict(zip(self._accepted, args, strict=False)), **kwargs}
+        self._given = named_arguments(self._accepted, args, kwargs)
         self._is_open, self._seen = True, None
         if not torch.compiler.is_compiling():
             # Drop calls whose backward pass is over, even if their graph is still referenced.

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torchdsc.arguments import named_arguments
+
 
 def tied_keys(layers: Iterable[tuple[str, nn.Module]]) -> dict[str, str]:
     """Names of parameters and buffers that ``layers`` share, each mapped to its name in the first layer that has it.
@@ -221,7 +223,7 @@ def _callers(model: nn.Module) -> list[nn.Module]:
 
 
 def _pass(accepted: tuple[str, ...], model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    given = {**dict(zip(accepted, args, strict=False)), **kwargs}
+    given = named_arguments(accepted, args, kwargs)
     mask, states = given.get("attention_mask"), given.get("encoder_hidden_states")
     labels = _tensor(given.get("labels"))
     for caller in _callers(model)[1:]:
