@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from torchdsc import DSC, BasisBank, DSCOptions, ShortConvolution, convert, regularization
-from torchdsc.arguments import check_at_least, check_types, own_copies
+from torchdsc.arguments import check_at_least, check_types, named_arguments, own_copies
 from torchdsc.baselines import PEER, DenseFFN, MixtureOfLoRAs, SoftmaxRouter, StandardMoE
 from torchdsc.nn import LinearRouter, LowRankRouter, ProductKeyRouter, RegularizerWeights
 from torchdsc.nn.routers import Router
@@ -209,3 +209,9 @@ def test_what_was_received_is_told_in_brief(value, words):
         DSCOptions(num_atoms=value, top_k=2)
     with pytest.raises(ValueError, match=f"^router must be one of .*, got {words}"):
         DSCOptions(num_atoms=4, top_k=2, router=value)
+
+
+def test_named_arguments():
+    assert named_arguments(("a", "b", "c"), (1,), {"c": 3}) == {"a": 1, "c": 3}
+    # A model that takes any number of them.
+    assert named_arguments(("a",), (1, 2), {}) == {"a": 1}
