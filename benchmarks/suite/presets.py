@@ -24,7 +24,7 @@ from .layer import EXPERT_KERNELS, GATHERS_EXPERTS
 # Preset, and the variant whose time is compared.
 SUBJECTS = {"sparse": "DSC by n-grams", "sparse-ratios": "DSC by n-grams, 16", "ablations": "DSC"}
 # By what quick runs divide the parameters: product keys of the smaller preset would not fit in an eighth.
-_SHARES = {"sparse": 8, "sparse-ratios": 6, "ablations": 7}
+_SHARES = {"sparse": 8, "sparse-ratios": 5, "ablations": 7}
 BATCH = 8
 KINDS = ("forward", "training")
 
