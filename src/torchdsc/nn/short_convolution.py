@@ -94,6 +94,5 @@ class ShortConvolution(nn.Module):
 
 def _broadcasts(shape: torch.Size, places: tuple[int, ...]) -> bool:
     """Whether ``shape`` broadcasts to ``places`` and has all of its last dimension."""
-    sizes = zip(reversed(shape[:-1]), reversed(places[:-1]), strict=False)
     fits = 0 < len(shape) <= len(places) and shape[-1] == places[-1]
-    return fits and all(size in (1, place) for size, place in sizes)
+    return fits and all(size in (1, place) for size, place in zip(shape, places[-len(shape) :], strict=True))

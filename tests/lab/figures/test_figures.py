@@ -112,6 +112,15 @@ def test_marks_stand_at_their_costs_and_side_by_side():
     assert draw_costs({"DSC": costs["DSC"]}, LOOKS, [], "size", "loss") is None
 
 
+def test_path_of_a_cost_begins_at_its_mark():
+    costs = {"Dense": Cost(3.0, (3.0, 3.0), 4.5, 0.1), "DSC": Cost(2.0, (2.0, 2.0), 4.4, 0.0, ((1.5, 4.7), (1.0, 4.9)))}
+    axes = draw_costs(costs, LOOKS, ["DSC"], "size", "loss").axes[0]
+    [path] = [line for line in axes.lines if line.get_linestyle() == ":"]
+    assert [*path.get_xdata(), *path.get_ydata()] == pytest.approx([2.0, 1.5, 1.0, 4.4, 4.7, 4.9])
+    assert axes.get_xlim()[0] < 1.0
+    assert axes.get_ylim()[1] > 4.9
+
+
 def test_costs_far_apart_with_a_zero_among_them():
     costs = {name: Cost(at, (at, at), 1.0, 0.0) for name, at in zip(LOOKS, (0.0, 0.01, 20.0), strict=True)}
     axes = draw_costs(costs, LOOKS, [], "size", "score").axes[0]

@@ -5,6 +5,7 @@ The words of the page are in ``page.html.j2``, which asks :class:`Page` for what
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import zip_longest
 from pathlib import Path
 from statistics import fmean, stdev
@@ -82,6 +83,7 @@ class Page:
         has_active: Whether a variant has parameters that are not active.
         has_task_loss: Whether the training loss is known without regularisers.
         costs: Columns of the task that the measure is drawn against.
+        has_paths: Whether a run was measured again at less of what it learnt.
         named_best: Variants that one figure may name.
     """
 
@@ -103,6 +105,7 @@ class Page:
         self.looks = choose_looks(self.methods, self.groups, self.experiment.chosen_reference)
         self.has_seeds = any(len(by_seed) > 1 for row in self.rows for by_seed in row.values.values())
         self.has_active = any(run.get("params_active", row.size) != row.size for row in self.rows for run in row.runs)
+        self.has_paths = any(run.get("scaled") for run in every_run)
         self.has_task_loss = any("task_loss" in point for run in every_run for point in run["train_curve"])
         # The reference, and the best of each group in turn.
         ranks = zip_longest(*(group.names for group in self.groups))
@@ -214,7 +217,16 @@ class Page:
         ranked = self.ranked_by(column)
         looks = choose_looks(self.methods, [Group("", ranked)], self.experiment.chosen_reference)
         named = [name for name in ranked if looks[name].is_named]
-        return self._draw_costs(costs, column.cost or column.title, looks, named)
+        paths = {row.name: self._path(column, row.runs) for row in self.rows}
+        return self._draw_costs(costs, column.cost or column.title, looks, named, paths)
+
+    def _path(self, column: Column, runs: Sequence[Record]) -> tuple[tuple[float, float], ...]:
+        """What runs cost and reach in the mean where they were measured again, at less and less of what they learnt."""
+        again = zip(*(run.get("scaled", ()) for run in runs), strict=False)
+        found = [[(column.value(point), point[self.measure.key]) for point in points] for points in again]
+        costs = [[cost for cost, _ in points if cost is not None] for points in found]
+        reached = [[measure for _, measure in points] for points in found]
+        return tuple((fmean(at), fmean(to)) for at, to in zip(costs, reached, strict=True) if at)
 
     def ranked_by(self, column: Column) -> list[str]:
         """Variants by measure and cost: first those that no other beats in both, then of the others likewise."""
@@ -241,9 +253,13 @@ class Page:
         xlabel: str,
         looks: Mapping[str, Look] | None = None,
         named: Sequence[str] | None = None,
+        paths: Mapping[str, tuple[tuple[float, float], ...]] | None = None,
     ) -> Figure | None:
         reached = {row.name: row for row in self.rows if row.name in costs and math.isfinite(row.mean)}
         found = {name: Cost(*costs[name], row.mean, _deviation(row)) for name, row in reached.items()}
+        for name, path in (paths or {}).items():
+            if name in found:
+                found[name] = replace(found[name], path=path)
         return draw_costs(found, looks or self.looks, named or self.named_best, xlabel, self.measure.name)
 
     def draw_load(self, name: str) -> Figure | None:

@@ -28,12 +28,14 @@ class Cost:
         ends: Of the interval of the cost, or another figure of it and the cost itself.
         measure: What it reaches.
         deviation: Of that over seeds; zero where it is unknown.
+        path: Further costs, and what is reached at each, from the mark on.
     """
 
     at: float
     ends: tuple[float, float]
     measure: float
     deviation: float
+    path: tuple[tuple[float, float], ...] = ()
 
     @property
     def range(self) -> tuple[float, float]:
@@ -44,7 +46,7 @@ class Cost:
 def draw_costs(
     costs: Mapping[str, Cost], looks: Mapping[str, Look], labelled: Sequence[str], xlabel: str, ylabel: str
 ) -> Figure | None:
-    """Draw a mark for each variant, the deviation of its measure over seeds, and the ends of its cost.
+    """Draw a mark for each variant, the deviation of its measure over seeds, the ends of its cost, and its path.
 
     Marks at one place stand side by side.
 
@@ -73,6 +75,8 @@ def draw_costs(
         axes.plot([x], [y], **look.point, markersize=7, zorder=4)
         whisker: dict[str, Any] = {"color": look.ink, "linewidth": 1.2, "alpha": 0.7, "zorder": 2}
         axes.plot([x, x], cost.range, **whisker)
+        if cost.path:
+            axes.plot(*zip((x, y), *cost.path, strict=True), marker=".", markersize=4, linestyle=":", **whisker)
         for end in cost.ends:
             if end != cost.at:
                 axes.plot([end, x], [y, y], marker="|", markevery=[0], **whisker)
@@ -81,7 +85,7 @@ def draw_costs(
 
 
 def _fit(axes: Axes, costs: Sequence[Cost]) -> None:
-    places = np.array([value for cost in costs for value in (cost.at, *cost.ends)])
+    places = np.array([value for cost in costs for value in (cost.at, *cost.ends, *(at for at, _ in cost.path))])
     least = places[places > 0].min(initial=np.inf)
     # What may be negative, such as a difference, is no matter of factors.
     if places.min() >= 0 and places.max() > _WIDE * least:
@@ -95,7 +99,8 @@ def _fit(axes: Axes, costs: Sequence[Cost]) -> None:
         axes.set_xlim(*pad_limits(places, 0.12))
         axes.xaxis.set_major_locator(MaxNLocator(5))
     axes.xaxis.set_major_formatter("{x:g}")
-    axes.set_ylim(*pad_limits([cost.range for cost in costs], 0.15))
+    heights = [value for cost in costs for value in (*cost.range, *(measure for _, measure in cost.path))]
+    axes.set_ylim(*pad_limits(heights, 0.15))
 
 
 def _side_by_side(axes: Axes, costs: Sequence[Cost]) -> list[float]:

@@ -155,3 +155,64 @@ class TestErrors:
             match=r"must hold more blocks of 16 tokens than the 600 that are held out for .* = 300, got",
         ):
             load(**{**prose, "validation_examples": 300})
+
+
+@pytest.fixture
+def prompted(prose, reviews):
+    """Settings that differ for a classification in words."""
+    words = {"kind": "prompted", "prompt": "the film was {sentence} very", "answers": {"0": "bad", "1": "good"}}
+    return {**prose, **words, "train": str(reviews / "train.tsv"), "text": ["sentence"], "validation_examples": 8}
+
+
+def test_prompts_end_with_their_answer(load, prompted):
+    data = load(**prompted)
+    assert data.labels == ["0", "1"]
+    good, bad = 3, 4
+    assert data.answers.tokens == (bad, good)
+    for example in every(data):
+        *ids, answer = example["input_ids"]
+        assert example["labels"] == [-100] * len(ids) + [answer]
+        assert len(example["attention_mask"]) == len(example["labels"]) <= 16
+        # The first word of the sentence is its label too.
+        assert ids[3] == answer
+    lengths = {len(example["input_ids"]) for example in data.train}
+    short = load(**prompted, max_length=4)
+    assert [example["input_ids"] for example in short.train] == [example["input_ids"][-4:] for example in data.train]
+    assert len(lengths) > 1
+    batch = data.collate(data.train[:8])
+    assert batch["labels"].shape == batch["input_ids"].shape == batch["attention_mask"].shape
+    assert data.answers.classes(batch["labels"].numpy()).tolist() == [
+        int(example["labels"][-1] == good) for example in data.train[:8]
+    ]
+    logits = torch.randn(*batch["labels"].shape, 11)
+    expected = [
+        row[len(example["labels"]) - 2, [bad, good]] for row, example in zip(logits, data.train[:8], strict=True)
+    ]
+    assert torch.equal(data.answers.logits(logits, batch["labels"]), torch.stack(expected))
+
+
+def test_prompts_beside_blocks_of_old_texts(load, prompted, reviews):
+    changes = {**prompted, "retain": str(reviews / "old.txt"), "replay": 0.2}
+    data = load(**changes, max_retained=2, max_evaluation=4)
+    assert (len(data.evaluation), len(data.retain.blocks[changes["retain"]])) == (4, 2)
+    replayed = [example for example in data.train if len(example["input_ids"]) == 16 and example["labels"][0] != -100]
+    assert len(replayed) == 12
+    batch = data.collate([data.train[0], replayed[0]])
+    assert (batch["labels"][0] != -100).sum() == 1
+    assert torch.equal(batch["labels"][1], batch["input_ids"][1])
+
+
+@pytest.mark.parametrize(
+    ("answers", "message"),
+    [
+        (
+            {"0": "bad", "2": "good"},
+            r"^answers must be to the labels of train, \['0', '1'\], got {'0': 'bad', '2': 'good'}$",
+        ),
+        ({"0": "bad", "1": "very good"}, "^answers must be one token each, got 'very good', which is 2$"),
+        ({"0": "worse", "1": "better"}, r"^answers must be different tokens, got .* as \[1, 1\]$"),
+    ],
+)
+def test_errors_name_answers(load, prompted, answers, message):
+    with pytest.raises(ValueError, match=message):
+        load(**(prompted | {"answers": answers}))

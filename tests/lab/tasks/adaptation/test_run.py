@@ -291,6 +291,66 @@ def test_scaled_update(settings, prose, reviews, tmp_path, changes):
     assert scaled > 2
 
 
+def test_also_scaled(settings, prose, reviews, tmp_path):
+    """Points on the way back are those of runs with that scale, and the saved weights are of the whole update."""
+    changes = {**prose, "retain": str(reviews / "old.txt"), "choices": 2, "max_length": 32}
+    changes |= {
+        "method": "dsc",
+        "options": {"target_modules": ["q_proj", "mlp"], "num_atoms": 6},
+        "learning_rate": 3e-2,
+    }
+    curve = run(settings(**changes, also_scaled=[0.25, 0.5]), tmp_path / "curve")
+    plain = run(settings(**changes), tmp_path / "plain")
+    assert weights(tmp_path / "curve") == weights(tmp_path / "plain")
+    assert plain["scaled"] == []
+    assert {key: value for key, value in curve.items() if key in ("score", "loss", "retained")} == {
+        key: plain[key] for key in ("score", "loss", "retained")
+    }
+    assert [point["scale"] for point in curve["scaled"]] == [0.5, 0.25]
+    for point in curve["scaled"]:
+        alone = run(settings(**changes, update_scale=point["scale"]), tmp_path / f"{point['scale']}")
+        for key in ("score", "loss", "forgotten", "retain_loss_before"):
+            assert point[key] == pytest.approx(alone[key], abs=1e-5)
+        assert point["loss"] != pytest.approx(plain["loss"], abs=1e-5)
+        # Questions are asked at the end alone.
+        assert "choice_after" not in point
+        assert "choice_after" in alone
+
+
+@pytest.fixture
+def prompted(prose, reviews):
+    """Settings that differ for a classification in words."""
+    words = {"prompt": "the film was {sentence} very", "answers": {"0": "bad", "1": "good"}, "max_train": 32}
+    columns = {"train": str(reviews / "train.tsv"), "text": ["sentence"], "validation_examples": 8, "max_length": 8}
+    return {**prose, "kind": "prompted", **words, **columns}
+
+
+def test_prompted(settings, prompted, reviews, tmp_path):
+    """A causal LM learns to answer, and its score is of its answers."""
+    changes = {**prompted, "retain": str(reviews / "old.txt"), "max_retained": 4, "choices": 2, "max_length": 16}
+    changes |= {"options": {"r": 4, "target_modules": "all-linear"}, "learning_rate": 3e-2, "steps": 60}
+    record = run(settings(**changes, replay=0.2), tmp_path / "learnt")
+    assert record["metric"] == "accuracy"
+    assert record["score"] == 100
+    assert {"forgotten", "choice_after"} <= record.keys()
+    untrained = run(settings(**(changes | {"learning_rate": 1e-9, "steps": 1})), tmp_path / "untrained")
+    assert untrained["score"] < 75
+    # By hand, on the examples of the score.
+    data, _ = Task()._data(settings(**changes))
+    model = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(prompted["base"]), tmp_path / "untrained/adapter"
+    )
+    right, losses = [], []
+    for example in data.evaluation:
+        *ids, answer = example["input_ids"]
+        with torch.no_grad():
+            logits = model(torch.tensor([ids])).logits[0, -1]
+        right.append(logits[answer] == logits[list(data.answers.tokens)].max())
+        losses.append(-logits.log_softmax(-1)[answer])
+    assert untrained["score"] == pytest.approx(100 * float(torch.stack(right).float().mean()))
+    assert untrained["loss"] == pytest.approx(float(torch.stack(losses).mean()), abs=1e-5)
+
+
 def test_quiet_on_old_text(settings, prose, reviews, tmp_path):
     """The gate closes on the old text's blocks that are trained on, and hardly on others."""
     options = {"target_modules": ["q_proj", "mlp"], "router_input": "embeddings", "router_context": 2, "num_atoms": 6}

@@ -5,6 +5,8 @@ from torchdsc.lab.tasks.adaptation.base import resolve_base
 from torchdsc.lab.tasks.adaptation.settings import Settings
 
 CAUSAL = {"kind": "causal_lm"}
+ANSWERS = {"0": " no", "1": " yes"}
+PROMPTED = {"kind": "prompted", "prompt": "{text}", "answers": ANSWERS}
 
 
 @pytest.mark.parametrize(
@@ -30,7 +32,36 @@ CAUSAL = {"kind": "causal_lm"}
             {"method": "lora", "update_scale": 0.5, "options": {"init_lora_weights": "pissa"}},
             "^options must not set init_lora_weights for update_scale, got 'pissa'$",
         ),
-        ({"method": "vera", "update_scale": 0.5}, "^update_scale must be 1 for method = 'vera', got 0.5$"),
+        ({"method": "vera", "update_scale": 0.5}, "^update_scale must be left out for method = 'vera', got 0.5$"),
+        (
+            {"method": "lora", "options": {"use_dora": True}, "also_scaled": [0.5]},
+            r"^also_scaled must be left out for method = 'lora' with DoRA, got \[0.5\]$",
+        ),
+        ({"method": "miss", "also_scaled": [0.5]}, r"^also_scaled must be left out for method = 'miss', got \[0.5\]$"),
+        ({"also_scaled": [1.0]}, r"^also_scaled\[0\] must be less than 1, got 1.0$"),
+        ({"also_scaled": [0.5, 0.5]}, r"^also_scaled must be different values, got \[0.5, 0.5\]$"),
+        (
+            {"update_scale": 0.5, "also_scaled": [0.25, 0.5]},
+            r"^also_scaled must be below update_scale = 0.5, got \[0.25, 0.5\]$",
+        ),
+        (
+            {"also_scaled": [0.5], "options": {"modules_to_save": ["lm_head"]}},
+            r"^options must not set modules_to_save for also_scaled, got \['lm_head'\]$",
+        ),
+        ({"max_retained": 4}, "^max_retained must be left out for kind = 'classification', got 4$"),
+        ({**CAUSAL, "max_retained": 4}, "^max_retained must be left out without retain, got 4$"),
+        ({"prompt": "{text}"}, "^prompt must be left out for kind = 'classification', got '{text}'$"),
+        ({"kind": "prompted", "answers": ANSWERS}, "^prompt must be given for kind = 'prompted', got None$"),
+        ({"kind": "prompted", "prompt": "{text}"}, "^answers must be given for kind = 'prompted', got None$"),
+        ({**PROMPTED, "answers": {"0": "a"}}, "^answers must be two or more, all different, got {'0': 'a'}$"),
+        ({**PROMPTED, "answers": {"0": "a", "1": "a"}}, "^answers must be two or more, all different"),
+        ({**PROMPTED, "prompt": "{text"}, "^prompt must be a text with columns in braces, got '{text': expected '}'"),
+        (
+            {**PROMPTED, "prompt": "{label}"},
+            r"^prompt must have each column of text, \['text'\], in braces, got '{label}'$",
+        ),
+        ({**PROMPTED, "head": "embedding"}, "^head must be left out for kind = 'prompted', got 'embedding'$"),
+        ({**PROMPTED, "metric": "loss"}, "^metric must be one of .* for kind = 'prompted', got 'loss'$"),
         ({"update_scale": 0.5, "eval_every": 4}, "^eval_every must be left out for update_scale"),
         ({**CAUSAL, "text": ["a", "b"]}, r"^text must be one column for kind = 'causal_lm', got \['a', 'b'\]$"),
         ({**CAUSAL, "head": "embedding"}, "^head must be left out for kind = 'causal_lm', got 'embedding'$"),
@@ -57,6 +88,7 @@ def test_metric_follows_the_kind():
     kinds = ("classification", "regression", "causal_lm")
     found = [Settings(base="b", train="a", kind=kind).scored_by for kind in kinds]
     assert found == ["accuracy", "correlation", "loss"]
+    assert build(Settings, {"base": "b", "train": "a", **PROMPTED}).scored_by == "accuracy"
 
 
 def test_old_texts():

@@ -56,7 +56,7 @@ def load_base(settings: Settings, num_labels: int, *, weights: bool) -> PreTrain
     Raises:
         SettingsError: If it cannot be loaded, or does not have an option.
     """
-    is_causal, is_embedding = settings.kind == "causal_lm", settings.head == "embedding"
+    is_causal, is_embedding = settings.is_causal_lm, settings.head == "embedding"
     auto: Any = AutoModelForCausalLM if is_causal else AutoModel if is_embedding else AutoModelForSequenceClassification
     options = settings.base_options if is_causal else {**settings.base_options, "num_labels": num_labels}
     if settings.kind == "regression":

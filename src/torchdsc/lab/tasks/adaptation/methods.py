@@ -129,7 +129,7 @@ def _config(settings: Settings, options: Options) -> PeftConfig:
     if settings.method == "lora":
         # LoRA's usual proportion.
         options = {"lora_alpha": 2 * options.get("r", 8), **options}
-    return kind(task_type="CAUSAL_LM" if settings.kind == "causal_lm" else "SEQ_CLS", **options)
+    return kind(task_type="CAUSAL_LM" if settings.is_causal_lm else "SEQ_CLS", **options)
 
 
 @contextmanager
@@ -178,9 +178,8 @@ def build_model(settings: Settings, options: Options, labels: list[str], pad_tok
 
 
 @torch.no_grad()
-def scale_update(model: nn.Module, settings: Settings) -> None:
-    """Multiply what a trained model has over its base by ``update_scale``, in its weights; heads stay as they are."""
-    factor = settings.update_scale
+def scale_update(model: nn.Module, settings: Settings, factor: float) -> None:
+    """Multiply what a trained model has over its base by ``factor``, in its weights; heads stay as they are."""
     if settings.method == "dsc":
         for layer in (module for module in model.modules() if isinstance(module, DSC)):
             layer.multiply_output_scale(factor)
@@ -192,7 +191,7 @@ def scale_update(model: nn.Module, settings: Settings) -> None:
             parameter.mul_(factor)
     else:
         heads = {id(parameter) for parameter in head_parameters(model)}
-        num_labels = getattr(model, "num_labels", 1) if settings.kind != "causal_lm" else 1
+        num_labels = 1 if settings.is_causal_lm else getattr(model, "num_labels", 1)
         base = dict(load_base(settings, num_labels, weights=True).named_parameters())
         for name, parameter in model.named_parameters():
             if id(parameter) not in heads:

@@ -48,12 +48,12 @@ class OldDomains:
             # Loading draws random numbers, which a run must not depend on.
             with torch.random.fork_rng():
                 base = load().to(trainer.args.device)
-            self._before[key] = self._measure(trainer, base)
+            self._before[key] = self._measure(trainer, base, self.questions)
         return self._before[key]
 
-    def after(self, trainer: LabTrainer) -> Known:
-        """What the trainer's model knows now."""
-        return self._measure(trainer, trainer.model)
+    def after(self, trainer: LabTrainer, *, losses_alone: bool = False) -> Known:
+        """What the trainer's model knows now; ``losses_alone`` leaves the questions out."""
+        return self._measure(trainer, trainer.model, {} if losses_alone else self.questions)
 
     @property
     def num_evaluated(self) -> int:
@@ -63,7 +63,7 @@ class OldDomains:
         )
 
     @torch.no_grad()
-    def _measure(self, trainer: LabTrainer, model: nn.Module) -> Known:
+    def _measure(self, trainer: LabTrainer, model: nn.Module, asked: Mapping[str, Tensor]) -> Known:
         model.eval()
         known = {}
         for source, blocks in self.blocks.items():
@@ -74,7 +74,7 @@ class OldDomains:
                 for some in ids.split(trainer.args.per_device_eval_batch_size)
             ]
             known[source] = {"loss": sum(losses) / len(ids)}
-        for source, questions in self.questions.items():
+        for source, questions in asked.items():
             if len(questions):
                 known[source]["choice"] = 100 * _share_right(trainer, model, questions)
         return known
@@ -138,8 +138,8 @@ def retained(before: Known, after: Known) -> dict[str, Any]:
     """
     both = {"before": before, "after": after}
     every = {
-        source: {f"{key}_{when}": known[source][key] for key in old for when, known in both.items()}
-        for source, old in before.items()
+        source: {f"{key}_{when}": known[source][key] for key in now for when, known in both.items()}
+        for source, now in after.items()
     }
 
     def mean(key: str) -> float:
@@ -147,6 +147,6 @@ def retained(before: Known, after: Known) -> dict[str, Any]:
 
     means = {f"retain_{key}": mean(key) for key in ("loss_before", "loss_after")}
     means["forgotten"] = means["retain_loss_after"] - means["retain_loss_before"]
-    if all("choice" in old for old in before.values()):
+    if all("choice" in now for now in after.values()):
         means |= {key: mean(key) for key in ("choice_before", "choice_after")}
     return {"retained": every, **means}

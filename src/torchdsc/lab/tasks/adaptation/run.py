@@ -18,7 +18,7 @@ from torchdsc.lab.training.runs import evaluations, fit, recorded, routing_of, s
 from torchdsc.lab.training.trainer import LabTrainer
 
 from .base import load_base
-from .examples import Data
+from .examples import Data, Encoded
 from .methods import adapter_parameters, build_model, scale_update, solve_options
 from .metrics import score
 from .retained import Known, retained
@@ -108,10 +108,9 @@ def _adapt(
     # Evaluations that follow are no part of the curves.
     history = list(trainer.state.log_history)
     if settings.update_scale != 1:
-        scale_update(model, settings)
+        scale_update(model, settings, settings.update_scale)
     if diverged is None:
-        found = trainer.evaluate(data.validation if is_trial else data.evaluation)
-        metrics |= {"score": _score(settings, found), "loss": found["eval_loss"]}
+        metrics |= _measure(settings, trainer, data.validation if is_trial else data.evaluation)
     routing = routing_of(trainer.state.log_history)
     if retain:
         metrics |= retained(before, _nothing(before) if diverged else retain.after(trainer))
@@ -133,7 +132,26 @@ def _adapt(
     }
     if not is_trial:
         record["adapter_bytes"] = _save(settings, model, tokenizer, folder / WEIGHTS)
+        record["scaled"] = [] if diverged is not None else _scaled(settings, trainer, data, before)
     return record
+
+
+def _measure(settings: Settings, trainer: LabTrainer, examples: Encoded) -> dict[str, float]:
+    found = trainer.evaluate(examples)
+    return {"score": _score(settings, found), "loss": found["eval_loss"]}
+
+
+def _scaled(settings: Settings, trainer: LabTrainer, data: Data, before: Known) -> list[dict[str, Any]]:
+    """What the run reaches with less and less of its update; of old domains the losses alone."""
+    points, scale = [], settings.update_scale
+    for factor in sorted(settings.also_scaled, reverse=True):
+        scale_update(trainer.model, settings, factor / scale)
+        scale = factor
+        point: dict[str, Any] = {"scale": factor, **_measure(settings, trainer, data.evaluation)}
+        if data.retain:
+            point |= retained(before, data.retain.after(trainer, losses_alone=True))
+        points.append(point)
+    return points
 
 
 def _nothing(known: Known) -> Known:
@@ -189,7 +207,8 @@ def build_trainer(settings: Settings, model: nn.Module, seed: int, data: Data, f
     )
 
     def compute(prediction: Any) -> dict[str, float]:
-        return {"score": score(metric, np.asarray(prediction.predictions, float), np.asarray(prediction.label_ids))}
+        logits, labels = np.asarray(prediction.predictions, float), np.asarray(prediction.label_ids)
+        return {"score": score(metric, logits, labels if data.answers is None else data.answers.classes(labels))}
 
     return AdaptationTrainer(
         head_learning_rate=settings.head_learning_rate,
@@ -202,4 +221,5 @@ def build_trainer(settings: Settings, model: nn.Module, seed: int, data: Data, f
         eval_dataset=data.validation,
         data_collator=data.collate,
         compute_metrics=None if metric == "loss" else compute,
+        preprocess_logits_for_metrics=None if data.answers is None else data.answers.logits,
     )

@@ -1,5 +1,6 @@
 """Settings of a run: a base model, a method, what it is adapted to, and the schedule."""
 
+from string import Formatter
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
@@ -8,14 +9,14 @@ from torchdsc.lab.schema import Count, Model, Name, Rate, Unique
 
 __all__ = ["WITHOUT_ADAPTER", "Head", "Metric", "Settings", "TaskKind"]
 
-TaskKind = Literal["classification", "regression", "causal_lm"]
+TaskKind = Literal["classification", "regression", "causal_lm", "prompted"]
 Metric = Literal["accuracy", "matthews", "f1", "correlation", "loss"]
 Head = Literal["embedding"] | None
 WITHOUT_ADAPTER = ("full", "head")
 _OF_DATA = {
     *("base", "head", "kind", "train", "evaluation", "retain", "choices", "replay", "quiet"),
-    *("text", "label", "columns", "metric"),
-    *("max_train", "max_evaluation", "validation_examples", "max_length"),
+    *("text", "label", "columns", "prompt", "answers", "metric"),
+    *("max_train", "max_evaluation", "max_retained", "validation_examples", "max_length"),
 }
 # What the base model makes of its old domains depends on these too.
 _OF_BASE = {"base_options", "precision", "batch_size"}
@@ -25,6 +26,7 @@ _METRICS: dict[str, tuple[Metric, ...]] = {
     "classification": ("accuracy", "matthews", "f1"),
     "regression": ("correlation",),
     "causal_lm": ("loss",),
+    "prompted": ("accuracy", "matthews", "f1"),
 }
 
 
@@ -53,19 +55,26 @@ class Settings(Model):
     evaluation: Name | None = None
     """The same for the final score; by default a part of ``train`` that is held out for it."""
     kind: TaskKind = "classification"
-    """Kind of task."""
+    """Kind of task; "prompted" is a classification by a causal LM in its own words, by ``prompt`` and ``answers``."""
     text: Annotated[list[Name], Field(min_length=1, max_length=2), Unique] = Field(default_factory=lambda: ["text"])
     """Columns of text, one or two; a text file has one, "text"."""
     label: Name = "label"
     """Column of labels."""
     columns: Annotated[list[Name], Field(min_length=1), Unique] | None = None
     """Names of the columns of a file without a header."""
+    prompt: Name | None = None
+    """For "prompted", what the model reads of an example, with a column of ``text`` in braces: "Review: {sentence}
+    Sentiment:". The answer alone is trained on."""
+    answers: dict[str, str] | None = None
+    """For "prompted", what follows the prompt, by label: one token each, {"0": " negative", "1": " positive"}. The one
+    that the model finds most likely is scored."""
     metric: Metric | None = None
-    """For classification "accuracy" (the default), or for two labels "matthews" or "f1" (of the second in the order of
-    text); for regression "correlation", the mean of Pearson's and Spearman's; for causal LMs "loss" in nats per token,
-    whose negative is the score."""
+    """For classification, prompted or not, "accuracy" (the default), or for two labels "matthews" or "f1" (of the
+    second in the order of text); for regression "correlation", the mean of Pearson's and Spearman's; for causal LMs
+    "loss" in nats per token, whose negative is the score."""
     retain: Name | list[Name] | None = None
-    """For causal LMs, texts of old domains, one or more: their losses before and after tell what is forgotten."""
+    """For causal LMs, prompted or not, texts of old domains, one or more: their losses before and after tell what is
+    forgotten."""
     choices: Count | None = None
     """Questions made of each of these texts at most: which of four continuations follows? Needs ``retain``."""
     replay: Annotated[float, Field(ge=0, lt=1)] = 0.0
@@ -77,6 +86,8 @@ class Settings(Model):
     """Examples to train on at most, the first after shuffling with a fixed seed."""
     max_evaluation: Count | None = None
     """Examples to evaluate on at most, the first."""
+    max_retained: Count | None = None
+    """Blocks of each of the texts of old domains to evaluate on at most, the first; by default ``max_evaluation``."""
     validation_examples: Count = 500
     """Examples (or blocks) held out of train, which trials and checkpoints are chosen by; where no evaluation is named,
     as many more are held out for that."""
@@ -101,6 +112,9 @@ class Settings(Model):
     update_scale: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Factor of the whole update once training has ended: on the way back to the base model less is learnt, and less
     forgotten. For LoRA, DSC and full fine-tuning."""
+    also_scaled: Annotated[list[Annotated[float, Field(gt=0, lt=1)]], Unique] = Field(default_factory=list)
+    """Further factors of the same update, below ``update_scale``, that the run is measured at: a curve of what is
+    forgotten against what is learnt. The weights that are saved are those of ``update_scale``."""
     eval_every: Count | None = None
     """Steps between evaluations on held-out examples, of which the best checkpoint is kept; nothing for the last step's
     weights."""
@@ -112,28 +126,24 @@ class Settings(Model):
         metrics = _METRICS[self.kind]
         if self.metric is not None and self.metric not in metrics:
             raise ValueError(f"metric must be one of {metrics} for kind = {self.kind!r}, got {self.metric!r}")
-        if self.kind != "causal_lm" and self.retain is not None:
-            raise ValueError(f"retain must be left out for kind = {self.kind!r}, got {self.retain!r}")
+        if not self.is_causal_lm:
+            for name in ("retain", "max_retained"):
+                if getattr(self, name) is not None:
+                    raise ValueError(f"{name} must be left out for kind = {self.kind!r}, got {getattr(self, name)!r}")
         if self.retain is not None and len(set(self.old_texts)) != max(1, len(self.old_texts)):
             raise ValueError(f"retain must be one text or more, all different, got {self.retain}")
         by_embeddings = self.options.get("router_input") == "embeddings" and self.options.get("router") != "ngram"
         if self.quiet and not (self.method == "dsc" and by_embeddings):
             raise ValueError(f"quiet must be 0 but for DSC with router_input = 'embeddings', got {self.quiet:g}")
-        for name in ("choices", "replay", "quiet"):
+        for name in ("choices", "replay", "quiet", "max_retained"):
             if getattr(self, name) and self.retain is None:
                 raise ValueError(f"{name} must be left out without retain, got {getattr(self, name)}")
         if self.kind == "causal_lm" and len(self.text) > 1:
             raise ValueError(f"text must be one column for kind = 'causal_lm', got {self.text}")
-        if self.kind == "causal_lm" and self.head is not None:
-            raise ValueError(f"head must be left out for kind = 'causal_lm', got {self.head!r}")
-        if self.update_scale != 1 and (self.method not in ("lora", "dsc", "full") or self.options.get("use_dora")):
-            raise ValueError(f"update_scale must be 1 for method = {self.method!r}, got {self.update_scale:g}")
-        allowed = {"modules_to_save": (None,), "init_lora_weights": (True, False, "gaussian")}
-        for name, values in allowed.items() if self.update_scale != 1 else ():
-            if name in self.options and self.options[name] not in values:
-                raise ValueError(f"options must not set {name} for update_scale, got {self.options[name]!r}")
-        if self.update_scale != 1 and self.eval_every is not None:
-            raise ValueError("eval_every must be left out for update_scale, as no evaluation in training sees it")
+        if self.is_causal_lm and self.head is not None:
+            raise ValueError(f"head must be left out for kind = {self.kind!r}, got {self.head!r}")
+        self._check_prompt()
+        self._check_scales()
         if self.method in WITHOUT_ADAPTER and self.options:
             raise ValueError(f"options must be left out for method = {self.method!r}, which has no adapter")
         if self.warmup_steps > self.steps:
@@ -141,6 +151,45 @@ class Settings(Model):
         if self.batch_size % self.accumulation:
             raise ValueError(f"accumulation must divide batch_size = {self.batch_size}, got {self.accumulation}")
         return self
+
+    def _check_prompt(self) -> None:
+        for name in ("prompt", "answers"):
+            if (getattr(self, name) is not None) != (self.kind == "prompted"):
+                wanted = "given" if self.kind == "prompted" else "left out"
+                raise ValueError(f"{name} must be {wanted} for kind = {self.kind!r}, got {getattr(self, name)!r}")
+        if self.answers is not None and len(set(self.answers.values())) < max(2, len(self.answers)):
+            raise ValueError(f"answers must be two or more, all different, got {self.answers}")
+        if self.prompt is not None:
+            try:
+                names = [name for _, name, _, _ in Formatter().parse(self.prompt) if name is not None]
+            except ValueError as error:
+                raise ValueError(
+                    f"prompt must be a text with columns in braces, got {self.prompt!r}: {error}"
+                ) from error
+            if set(names) != set(self.text):
+                raise ValueError(f"prompt must have each column of text, {self.text}, in braces, got {self.prompt!r}")
+
+    def _check_scales(self) -> None:
+        scales = {"update_scale": self.update_scale != 1, "also_scaled": bool(self.also_scaled)}
+        allowed = {"modules_to_save": (None,), "init_lora_weights": (True, False, "gaussian")}
+        for setting in (name for name, is_set in scales.items() if is_set):
+            value = getattr(self, setting)
+            is_dora = self.method == "lora" and self.options.get("use_dora")
+            if self.method not in ("lora", "dsc", "full") or is_dora:
+                method = f"{self.method!r}{' with DoRA' if is_dora else ''}"
+                raise ValueError(f"{setting} must be left out for method = {method}, got {value}")
+            for name, values in allowed.items():
+                if name in self.options and self.options[name] not in values:
+                    raise ValueError(f"options must not set {name} for {setting}, got {self.options[name]!r}")
+            if self.eval_every is not None:
+                raise ValueError(f"eval_every must be left out for {setting}, as no evaluation in training sees it")
+        if any(factor >= self.update_scale for factor in self.also_scaled):
+            raise ValueError(f"also_scaled must be below update_scale = {self.update_scale:g}, got {self.also_scaled}")
+
+    @property
+    def is_causal_lm(self) -> bool:
+        """Whether the base model is a causal LM, with no new head."""
+        return self.kind in ("causal_lm", "prompted")
 
     @property
     def scored_by(self) -> Metric:
