@@ -14,6 +14,7 @@ from torchdsc.adapters import (
     atoms_used_by,
     freeze_atoms,
     remove_atoms,
+    scale_adapter,
     signal_strength,
 )
 from torchdsc.diagnostics.routing import gates_of
@@ -302,6 +303,44 @@ class TestSignalStrength:
         adapted = adapt("llama", target_modules=["mlp"], **options)
         with pytest.raises(ValueError, match="router_input must be 'embeddings', and router no 'ngram'"):
             signal_strength(adapted, make_batch("llama")["input_ids"])
+
+
+class TestScaleAdapter:
+    @pytest.mark.parametrize("options", [{}, {"max_update_norm": 0.5}], ids=["free", "bounded"])
+    def test_update_is_multiplied(self, model, output, tmp_path, options):
+        adapted, batch = model(**options)
+        [first, *_] = layers(adapted).values()
+        x = torch.randn(2, 5, first.in_features)
+        update = first(x)
+        assert update.abs().max() > 1e-3
+        scale_adapter(adapted, 0.25)
+        torch.testing.assert_close(first(x), 0.25 * update)
+        adapted.save_pretrained(tmp_path)
+        loaded = PeftModel.from_pretrained(adapted.unload(), tmp_path)
+        torch.testing.assert_close(next(iter(layers(loaded).values()))(x), 0.25 * update)
+        scale_adapter(loaded, 0.0)
+        with loaded.disable_adapter():
+            base = output(loaded, batch)
+        assert torch.equal(output(loaded, batch), base)
+
+    def test_other_adapters_stay(self, model):
+        adapted, _ = model()
+        adapted.add_adapter("other", DSCAdapterConfig(target_modules=TARGETS, gamma_init=0.1))
+        scale_adapter(adapted, 0.5, adapter_name="other")
+        before = {name: layer.gamma.clone() for name, layer in layers(adapted).items()}
+        assert all((layer.gamma == 0.05).all() for layer in layers(adapted, "other").values())
+        scale_adapter(adapted, 0.5)
+        assert all(torch.equal(layer.gamma, 0.5 * before[name]) for name, layer in layers(adapted).items())
+        assert all((layer.gamma == 0.05).all() for layer in layers(adapted, "other").values())
+
+    @pytest.mark.parametrize("factor", [-0.1, 1.5, float("nan")])
+    def test_factor_is_checked(self, model, factor):
+        adapted, _ = model()
+        before = state(layers(adapted)[next(iter(layers(adapted)))])
+        with pytest.raises(ValueError, match=rf"factor must be in \[0, 1\], got {factor}"):
+            scale_adapter(adapted, factor)
+        after = state(layers(adapted)[next(iter(layers(adapted)))])
+        assert all(torch.equal(before[name], after[name]) for name in before)
 
 
 class TestErrors:

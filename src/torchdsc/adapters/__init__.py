@@ -16,7 +16,7 @@ from .dsc_layer import DSCAdapterLayer
 from .layer import AdapterLayer, MixtureOfLoRAsLayer
 from .model import DSCAdapterModel, MixtureOfLoRAsModel
 from .plugin import register
-from .strength import signal_strength
+from .strength import scale_adapter, signal_strength
 
 register(DSCAdapterConfig.METHOD, DSCAdapterConfig, DSCAdapterModel)
 register(MixtureOfLoRAsConfig.METHOD, MixtureOfLoRAsConfig, MixtureOfLoRAsModel)
@@ -35,5 +35,6 @@ __all__ = [
     "freeze_atoms",
     "last_regularization",
     "remove_atoms",
+    "scale_adapter",
     "signal_strength",
 ]

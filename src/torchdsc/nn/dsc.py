@@ -143,11 +143,16 @@ class DSC(RoutedLayer):
 
     @torch.no_grad()
     def multiply_output_scale(self, factor: float) -> None:
-        """Multiply ``output_scale``, and so the output, by a factor in [0, 1], through gamma."""
-        wanted, most = self.output_scale * factor, self.options.max_update_norm
-        # The inverse of what the bound makes of it.
-        scaled = wanted if most is None else wanted / (1 - wanted.abs() / most)
-        self.gamma.copy_(scaled / self.options.scale)
+        """Multiply ``output_scale``, and so the output, by a factor in [0, 1], through gamma, sharded or whole."""
+        if not 0 <= factor <= 1:
+            raise ValueError(f"factor must be in [0, 1], got {factor}")
+        most = self.options.max_update_norm
+        if most is None:
+            self.gamma.mul_(factor)
+        else:
+            # What becomes of the bounded scale, taken back through the bound.
+            ratio = self.gamma.abs() * (self.options.scale / most)
+            self.gamma.mul_(factor / (1 + ratio * (1 - factor)))
 
     def regularizer_factor(self) -> Tensor | None:
         """See :class:`RoutedLayer`: 0 while gamma is still at its initial zero.

@@ -21,9 +21,8 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
-from torchdsc.adapters import DSCAdapterConfig, MixtureOfLoRAsConfig
+from torchdsc.adapters import DSCAdapterConfig, MixtureOfLoRAsConfig, scale_adapter
 from torchdsc.lab.schema import SettingsError, check_fields
-from torchdsc.nn import DSC
 
 from .base import load_base
 from .settings import WITHOUT_ADAPTER, Settings
@@ -181,8 +180,7 @@ def build_model(settings: Settings, options: Options, labels: list[str], pad_tok
 def scale_update(model: nn.Module, settings: Settings, factor: float) -> None:
     """Multiply what a trained model has over its base by ``factor``, in its weights; heads stay as they are."""
     if settings.method == "dsc":
-        for layer in (module for module in model.modules() if isinstance(module, DSC)):
-            layer.multiply_output_scale(factor)
+        scale_adapter(model, factor)
     elif settings.method == "lora":
         ends = tuple(f".{name}.default{part}" for name, part in _LORA_ENDS)
         scaled = [parameter for name, parameter in model.named_parameters() if name.endswith(ends)]
