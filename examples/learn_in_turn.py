@@ -101,21 +101,22 @@ class Learner:
                 self.activate([*self.names.values()])
         return True
 
-    def train(self, blocks: Tensor, rate: float, seed: int, bar: tqdm) -> None:
-        parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
-        schedule = get_cosine_schedule_with_warmup(optimizer, WARMUP, STEPS)
-        generator = torch.Generator().manual_seed(seed)
-        self.model.train()
-        for _ in range(STEPS):
-            batch = blocks[torch.randint(len(blocks), (BATCH,), generator=generator)]
-            self.model(input_ids=batch, labels=batch).loss.backward()
-            nn.utils.clip_grad_norm_(parameters, 1.0)
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad()
-            bar.update()
-        self.model.eval()
+
+def train(model: nn.Module, blocks: Tensor, rate: float, seed: int, bar: tqdm) -> None:
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
+    schedule = get_cosine_schedule_with_warmup(optimizer, WARMUP, STEPS)
+    generator = torch.Generator().manual_seed(seed)
+    model.train()
+    for _ in range(STEPS):
+        batch = blocks[torch.randint(len(blocks), (BATCH,), generator=generator)]
+        model(input_ids=batch, labels=batch).loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        bar.update()
+    model.eval()
 
 
 @torch.no_grad()
@@ -133,7 +134,7 @@ def run(kind: str, way: str, folder: str, data: Any, rate: float, seed: int, par
         learner.begin(text)
         if way != IN_TURN or not after:
             size += sum(p.numel() for p in learner.model.parameters() if p.requires_grad)
-        learner.train(data[text][2 * BLOCKS :], rate, seed, bar)
+        train(learner.model, data[text][2 * BLOCKS :], rate, seed, bar)
         after[text] = learner.measure(held)
     second = [*TEXTS][1]
     removed = learner.measure(held) if learner.forget(second) else None
@@ -145,16 +146,28 @@ def mean_of_learnt(record: dict[str, Any]) -> float:
     return sum(last[text] for text in TEXTS) / len(TEXTS)
 
 
-def main(output: str) -> None:
-    root, folder = Path(expand("${TORCHDSC_DATA}")), resolve_base(BASE)
+def read_texts(folder: str) -> dict[str, Tensor]:
+    """Blocks of each text, of shape (n, LENGTH). The first are held out: for the choice of a rate, and what is told."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     data = {}
     for name, file in {"stories": OLD, **TEXTS}.items():
         # One of the files has a few bytes that are no UTF-8.
-        text = (root / file).read_text(encoding="utf-8", errors="replace")
+        text = (Path(expand("${TORCHDSC_DATA}")) / file).read_text(encoding="utf-8", errors="replace")
         ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"])
-        # The first blocks are held out: for the choice of a rate, and for the losses that are told.
         data[name] = ids[: len(ids) // LENGTH * LENGTH].view(-1, LENGTH)
+    return data
+
+
+def write(output: str, **found: Any) -> None:
+    """A record of what was found, and how."""
+    about = {"command": command_line(), "commit": commit(), "versions": versions(), "hardware": hardware()}
+    settings = {"length": LENGTH, "batch": BATCH, "steps": STEPS, "seeds": SEEDS}
+    Path(output).write_text(json.dumps({**about, "settings": settings, **found}, indent=1) + "\n", encoding="utf-8")
+
+
+def main(output: str) -> None:
+    folder = resolve_base(BASE)
+    data = read_texts(folder)
     rows = []
     total = len(METHODS) * (len(RATES) + len(SEEDS)) * len(TEXTS) * STEPS
     with quiet_transformers(), tqdm(total=total, unit="step") as bar:
@@ -169,10 +182,7 @@ def main(output: str) -> None:
             bar.write(f"{kind}, {way}, {best:g}: {' '.join(tell)}")
     base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     before = {name: loss_of(base, blocks[BLOCKS : 2 * BLOCKS]) for name, blocks in data.items()}
-    about = {"command": command_line(), "commit": commit(), "versions": versions(), "hardware": hardware()}
-    settings = {"length": LENGTH, "batch": BATCH, "steps": STEPS, "rates": RATES, "seeds": SEEDS}
-    record = {**about, "settings": settings, "before": before, "rows": rows}
-    Path(output).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    write(output, rates=RATES, before=before, rows=rows)
 
 
 if __name__ == "__main__":

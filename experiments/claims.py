@@ -163,7 +163,8 @@ def traffic(router: str) -> Found:
 def forgets(experiment: str, variant: str, others: list[str], share: float = 1.0) -> Found:
     """Whether a variant forgets less than a share of what others forget at its loss, by seed.
 
-    What they forget there lies on the straight lines between those of them that no other beats in both.
+    What they forget there lies on the straight lines between what no other of them beats in both: they as they are, and
+    where they were measured with parts of their update too.
     """
     own = values(experiment, variant, "forgotten")
     losses = values(experiment, variant, "loss")
@@ -181,7 +182,9 @@ def forgets(experiment: str, variant: str, others: list[str], share: float = 1.0
 
 
 def _forgotten_at(loss: float, experiment: str, others: list[str], case: str, seed: int) -> float:
-    every = [tuple(values(experiment, name, key)[case][seed] for key in ("loss", "forgotten")) for name in others]
+    runs = [run for name in others for run in results(experiment).runs_of(name)]
+    found = [run for run in runs if (run["case"], run["seed"]) == (case, seed)]
+    every = [(at["loss"], at["forgotten"]) for run in found for at in (run, *run.get("scaled", ()))]
     points = sorted(one for one in every if not any(a < one[0] and b < one[1] for a, b in every))
     for (low, more), (high, less) in pairwise(points):
         if low <= loss <= high:
