@@ -21,7 +21,7 @@ from torchdsc.adapters import DSCAdapterConfig
 from torchdsc.lab.training.environment import quiet_transformers
 
 MERGED, LORA = "merged lora", "lora"
-BESIDE, LAYERS, NGRAMS = "dsc", "dsc beside layers", "dsc by n-grams"
+BESIDE, LAYERS, NGRAMS, FEW = "dsc", "dsc beside layers", "dsc by n-grams", "dsc by n-grams in a fifth of the layers"
 # What many small adapters are, and how many of them a batch mixes.
 LENT, MANY = "dsc over one bank", 8
 BLOCKS = ("self_attn", "mlp")
@@ -35,8 +35,9 @@ class Sizes:
         model: Its arguments.
         rank: r of LoRA.
         atoms: M beside attention blocks and MLPs, at LoRA's number of parameters; half as many targets have twice as
-            many, and routers without parameters leave half as many again.
+            many, routers without parameters leave half as many again, a fifth of the layers has eight times as many.
         top_k: K.
+        few_top_k: K in a fifth of the layers.
         prefills: Tokens of prompts.
         batches: Sequences that are decoded together.
         prompt: Tokens before the decoded ones.
@@ -48,6 +49,7 @@ class Sizes:
     rank: int = 8
     atoms: int = 22
     top_k: int = 4
+    few_top_k: int = 16
     prefills: tuple[int, ...] = (32, 256)
     batches: tuple[int, ...] = (1, 8)
     prompt: int = 64
@@ -88,12 +90,23 @@ def configs(sizes: Sizes) -> dict[str, PeftConfig]:
     atoms, top_k = sizes.atoms, sizes.top_k
     common: dict[str, Any] = {"task_type": "CAUSAL_LM", "gamma_init": 0.1, "top_k": top_k}
     hashed = 3 * atoms // 2 // top_k * top_k
+    # One in five, from the third on.
+    num_layers = sizes.model["num_hidden_layers"]
+    few = [*range(2, num_layers, 5)] or [num_layers - 1]
     return {
         LORA: LoraConfig(task_type="CAUSAL_LM", r=sizes.rank, target_modules="all-linear"),
         BESIDE: DSCAdapterConfig(target_modules=[*BLOCKS], num_atoms=atoms, **common),
         LAYERS: DSCAdapterConfig(target_modules=r".*layers\.\d+", num_atoms=2 * atoms, **common),
         NGRAMS: DSCAdapterConfig(
             target_modules=[*BLOCKS], num_atoms=hashed, router="ngram", ngram_orders=[2, 3], **common
+        ),
+        FEW: DSCAdapterConfig(
+            target_modules=[*BLOCKS],
+            layers_to_transform=few,
+            num_atoms=8 * atoms,
+            router="ngram",
+            ngram_orders=[3, 4],
+            **{**common, "top_k": sizes.few_top_k},
         ),
     }
 
