@@ -51,6 +51,13 @@ class TestFlags:
         assert (list(experiment.cases), experiment.seeds) == (["RTE"], [3])
         assert {job.seed for job in experiment.possible_jobs() if not job.is_trial} == {3}
 
+    def test_flags_need_not_suit_what_is_left_out(self, shown, torchdsc):
+        given = ("adapt", "--base", "b", "--train", "a.csv", "--also_scaled", "0.5", "--variants", "DSC", "LoRA")
+        assert [variant.name for variant in shown(*given).variants] == ["LoRA", "DSC"]
+        status, _, err = torchdsc("run", *given[:-2], "Mixture-of-LoRAs")
+        assert status == 2
+        assert "settings of variant 'Mixture-of-LoRAs': also_scaled must be left out" in err
+
     def test_lists(self, shown):
         base = ("adapt", "--base", "b", "--train", "007.csv")
         for text in (["title", "body"], ["[title, body]"]):

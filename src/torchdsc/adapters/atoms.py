@@ -129,7 +129,8 @@ def add_atoms(model: nn.Module, count: int, *, origin: str, adapter_name: str = 
         raise ValueError(f"origin must be a new name, got {origin!r} of {origins}")
     if config.modules_to_save is not None:
         raise ValueError(
-            f"modules_to_save must be None, as these modules would go on training, got {config.modules_to_save}"
+            "modules_to_save must be None, as these modules would go on training (a task_type of classifiers sets it), "
+            f"got {config.modules_to_save}"
         )
     if config.inference_mode:
         raise ValueError("inference_mode must be False, got True: load the adapter with is_trainable=True")

@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args, get_origin
 
 import yaml
 
-from torchdsc.lab.experiment.config import Experiment, merge, read_experiment
+from torchdsc.lab.experiment.config import Experiment, merge, only_variants, read_experiment
 from torchdsc.lab.experiment.presets import preset_names
 from torchdsc.lab.schema import Model, SettingsError, build, parse_yaml
 from torchdsc.lab.tasks import settings_type
@@ -87,12 +87,15 @@ def _experiment(
         for part in reversed(key.split(".")):
             value = {part: value}
         flags = merge(flags, {name: value})
+    if hasattr(options, "variants"):
+        # Before they are checked: flags need not suit the others.
+        values = only_variants(values, options.variants)
     values = _over_all(values, flags)
     if hasattr(options, "seeds"):
         values["seeds"] = options.seeds
         values["variants"] = [{k: v for k, v in item.items() if k != "seeds"} for item in values.get("variants", [])]
     experiment = build(Experiment, values, source if source.endswith((".yaml", ".yml")) else "")
-    return experiment.part(getattr(options, "variants", ()), getattr(options, "cases", ()))
+    return experiment.part(cases=getattr(options, "cases", ()))
 
 
 def _over_all(values: dict[str, Any], flags: Mapping[str, Any]) -> dict[str, Any]:

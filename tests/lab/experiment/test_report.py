@@ -302,5 +302,5 @@ def test_narrow_pages_scroll_figures_rather_than_shrink_their_text(pages):
 def test_layers_and_runs_of_a_fault_are_told_apart(small):
     for run in small.runs:
         for layer in run["routing"]["layers"][:3] if run["variant"] == "DSC" else []:
-            layer["gate"] = 0.999
+            layer["gate"] = 0.9995
     assert "DSC in 6 of 8 layers (over 2 runs)" in Page(render_report(small)).text

@@ -13,7 +13,7 @@ from torchdsc.lab.tasks import settings_type
 
 from .presets import preset_file
 
-__all__ = ["Experiment", "Job", "Variant", "merge", "read_experiment"]
+__all__ = ["Experiment", "Job", "Variant", "merge", "only_variants", "read_experiment"]
 
 Values = dict[str, Any]
 Seeds = Annotated[list[Seed], Unique]
@@ -205,20 +205,11 @@ class Experiment(Model):
         Raises:
             SettingsError: If a name is unknown.
         """
-        for name, chosen, known in (
-            ("variants", variants, [v.name for v in self.variants]),
-            ("cases", cases, list(self.cases)),
-        ):
-            unknown = [item for item in chosen if item not in known]
-            if unknown:
-                raise SettingsError(f"{name} must be among those of the experiment, {known}, got {unknown[0]!r}")
         values = self.model_dump()
         if variants:
-            values["variants"] = [item for item in values["variants"] if item["name"] in variants]
-            for item in values["variants"]:
-                item["against"] = item["against"] and [name for name in item["against"] if name in variants]
-            values["reference"] = self.reference if self.reference in variants else None
+            values = only_variants(values, variants)
         if cases:
+            _check_names("cases", cases, list(self.cases))
             values["cases"] = {name: case for name, case in self.cases.items() if name in cases}
             values["tuning_cases"] = [name for name in self.tuning_cases or [] if name in cases] or None
         return build(Experiment, values)
@@ -252,6 +243,31 @@ class Experiment(Model):
         mine["seeds"] = _united(mine["seeds"], theirs["seeds"])
         mine["variants"] = list(variants.values())
         return build(Experiment, mine)
+
+
+def only_variants(values: Values, names: Sequence[str]) -> Values:
+    """The values of an experiment with the variants of these names alone.
+
+    Raises:
+        SettingsError: If a name is unknown.
+    """
+    every = values.get("variants") or []
+    _check_names("variants", names, [item.get("name") for item in every])
+    kept = [{**item} for item in every if item.get("name") in names]
+    for item in kept:
+        if item.get("against"):
+            item["against"] = [name for name in item["against"] if name in names]
+    return {
+        **values,
+        "variants": kept,
+        "reference": values.get("reference") if values.get("reference") in names else None,
+    }
+
+
+def _check_names(name: str, chosen: Sequence[str], known: Sequence[Any]) -> None:
+    unknown = [item for item in chosen if item not in known]
+    if unknown:
+        raise SettingsError(f"{name} must be among those of the experiment, {known}, got {unknown[0]!r}")
 
 
 def read_experiment(source: str, *, below: Sequence[str] = ()) -> Values:

@@ -38,7 +38,7 @@ _FAULTS: tuple[tuple[Figure, Callable[[float], bool], str], ...] = (
     (_used, lambda value: value < 0.5, "Less than 50 % of the atoms or experts are in use"),
     (_effective_share, lambda value: value < 0.1, "The equivalent of less than 10 % of the atoms or experts is in use"),
     (_gate, lambda value: value < 0.05, "The gate has collapsed: it adds next to nothing"),
-    (_gate, lambda value: value > 0.99, "The gate is saturated: it is constant, and the strength idle"),
+    (_gate, lambda value: value > 0.999, "The gate is saturated: it is constant, and the strength idle"),
 )
 
 

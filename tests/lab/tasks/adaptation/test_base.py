@@ -2,9 +2,17 @@ import gguf
 import pytest
 import torch
 from tokenizers.pre_tokenizers import ByteLevel
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BertConfig,
+    BertForMaskedLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
-from torchdsc.lab.tasks.adaptation.base import resolve_base
+from torchdsc.lab.schema import SettingsError
+from torchdsc.lab.tasks.adaptation.base import load_base, resolve_base
 
 TENSORS = {
     **{"model.embed_tokens": "token_embd", "model.norm": "output_norm"},
@@ -66,3 +74,13 @@ def test_gguf_needs_its_package(written, monkeypatch):
     monkeypatch.setattr("torchdsc.lab.tasks.adaptation.base.util.find_spec", lambda _: None)
     with pytest.raises(ValueError, match="needs the package gguf: pip install gguf"):
         resolve_base(f"gguf:{written[1]}")
+
+
+def test_masked_lm_is_no_causal_one(settings, prose, tmp_path):
+    """Its outputs see the answers."""
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    BertForMaskedLM(BertConfig(vocab_size=16, **sizes)).save_pretrained(tmp_path)
+    chosen = settings(**prose)
+    assert type(load_base(chosen, 1, weights=True)).__name__ == "LlamaForCausalLM"
+    with pytest.raises(SettingsError, match="must be a causal LM, got a BertLMHeadModel whose outputs depend on later"):
+        load_base(chosen.model_copy(update={"base": str(tmp_path)}), 1, weights=True)

@@ -60,6 +60,8 @@ PROMPTED = {"kind": "prompted", "prompt": "{text}", "answers": ANSWERS}
             {**PROMPTED, "prompt": "{label}"},
             r"^prompt must have each column of text, \['text'\], in braces, got '{label}'$",
         ),
+        ({**PROMPTED, "prompt": r"{text}\nIs it?"}, r"^prompt must have a line break where it has \\ and n"),
+        ({**CAUSAL, "method": "head"}, "^method must not be 'head' for kind = 'causal_lm', which has no new head$"),
         ({**PROMPTED, "head": "embedding"}, "^head must be left out for kind = 'prompted', got 'embedding'$"),
         ({**PROMPTED, "metric": "loss"}, "^metric must be one of .* for kind = 'prompted', got 'loss'$"),
         ({"update_scale": 0.5, "eval_every": 4}, "^eval_every must be left out for update_scale"),

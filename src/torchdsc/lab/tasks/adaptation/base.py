@@ -68,12 +68,25 @@ def load_base(settings: Settings, num_labels: int, *, weights: bool) -> PreTrain
             # A base model may come with the head of another task.
             replaced = {} if is_causal else {"ignore_mismatched_sizes": True, "has_new_head": True}
             model = load_model(auto, path, dtype=torch.float32, **options, **replaced)
+            if is_causal:
+                _check_causal(model)
         else:
             config, unknown = AutoConfig.from_pretrained(path, **options, return_unused_kwargs=True)
             if unknown:
                 raise ValueError(f"base_options must be fields of {type(config).__name__}, got {sorted(unknown)}")
             model = auto.from_config(config)
     return SentenceClassifier(model, len(settings.text)) if is_embedding else model
+
+
+@torch.no_grad()
+def _check_causal(model: PreTrainedModel) -> None:
+    """Refuse a model whose outputs see later tokens, such as a masked LM that is loaded as a causal one."""
+    ids = torch.arange(8)[None] % model.get_input_embeddings().num_embeddings
+    other = ids.clone()
+    other[0, -1] = ids[0, 0]
+    first, second = (model(input_ids=given).logits[0, :-1] for given in (ids, other))
+    if not torch.allclose(first, second, rtol=0.0, atol=1e-5 * float(first.abs().max())):
+        raise ValueError(f"must be a causal LM, got a {type(model).__name__} whose outputs depend on later tokens")
 
 
 def resolve_base(base: str) -> str:

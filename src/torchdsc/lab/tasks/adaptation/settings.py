@@ -142,6 +142,8 @@ class Settings(Model):
             raise ValueError(f"text must be one column for kind = 'causal_lm', got {self.text}")
         if self.is_causal_lm and self.head is not None:
             raise ValueError(f"head must be left out for kind = {self.kind!r}, got {self.head!r}")
+        if self.is_causal_lm and self.method == "head":
+            raise ValueError(f"method must not be 'head' for kind = {self.kind!r}, which has no new head")
         self._check_prompt()
         self._check_scales()
         if self.method in WITHOUT_ADAPTER and self.options:
@@ -166,6 +168,10 @@ class Settings(Model):
                 raise ValueError(
                     f"prompt must be a text with columns in braces, got {self.prompt!r}: {error}"
                 ) from error
+            if "\\n" in self.prompt:
+                raise ValueError(
+                    f"prompt must have a line break where it has \\ and n, as $'...' in a shell, got {self.prompt!r}"
+                )
             if set(names) != set(self.text):
                 raise ValueError(f"prompt must have each column of text, {self.text}, in braces, got {self.prompt!r}")
 
