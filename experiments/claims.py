@@ -20,7 +20,7 @@ from typing import Any
 
 import yaml
 
-from torchdsc.lab.experiment.intervals import DASH, Interval, format_interval, format_mean, mean_difference
+from torchdsc.lab.experiment.intervals import DASH, MINUS, Interval, format_interval, format_mean, mean_difference
 from torchdsc.lab.experiment.report import Page
 from torchdsc.lab.experiment.results import Results
 from torchdsc.lab.figures.looks import Group
@@ -160,23 +160,26 @@ def traffic(router: str) -> Found:
     return f"{text}{shares[0]:.1%} and {shares[1]:.1%}", YES if growth <= wider else NO
 
 
-def forgets(experiment: str, variant: str, others: list[str], share: float = 1.0) -> Found:
-    """Whether a variant forgets less than a share of what others forget at its loss, by seed.
+def forgets(experiment: str, variant: str, others: list[str], share: float = 1.0, scale: float = 1.0) -> Found:
+    """Whether a variant, with all or part of its update, forgets less than a share of what others forget at its loss.
 
-    What they forget there lies on the straight lines between what no other of them beats in both: they as they are, and
-    where they were measured with parts of their update too.
+    By seed. What they forget there lies on the straight lines between what no other of them beats in both: they as they
+    are, and where they were measured with parts of their update too.
     """
-    own = values(experiment, variant, "forgotten")
-    losses = values(experiment, variant, "loss")
+    losses: dict[str, dict[int, float]] = {}
+    own: dict[str, dict[int, float]] = {}
+    for run in results(experiment).runs_of(variant):
+        point = run if scale == 1 else next(at for at in run["scaled"] if at["scale"] == scale)
+        losses.setdefault(run["case"], {})[run["seed"]] = point["loss"]
+        own.setdefault(run["case"], {})[run["seed"]] = point["forgotten"]
     there: dict[str, dict[int, float]] = {
         case: {seed: _forgotten_at(loss, experiment, others, case, seed) for seed, loss in by_seed.items()}
         for case, by_seed in losses.items()
     }
     shares = {case: {seed: share * value for seed, value in by_seed.items()} for case, by_seed in there.items()}
     means = [fmean(value for by_seed in each.values() for value in by_seed.values()) for each in (losses, own, there)]
-    text = (
-        f"at its loss of {means[0]:.3f} it forgets {means[1]:.3f}, they {means[2]:.3f}: {means[1] / means[2]:.2f} of it"
-    )
+    text = f"at its loss of {means[0]:.3f} it forgets {means[1]:.3f}, they {means[2]:.3f}".replace("-", MINUS)
+    text += f": {means[1] / means[2]:.2f} of it" if means[1] > 0 else ""
     seeds = max(map(len, own.values()))
     return f"{text} ({seeds} seed{'s' if seeds > 1 else ''})", judge(mean_difference(own, shares))
 
