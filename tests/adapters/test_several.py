@@ -280,6 +280,15 @@ class TestAdding:
             get_peft_model(model, make_config(target_modules=targets))
         assert [name for name, _ in model.named_modules()] == names
 
+    @pytest.mark.parametrize("targets", [["gate_proj"], ["gate_proj", "q_proj"]], ids=["all", "some"])
+    def test_refuses_modules_inside_adapted_ones(self, targets, adapt, make_config, make_batch, output):
+        adapted, batch = adapt("llama", target_modules=["mlp"], moved=True), make_batch("llama")
+        before = output(adapted, batch)
+        with pytest.raises(ValueError, match=r"one that has an adapter, got 'gate_proj' inside '.*\.0\.mlp'"):
+            adapted.add_adapter("second", make_config(target_modules=targets))
+        assert list(adapted.peft_config) == ["default"]
+        assert torch.equal(output(adapted, batch), before)
+
     def test_refuses_a_layer_of_several_experts(self, adapt):
         with pytest.raises(TypeError, match=r"'model.layers.0.mlp', a MixtralSparseMoeBlock"):
             adapt("mixtral", target_modules=["mlp"])

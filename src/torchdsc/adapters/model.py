@@ -71,9 +71,16 @@ class AdapterModel(BaseTuner):
         targets: dict[str, int] = {}
         for name, _ in model.named_modules():
             outer = [name[: match.start()] for match in re.finditer(r"\.", name)]
-            if any(isinstance(model.get_submodule(other), BaseTunerLayer) for other in outer):
+            adapted = next((other for other in outer if isinstance(model.get_submodule(other), BaseTunerLayer)), None)
+            if not name or not self._check_target_module_exists(peft_config, name):
                 continue
-            if name and self._check_target_module_exists(peft_config, name):
+            if adapted is not None and f"{adapted}.base_layer." in name:
+                # PEFT would leave it out, and say that it is not there if it finds no other.
+                raise ValueError(
+                    f"target_modules must not match modules inside one that has an adapter, got "
+                    f"{name.removeprefix(adapted + '.base_layer.')!r} inside {adapted!r}"
+                )
+            if adapted is None:
                 inside = next((other for other in outer if other in targets), None)
                 if inside is not None:
                     raise ValueError(
