@@ -110,6 +110,8 @@ def test_marks_stand_at_their_costs_and_side_by_side():
     assert abs(pixels[1] - pixels[0]) == pytest.approx(9)
     assert texts(figure) == ["DSC"]
     assert draw_costs({"DSC": costs["DSC"]}, LOOKS, [], "size", "loss") is None
+    exact = draw_costs(costs, LOOKS, ["DSC"], "size", "loss", side_by_side=False)
+    assert [line.get_xdata()[0] for line in exact.axes[0].lines if line.get_markersize() == 7] == [3.0, 3.0, 2.0]
 
 
 def test_path_of_a_cost_begins_at_its_mark():

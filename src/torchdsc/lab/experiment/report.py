@@ -260,7 +260,9 @@ class Page:
         for name, path in (paths or {}).items():
             if name in found:
                 found[name] = replace(found[name], path=path)
-        return draw_costs(found, looks or self.looks, named or self.named_best, xlabel, self.measure.name)
+        # What a run costs may differ by little and matter, where parameters and times are the same for many.
+        apart, named = paths is None, named or self.named_best
+        return draw_costs(found, looks or self.looks, named, xlabel, self.measure.name, side_by_side=apart)
 
     def draw_load(self, name: str) -> Figure | None:
         """How evenly a variant uses its atoms or experts, at the scale of all those that are named."""

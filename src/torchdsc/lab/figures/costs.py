@@ -44,11 +44,15 @@ class Cost:
 
 
 def draw_costs(
-    costs: Mapping[str, Cost], looks: Mapping[str, Look], labelled: Sequence[str], xlabel: str, ylabel: str
+    costs: Mapping[str, Cost],
+    looks: Mapping[str, Look],
+    labelled: Sequence[str],
+    xlabel: str,
+    ylabel: str,
+    *,
+    side_by_side: bool = True,
 ) -> Figure | None:
     """Draw a mark for each variant, the deviation of its measure over seeds, the ends of its cost, and its path.
-
-    Marks at one place stand side by side.
 
     Args:
         costs: By variant.
@@ -56,6 +60,7 @@ def draw_costs(
         labelled: Variants whose names stand at the right, at the height of their marks.
         xlabel: What the cost is.
         ylabel: What the measure is.
+        side_by_side: Move marks apart that stand at one place.
 
     Returns:
         None for less than two variants.
@@ -66,7 +71,8 @@ def draw_costs(
     figure, axes = labelled_axes(labels.values(), xlabel, ylabel)
     _fit(axes, list(costs.values()))
     named = {variant: cost for variant, cost in costs.items() if looks[variant].is_named}
-    places = dict(zip(named, _side_by_side(axes, list(named.values())), strict=True))
+    own = [cost.at for cost in named.values()]
+    places = dict(zip(named, _side_by_side(axes, list(named.values())) if side_by_side else own, strict=True))
     for variant, cost in costs.items():
         if variant not in named:
             axes.plot([cost.at], [cost.measure], **looks[variant].point, markersize=4, zorder=1)
