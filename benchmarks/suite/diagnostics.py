@@ -11,7 +11,8 @@ from torch import Tensor
 
 from benchmarks.case import Benchmark, Case, Cases, Settings
 from torchdsc.diagnostics import Diagnostics
-from torchdsc.lab.experiment.config import Experiment, Job, read_experiment
+from torchdsc.lab.experiment.config import Experiment, Job
+from torchdsc.lab.experiment.values import read_experiment
 from torchdsc.lab.schema import build
 from torchdsc.lab.tasks.language_modelling.settings import Settings as RunSettings
 from torchdsc.lab.training.environment import quiet_transformers

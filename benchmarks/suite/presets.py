@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.case import Benchmark, Case, Cases, Settings
-from torchdsc.lab.experiment.config import Experiment, Job, read_experiment
+from torchdsc.lab.experiment.config import Experiment, Job
+from torchdsc.lab.experiment.values import read_experiment
 from torchdsc.lab.schema import build
 from torchdsc.lab.tasks.language_modelling.run import build_model, make_plan, optimizer_of
 from torchdsc.lab.tasks.language_modelling.settings import Settings as RunSettings

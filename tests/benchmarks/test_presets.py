@@ -10,7 +10,7 @@ from benchmarks.suite import load
 from benchmarks.suite.presets import SUBJECTS, Run, by_kernel, run_settings
 from torchdsc.baselines import StandardMoE
 from torchdsc.lab.budget import describe_misses
-from torchdsc.lab.experiment.config import read_experiment
+from torchdsc.lab.experiment.values import read_experiment
 from torchdsc.lab.tasks.language_modelling.run import make_plan
 from torchdsc.optim import build_optimizer
 

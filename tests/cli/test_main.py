@@ -7,8 +7,8 @@ import pytest
 
 import torchdsc as package
 from torchdsc.cli import main as cli_main
-from torchdsc.lab.experiment.config import read_experiment
 from torchdsc.lab.experiment.presets import preset_names
+from torchdsc.lab.experiment.values import read_experiment
 
 COMMANDS = ("run", "report", "presets", "budget", "inspect", "generate", "serve", "bench")
 

@@ -8,9 +8,10 @@ import pytest
 import yaml
 
 from torchdsc.cli.parsing import underscored
-from torchdsc.lab.experiment.config import Experiment, read_experiment
+from torchdsc.lab.experiment.config import Experiment
 from torchdsc.lab.experiment.presets import preset_names
 from torchdsc.lab.experiment.results import Results
+from torchdsc.lab.experiment.values import read_experiment
 from torchdsc.lab.schema import build
 
 

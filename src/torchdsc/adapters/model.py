@@ -1,9 +1,7 @@
 """PEFT tuners, which put adapter layers into a model, and save and load them."""
 
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 from peft.tuners.tuners_utils import (
@@ -11,24 +9,22 @@ from peft.tuners.tuners_utils import (
     BaseTunerLayer,
     _filter_state_dict_by_key_prefixes,
     _get_tuner_state_dict_key_prefixes,
-    _maybe_include_all_linear_layers,
-    check_target_module_exists,
 )
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers import GenerationConfig
-from transformers.pytorch_utils import Conv1D
 
 from torchdsc.losses import add_regularization, leave_regularization
 from torchdsc.nn import RoutedLayer
 from torchdsc.nn.broadcast import broadcast_tokens, decoder_of, embedding_size
 from torchdsc.nn.host import leave_attention_mask, leave_fused_encoder, pass_attention_mask
 
-from .config import ALL_LINEAR, AdapterConfig, DSCAdapterConfig
+from .config import AdapterConfig, DSCAdapterConfig
 from .dsc_layer import DSCAdapterLayer, adapted_modules, check_banks, hash_of_banks, without_lent_banks
 from .files import check_keys, shared_keys, tell_embeddings
 from .layer import BASE, NO_MERGE, AdapterLayer, MixtureOfLoRAsLayer, sizes_of
+from .targets import find_targets
 
 
 class AdapterModel(BaseTuner):
@@ -66,28 +62,7 @@ class AdapterModel(BaseTuner):
 
     def _prepare_model(self, peft_config: AdapterConfig, model: nn.Module) -> None:
         """Check all targets before the first is replaced."""
-        if isinstance(peft_config.target_modules, str) and peft_config.target_modules.lower() == ALL_LINEAR:
-            peft_config.target_modules = _all_linear(peft_config, model)
-        targets: dict[str, int] = {}
-        for name, _ in model.named_modules():
-            outer = [name[: match.start()] for match in re.finditer(r"\.", name)]
-            adapted = next((other for other in outer if isinstance(model.get_submodule(other), BaseTunerLayer)), None)
-            if not name or not self._check_target_module_exists(peft_config, name):
-                continue
-            if adapted is not None and f"{adapted}.base_layer." in name:
-                # PEFT would leave it out, and say that it is not there if it finds no other.
-                raise ValueError(
-                    f"target_modules must not match modules inside one that has an adapter, got "
-                    f"{name.removeprefix(adapted + '.base_layer.')!r} inside {adapted!r}"
-                )
-            if adapted is None:
-                inside = next((other for other in outer if other in targets), None)
-                if inside is not None:
-                    raise ValueError(
-                        f"target_modules must not match modules inside others that they match, got {name!r} inside "
-                        f"{inside!r}"
-                    )
-                targets[name], _ = sizes_of(peft_config, model, name)
+        targets = find_targets(peft_config, model, self._check_target_module_exists)
         self._check_targets(peft_config, model, targets)
 
     def _check_targets(self, config: AdapterConfig, model: nn.Module, targets: dict[str, int]) -> None:
@@ -312,26 +287,6 @@ class MixtureOfLoRAsModel(AdapterModel):
 
     prefix = "molora_"
     tuner_layer_cls = MixtureOfLoRAsLayer
-
-
-def _all_linear(config: AdapterConfig, model: nn.Module) -> set[str]:
-    """Names of all linear layers but the head, including those that already have adapters."""
-    adapted = {
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, AdapterLayer) and isinstance(module.get_base_layer(), nn.Linear | Conv1D)
-    }
-    names: set[str] = _maybe_include_all_linear_layers(config, model).target_modules | adapted
-    if config.layers_to_transform is None:
-        return names
-    # PEFT ignores layers_to_transform for full names: match by the last part.
-    ends = {name: replace(config, target_modules=[name.rpartition(".")[2]]) for name in names if "." in name}
-    chosen = {name for name, end in ends.items() if check_target_module_exists(end, name)}
-    if not chosen:
-        raise ValueError(
-            f"layers_to_transform must be indices of layers with linear layers, got {config.layers_to_transform!r}"
-        )
-    return chosen
 
 
 def _expansion(model: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> int:

@@ -2,8 +2,8 @@
 
 from textwrap import fill
 
-from torchdsc.lab.experiment.config import read_experiment
 from torchdsc.lab.experiment.presets import preset_names
+from torchdsc.lab.experiment.values import read_experiment
 
 from .parsing import ArgumentParser
 

@@ -8,8 +8,9 @@ from typing import Any, Literal, get_args, get_origin
 
 import yaml
 
-from torchdsc.lab.experiment.config import Experiment, merge, only_variants, read_experiment
+from torchdsc.lab.experiment.config import Experiment
 from torchdsc.lab.experiment.presets import preset_names
+from torchdsc.lab.experiment.values import merge, only_variants, read_experiment
 from torchdsc.lab.schema import Model, SettingsError, build, parse_yaml
 from torchdsc.lab.tasks import settings_type
 

@@ -6,8 +6,9 @@ import pytest
 import yaml
 
 from torchdsc import recommended
-from torchdsc.lab.experiment.config import Experiment, Job, merge, read_experiment
+from torchdsc.lab.experiment.config import Experiment, Job
 from torchdsc.lab.experiment.presets import preset_names
+from torchdsc.lab.experiment.values import merge, read_experiment
 from torchdsc.lab.schema import SettingsError, build
 from torchdsc.lab.tasks.forecasting.run import make_plan as make_forecasting_plan
 from torchdsc.lab.tasks.language_modelling.run import make_plan
