@@ -68,7 +68,7 @@ def values(name: str, variant: str, key: str | None = None) -> dict[str, dict[in
         known = run if key is None or key in run else (run["routing"] or {"history": [{}]})["history"][-1]
         if key is not None and key not in known:
             raise ValueError(f"records of {variant!r} in {name} must have {key}, and have none")
-        found.setdefault(run["case"], {})[run["seed"]] = known[key or own.task.measure.key]
+        found.setdefault(run["case"], {})[run["seed"]] = known[key or own.measure.key]
     return found
 
 

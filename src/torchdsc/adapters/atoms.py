@@ -38,6 +38,7 @@ def atoms_used_by(
         counts of all of them.
 
     Raises:
+        TypeError: If a batch is no mapping.
         ValueError: If the model has no DSC adapter of that name, or a target saw no token.
     """
     layers = dsc_layers(model, adapter_name)
@@ -56,6 +57,11 @@ def atoms_used_by(
             handle = layer.router.register_forward_hook(count(name), with_kwargs=True)
             stack.callback(handle.remove)
         for batch in batches:
+            if not isinstance(batch, Mapping):
+                raise TypeError(
+                    "batches must hold mappings of the model's arguments, such as {'input_ids': ids}, got a "
+                    f"{type(batch).__name__} in a {type(batches).__name__}"
+                )
             model(**batch)
     unseen = [name for name, found in counts.items() if not found.any()]
     if unseen:

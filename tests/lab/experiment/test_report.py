@@ -74,9 +74,17 @@ def small():
     return results
 
 
+def test_losses_are_told_as_they_are(pages):
+    """Of causal LMs, whose score is their loss with a minus."""
+    text = Page(pages("stories")).text
+    assert "LoRA 8 has the lowest loss of 2 variants, 2.818 ± 0.011: -0.139 ± 0.036" in text
+    assert "score" not in text.lower()
+    assert "highest score" in Page(pages("glue")).text
+
+
 def test_what_is_forgotten_is_drawn(pages):
     """The measure against a column of the task that is a cost."""
-    assert "Score against forgotten. Upright lines" in Page(pages("stories")).text
+    assert "Loss against forgotten. Upright lines" in Page(pages("stories")).text
     assert "Dotted" not in Page(pages("stories")).text
     assert "against forgotten" not in Page(pages("glue")).text, "where it was not measured"
 
@@ -85,19 +93,19 @@ def test_what_is_forgotten_at_less_of_the_update_is_drawn():
     results = copy.deepcopy(Results.read(EXPERIMENTS / "stories"))
     before = {"retain_loss_before": 1.0, "retain_loss_after": 1.25}
     for run in results.runs:
-        run["scaled"] = [{"scale": 0.5, "score": -3.5, **before}, {"scale": 0.25, "score": -4.0, **before}]
+        run["scaled"] = [{"scale": 0.5, "loss": 3.5, **before}, {"scale": 0.25, "loss": 4.0, **before}]
     page = Page(render_report(results))
     assert "Dotted: with less and less of what was learnt." in page.text
     [column] = [column for column in results.task.columns if column.cost]
     drawing = report.Page(results)
-    assert drawing._path(column, results.runs) == ((0.25, -3.5), (0.25, -4.0))
+    assert drawing._path(column, results.runs) == ((0.25, 3.5), (0.25, 4.0))
     assert any(line.get_linestyle() == ":" for line in drawing.draw_cost(column).axes[0].lines)
 
 
 def test_what_no_other_beats_comes_first():
     page = report.Page(Results.read(EXPERIMENTS / "forgetting"))
     [column] = page.costs
-    points = {row.name: (-row.mean, sum(map(column.value, row.runs)) / len(row.runs)) for row in page.rows if row.runs}
+    points = {row.name: (row.mean, sum(map(column.value, row.runs)) / len(row.runs)) for row in page.rows if row.runs}
     ranked = page.ranked_by(column)
     assert sorted(ranked) == sorted(points)
     unbeaten = {

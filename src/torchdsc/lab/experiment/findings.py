@@ -24,7 +24,7 @@ _NAMED = 2
 
 def headline(results: Results, rows: Sequence[Row]) -> list[str]:
     """Who is best among variants of like size, and whether that is decided: a sentence for each size."""
-    measure = results.task.measure
+    measure = results.measure
     if not rows:
         return [_best_trial(results)]
     finite = [row for row in rows if math.isfinite(row.mean)]
@@ -72,7 +72,7 @@ def _is_decided(best: Row, other: Row) -> bool:
 
 
 def _best_trial(results: Results) -> str:
-    measure, found = results.task.measure, list[tuple[float, str]]()
+    measure, found = results.measure, list[tuple[float, str]]()
     for trial in results.trials:
         if math.isfinite(trial[measure.key]):
             found.append((trial[measure.key], trial["variant"]))
@@ -94,7 +94,7 @@ def _mean(row: Row, measure: Measure) -> str:
 
 def doubts(results: Results, rows: Sequence[Row]) -> list[str]:
     """What makes the comparison incomplete or unfair, in sentences."""
-    measure, found = results.task.measure, list[str]()
+    measure, found = results.measure, list[str]()
     have = {row.name: row for row in rows}
     missing = []
     for variant in results.experiment.variants if rows else []:

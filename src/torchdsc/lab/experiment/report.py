@@ -90,7 +90,7 @@ class Page:
     def __init__(self, results: Results) -> None:
         self.experiment, self.timing = results.experiment, results.timing
         self.costs = [column for column in results.task.columns if column.cost]
-        self.measure, self.timed_words = results.task.measure, results.task.timed_words
+        self.measure, self.timed_words = results.measure, results.task.timed_words
         self.records = [*results.runs, *results.trials]
         self.rows = summary.summarize(results)
         names = [variant.name for variant in self.experiment.variants]

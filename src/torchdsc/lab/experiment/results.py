@@ -47,9 +47,14 @@ class Results:
         return found
 
     @property
+    def measure(self) -> Measure:
+        """What its variants are compared by."""
+        return self.task.measure_of([*self.trials, *self.runs])
+
+    @property
     def chosen(self) -> dict[str, dict[str, Any]]:
         """By variant, the trial that its runs are like."""
-        return choose(self.experiment, self.trials, self.task.measure)
+        return choose(self.experiment, self.trials, self.measure)
 
     def runs_of(self, variant: str) -> list[Record]:
         """The records that a variant is compared by."""

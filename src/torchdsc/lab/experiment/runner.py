@@ -244,7 +244,7 @@ def _refuse_launch() -> None:
 
 def _print_results(console: Console, results: Results, rows: Sequence[Row], folder: Path) -> None:
     """What decides, and where the rest is."""
-    measure = results.task.measure
+    measure = results.measure
     shown = Table("variant", "size", measure.name, "difference (95 %)", "verdict", box=None, pad_edge=False)
     for row in rows:
         values = [value for by_seed in row.values.values() for value in by_seed.values()]

@@ -87,7 +87,7 @@ class Row:
 
 def summarize(results: Results) -> list[Row]:
     """One row a variant that has runs, in the experiment's order."""
-    measure = results.task.measure
+    measure = results.measure
     runs = {variant.name: results.runs_of(variant.name) for variant in results.experiment.variants}
     rows = []
     for variant in results.experiment.variants:
@@ -121,7 +121,7 @@ def _values(runs: Iterable[Record], key: str) -> dict[str, dict[int, float]]:
 
 
 def _compare(results: Results, name: str, own: list[Record], other: str, theirs: list[Record]) -> Comparison:
-    measure = results.task.measure
+    measure = results.measure
     first, second = (_values(runs, measure.key) for runs in (own, theirs))
     difference = mean_difference(first, second)
     seeds = {seed: set(first) & set(second) for seed in dict.fromkeys(run["seed"] for run in own)}

@@ -35,7 +35,7 @@ _COLUMNS, _UNFOLDED = 6, 24
 def table(results: Results, rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     """Head and rows of text, one a variant; what stands beside several others is in several lines."""
     task, cases = results.task, list(results.experiment.cases)
-    measure = task.measure
+    measure = results.measure
     has_trials = any(len(variant.trials) > 1 for variant in results.experiment.variants)
     columns = [c for c in task.columns if any(c.value(run) is not None for row in rows for run in row.runs)]
     is_timed, has_memory = any(row.time for row in rows), any(row.memory for row in rows)
@@ -70,7 +70,7 @@ def table(results: Results, rows: Sequence[Row]) -> tuple[list[str], list[list[s
 
 def trial_table(results: Results) -> tuple[list[str], list[list[str]]]:
     """Head and rows of text, one a trial: the mean over its cases."""
-    measure, body = results.task.measure, []
+    measure, body = results.measure, []
     for variant in results.experiment.variants:
         for trial in variant.trials if len(variant.trials) > 1 else []:
             own = [t for t in results.trials if t["variant"] == variant.name and t["trial"] == trial]
@@ -129,7 +129,7 @@ class Table:
 
 def result_tables(results: Results, rows: Sequence[Row], groups: Sequence[Group]) -> list[Table]:
     """What decides first, then further figures; without rows, the best trial of each variant."""
-    task, measure = results.task, results.task.measure
+    task, measure = results.task, results.measure
     if not rows:
         head, body = trial_table(results)
         best = Table.of("The best trial of each variant", head[:-1], [row[:-1] for row in body if row[-1]])
@@ -162,7 +162,7 @@ def difference_table(results: Results, rows: Sequence[Row]) -> Table | None:
     """A row a comparison."""
     head = ["Variant", "compared to", "difference", "seed by seed", "verdict", "on the test part", "steps to its end"]
     head += [f"{results.task.timed_words}, ratio", "size, ratio"]
-    decimals = results.task.measure.decimals
+    decimals = results.measure.decimals
     cells = [[row.name, *_difference_cells(found, decimals)] for row in rows for found in row.comparisons]
     return Table.of("Differences, paired by seed", head, cells)
 
@@ -198,7 +198,7 @@ def time_table(results: Results, rows: Sequence[Row]) -> Table | None:
 
 def run_tables(results: Results) -> list[Table]:
     """A row a run, and a row a failed one."""
-    measure = results.task.measure
+    measure = results.measure
     runs = [run for variant in results.experiment.variants for run in results.runs if run["variant"] == variant.name]
     bests = [run.get(f"{measure.curve}_best") for run in runs]
     differ = any(best not in (None, run[measure.key]) for best, run in zip(bests, runs, strict=True))

@@ -93,6 +93,11 @@ class Task(ABC, Generic[SettingsT]):
     columns: ClassVar[tuple[Column, ...]] = ()
     timed_words: ClassVar[str] = "call"
 
+    @classmethod
+    def measure_of(cls, records: Sequence[Record]) -> Measure:
+        """What variants with these records are compared by, where that depends on what was measured."""
+        return cls.measure
+
     @abstractmethod
     def describe(self, settings: SettingsT) -> str:
         """A run's model in words, its sizes among them.

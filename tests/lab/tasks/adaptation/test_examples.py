@@ -130,6 +130,11 @@ class TestErrors:
             ("good\t1\n" * 20, {}, "train .* must have two labels or more, got '1' alone"),
             ("good\t1\n" * 20, {"kind": "regression"}, "train .* must have two labels or more, got '1.0' alone"),
             (
+                "".join(f"film {i}\t{i}\n" for i in range(40)) + "good\t1\n" * 39,
+                {},
+                "label must be a column with classes of train .*, got 'label' with 40 for 79 examples, such as '0'",
+            ),
+            (
                 "good\t1\nbad\t0\n" * 8,
                 {},
                 "train .* must hold more examples than the 16 that are .*, got 16",

@@ -398,6 +398,11 @@ def test_task_loads_and_solves_once(settings, tmp_path, monkeypatch):
     task.timed(other, tmp_path).call()
 
 
-def test_a_missing_base_is_named(settings, tmp_path):
-    with pytest.raises(SettingsError, match=r"^base '.*/nosuch': "):
+def test_a_missing_base_is_named(settings, tmp_path, monkeypatch):
+    with pytest.raises(SettingsError, match=r"^base '.*/nosuch': ") as absolute:
         Task().data(settings(base=str(tmp_path / "nosuch")))
+    assert "there is no folder" not in str(absolute.value)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(SettingsError, match=rf"(?s)^base 'models/nosuch': .* no folder models/nosuch in {tmp_path}, so"):
+        Task().data(settings(base="models/nosuch"))

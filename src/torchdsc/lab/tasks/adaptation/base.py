@@ -153,4 +153,11 @@ def _naming_base(settings: Settings) -> Iterator[None]:
         yield
     except (*known, StrictDataclassError) as error:
         options = f" with base_options {settings.base_options}" if settings.base_options else ""
-        raise SettingsError(f"base {settings.base!r}{options}: {error}") from error
+        raise SettingsError(f"base {settings.base!r}{options}: {error}{_hub_note(settings.base, error)}") from error
+
+
+def _hub_note(base: str, error: BaseException) -> str:
+    """Why a base was looked for on the hub: a folder that is there from elsewhere may have been meant."""
+    if not isinstance(error, OSError) or ":" in base or Path(expand(base)).is_absolute() or Path(expand(base)).exists():
+        return ""
+    return f" (there is no folder {expand(base)} in {Path.cwd()}, so that it was taken for a name on the hub)"

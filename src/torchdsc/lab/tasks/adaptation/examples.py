@@ -163,6 +163,11 @@ def _labels(settings: Settings, rows: Sequence[Example]) -> list[str]:
     labels = sorted({str(row.label) for row in rows})
     if len(labels) < 2:
         raise ValueError(f"train {settings.train} must have two labels or more, got {labels[0]!r} alone")
+    if settings.kind != "regression" and 2 * len(labels) > len(rows):
+        raise ValueError(
+            f"label must be a column with classes of train {settings.train}, two examples or more of each on average, "
+            f"got {settings.label!r} with {len(labels)} for {len(rows)} examples, such as {labels[0]!r}"
+        )
     if settings.scored_by in ("matthews", "f1") and len(labels) != 2:
         raise ValueError(f"metric must be accuracy where labels of train are not two, got {labels}")
     return [settings.label] if settings.kind == "regression" else labels

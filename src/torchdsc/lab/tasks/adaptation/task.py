@@ -1,5 +1,6 @@
 """The task of adaptation: scores of adapted models."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -24,6 +25,17 @@ def _forgotten(run: Record) -> float | None:
     return run["retain_loss_after"] - run["retain_loss_before"] if "retain_loss_after" in run else None
 
 
+_LOSS = Measure(
+    key="loss",
+    name="loss",
+    unit="nats per token",
+    decimals=3,
+    lower_is_better=True,
+    curve="validation_loss",
+    size="params_adapter",
+)
+
+
 class Task(Base[Settings]):
     """Pretrained models, adapted by different methods, by their score."""
 
@@ -46,6 +58,11 @@ class Task(Base[Settings]):
         Column("right choices (%)", lambda run: run.get("choice_after"), ".1f", has_spread=True),
     )
     timed_words: ClassVar[str] = "training step"
+
+    @classmethod
+    def measure_of(cls, records: Sequence[Record]) -> Measure:
+        """The loss itself where the score is its negative, that of causal LMs."""
+        return _LOSS if records and all(record["metric"] == "loss" for record in records) else cls.measure
 
     def __init__(self) -> None:
         self._loaded: dict[str, tuple[Data, PreTrainedTokenizerBase]] = {}
