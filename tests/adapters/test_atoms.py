@@ -358,7 +358,11 @@ class TestErrors:
             freeze_atoms(adapted, {"x": torch.ones(9, dtype=torch.bool)})
         with pytest.raises(ValueError, match="batches must run every target of adapter 'default'"):
             atoms_used_by(adapted, [])
-        for batches, got in ((batch["input_ids"], "Tensor in a Tensor"), (batch, "str in a dict"), ([[1, 2]], "list in")):
+        for batches, got in (
+            (batch["input_ids"], "Tensor in a Tensor"),
+            (batch, "str in a dict"),
+            ([[1, 2]], "list in"),
+        ):
             with pytest.raises(TypeError, match=f"batches must hold mappings .* such as .*, got a {got}"):
                 atoms_used_by(adapted, batches)
         with adapted.disable_adapter(), pytest.raises(ValueError, match="must be active"):

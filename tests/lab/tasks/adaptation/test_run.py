@@ -404,5 +404,7 @@ def test_a_missing_base_is_named(settings, tmp_path, monkeypatch):
     assert "there is no folder" not in str(absolute.value)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(SettingsError, match=rf"(?s)^base 'models/nosuch': .* no folder models/nosuch in {tmp_path}, so"):
+    with pytest.raises(
+        SettingsError, match=rf"(?s)^base 'models/nosuch': .* no folder models/nosuch in {tmp_path}, so"
+    ):
         Task().data(settings(base="models/nosuch"))
