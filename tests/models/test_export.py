@@ -2,8 +2,11 @@
 
 import pytest
 import torch
+from peft import get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from torchdsc import DSC
+from torchdsc import DSC, convert, recommended
+from torchdsc.adapters import DSCAdapterConfig
 from torchdsc.baselines import PEER, MixtureOfLoRAs, StandardMoE
 
 pytestmark = [
@@ -62,16 +65,54 @@ def test_layers_in_onnx(name, run, tmp_path):
     torch.testing.assert_close(run(path, x=x), layer(x).detach(), rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["dsc", "dsc, embeddings", "moe"])
-def test_models_in_onnx(kind, make_model, run, tmp_path):
-    model, path = make_model(kind), tmp_path / "model.onnx"
-    torch.onnx.export(
+@pytest.fixture
+def build(make_model):
+    """A model of transformers in plain PyTorch; converted and adapted ones have layers of ours inside."""
+
+    def make(kind):
+        if kind.startswith("dsc") or kind == "moe":
+            return make_model(kind, num_hidden_layers=1)
+        config = {"vocab_size": 61, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+        base = LlamaForCausalLM(
+            LlamaConfig(**config, num_attention_heads=2, num_key_value_heads=1, initializer_range=0.3)
+        )
+        _, _, by = kind.partition(", ")
+        if kind.startswith("converted"):
+            convert(base, mode="replace", **recommended(by, num_atoms=20, top_k=6))
+            return base.eval()
+        given = {"embeddings": recommended(top_k=4), "n-grams": {"router": "ngram", "top_k": 4}}[by]
+        beside = DSCAdapterConfig(target_modules=["self_attn", "mlp"], num_atoms=20, **{**given, "gamma_init": 0.3})
+        # PEFT's own call takes what it is given as **kwargs, which an export cannot name.
+        return get_peft_model(base, beside).eval().get_base_model()
+
+    return make
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "dsc",
+        "dsc, embeddings",
+        "dsc, n-grams",
+        "moe",
+        "converted, embeddings",
+        "adapted, embeddings",
+        "adapted, n-grams",
+    ],
+)
+def test_models_export_for_all_sizes(kind, build, run, tmp_path):
+    """Whatever they were exported with, also for sequences shorter than a short convolution or an n-gram."""
+    model, path = build(kind), tmp_path / "model.onnx"
+    sizes = {0: torch.export.Dim("batch", max=64), 1: torch.export.Dim("length", max=24)}
+    program = torch.export.export(
         model,
-        kwargs={"input_ids": torch.randint(0, 61, (2, 7)), "use_cache": False},
-        f=path,
-        dynamo=True,
-        dynamic_shapes={"input_ids": SIZES, "use_cache": None},
-        verbose=False,
+        (),
+        {"input_ids": torch.randint(0, 61, (2, 7)), "use_cache": False},
+        dynamic_shapes={"input_ids": sizes, "use_cache": None},
     )
-    input_ids = torch.randint(0, 61, (3, 11))
-    torch.testing.assert_close(run(path, input_ids=input_ids), model(input_ids).logits.detach(), rtol=1e-4, atol=1e-4)
+    torch.onnx.export(program, f=path, dynamo=True, verbose=False)
+    for shape in ((3, 11), (4, 2)):
+        input_ids = torch.randint(0, 61, shape)
+        expected = model(input_ids, use_cache=False).logits.detach()
+        torch.testing.assert_close(program.module()(input_ids=input_ids, use_cache=False).logits, expected)
+        torch.testing.assert_close(run(path, input_ids=input_ids), expected, rtol=1e-4, atol=1e-4)

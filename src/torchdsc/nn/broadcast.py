@@ -7,6 +7,7 @@ repeated and reset with keys and values.
 """
 
 import inspect
+import math
 import weakref
 from collections.abc import Sequence
 from typing import Any
@@ -106,7 +107,7 @@ class Broadcast:
             codes = None if found.codes is None else found.codes[rows]
             found = Seen(found.sequences[rows], found.length, positions, codes)
         batch, length = found.sequences.shape[0], found.length
-        if x.shape[:-1].numel() != batch * length:
+        if math.prod(x.shape[:-1]) != batch * length:
             raise ValueError(
                 f"a layer that sees the tokens or their embeddings must see every token once, got hidden states of "
                 f"shape {tuple(x.shape)} for {batch} sequences of {length}"

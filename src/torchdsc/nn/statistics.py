@@ -1,5 +1,6 @@
 """The base class of routed layers: routing, composition, and the statistics that the regularisers are made of."""
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -133,7 +134,7 @@ class RoutedLayer(nn.Module):
         wants = self.training and self.regularizers.need_tokens and routing.leaves_statistics
         if wants and routing.statistics is None:
             raise ValueError("routing must be made in training mode for training, got one without statistics")
-        return routing if x.dim() == 2 else routing.reshape(x.shape[:-1].numel())
+        return routing if x.dim() == 2 else routing.reshape(math.prod(x.shape[:-1]))
 
     def leave_statistics(self, statistics: RoutingStatistics | None, output: Tensor) -> None:
         """Keep the statistics of a forward pass for :func:`torchdsc.regularization`; does nothing outside training.

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, library
+from torch.nn import functional
 
 from .devices import several_devices
 from .native import MOST_TAPS, module_for
@@ -52,16 +53,15 @@ def short_convolution(
 def _by_tensors(
     x: Tensor, weight: Tensor, length: int, positions: Tensor | None = None, onto: Tensor | None = None
 ) -> Tensor:
-    start = x.shape[-2] - length
+    start, past = x.shape[-2] - length, weight.shape[0] - 1
     y = x.narrow(-2, start, length) * weight[0]
-    for distance in range(1, min(weight.shape[0], x.shape[-2])):
-        # The first tokens have no token at this distance.
-        first = max(0, start - distance)
-        count = x.shape[-2] - distance - first
-        earlier = x.narrow(-2, first, count)
+    # With zeros in front no length is a case of its own, so that one exported program serves all.
+    padded = functional.pad(x, (0, 0, past, 0))
+    for distance in range(1, past + 1):
+        earlier = padded.narrow(-2, start + past - distance, length)
         if positions is not None:
-            earlier = earlier.masked_fill((positions[..., length - count :] < distance).unsqueeze(-1), 0.0)
-        y.narrow(-2, length - count, count).addcmul_(earlier, weight[distance])
+            earlier = earlier.masked_fill((positions < distance).unsqueeze(-1), 0.0)
+        y.addcmul_(earlier, weight[distance])
     return y if onto is None else onto + y
 
 
