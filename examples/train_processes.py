@@ -18,14 +18,17 @@ import torch
 from peft import get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
-from torchdsc import convert
+from torchdsc import convert, synchronize_regularization
 from torchdsc.adapters import DSCAdapterConfig
 from torchdsc.models import DSCGPTConfig, DSCGPTForCausalLM
 
 BEGIN, PADDING, VOCABULARY, LONGEST = 256, 257, 258, 96
 SIZES = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-# L_aux and L_budget are means over the tokens of a process: with them, steps depend a little on how many share one.
-OPTIONS = {"num_atoms": 32, "top_k": 4, "z_weight": 0.01, "frame_weight": 0.01, "aux_weight": 0.0, "budget_weight": 0.0}
+OPTIONS = {
+    "num_atoms": 32,
+    "top_k": 4,
+    **dict.fromkeys(("aux_weight", "budget_weight", "z_weight", "frame_weight"), 0.01),
+}
 
 
 def build_model(kind):
@@ -75,12 +78,16 @@ def main(argv=None):
         learning_rate=3e-3,
         logging_steps=1,
         logging_nan_inf_filter=False,
+        # Where an epoch's last batch cannot be shared equally, accelerate fills it with examples from its beginning.
+        dataloader_drop_last=True,
         bf16=args.bf16,
         gradient_checkpointing=args.checkpointing,
         report_to=[],
         use_cpu=not torch.cuda.is_available(),
     )
-    trainer = Trainer(build_model(args.model), arguments, train_dataset=examples(), data_collator=collate)
+    model = build_model(args.model)
+    synchronize_regularization(model)
+    trainer = Trainer(model, arguments, train_dataset=examples(), data_collator=collate)
     last = None
     if args.resume:
         if not list(Path(args.resume).glob("checkpoint-*")):

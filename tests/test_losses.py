@@ -9,7 +9,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import torchdsc
-from torchdsc import DSC, BasisBank, Residual, frame_regularization, regularization
+from torchdsc import DSC, BasisBank, Residual, frame_regularization, regularization, synchronize_regularization
 from torchdsc.baselines import DenseFFN
 from torchdsc.losses import aux_loss, budget_loss, frame_loss, frame_potential, z_loss
 from torchdsc.nn import forget_statistics
@@ -437,8 +437,9 @@ def test_without_weights_there_is_nothing_to_add():
 
 
 def test_collection_errors():
-    with pytest.raises(ValueError, match="model must hold a DSC or other routed layer, got Linear without one"):
-        regularization(torch.nn.Linear(2, 2))
+    for collect in (regularization, synchronize_regularization):
+        with pytest.raises(ValueError, match="model must hold a DSC or other routed layer, got Linear without one"):
+            collect(torch.nn.Linear(2, 2))
     with pytest.raises(ValueError, match="must have run in training"):
         regularization(DSC(4, num_atoms=5, top_k=2))
 

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from torchdsc import DSC, Residual, regularization
+from torchdsc import DSC, Residual, regularization, synchronize_regularization
 from torchdsc.baselines import DenseFFN
 
 ONLY = {"aux_weight": 0.0, "budget_weight": 0.0, "frame_weight": 0.0, "z_weight": 0.0}
@@ -40,7 +40,9 @@ def work(rank, port_file, terms, synchronize, results):
     x, mask = make_parts()[rank]
     y = model(x, token_mask=mask)
     task = (y.square().sum(-1) * mask).sum() / TOKENS
-    total = task + regularization(model, num_tokens=TOKENS, synchronize=synchronize).total
+    if synchronize == "marked":
+        synchronize_regularization(model)
+    total = task + regularization(model, num_tokens=TOKENS, synchronize=synchronize == "asked").total
     (total * 2).backward()
     if rank == 0:
         torch.save([p.grad for p in model.parameters()], results)
@@ -49,11 +51,12 @@ def work(rank, port_file, terms, synchronize, results):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("terms", "synchronize"), [(("z", "frame"), False), (("aux", "budget"), True), (("aux", "budget"), False)]
+    ("terms", "synchronize"),
+    [(("z", "frame"), ""), (("aux", "budget"), "asked"), (("aux", "budget"), "marked"), (("aux", "budget"), "")],
 )
 def test_two_processes_equal_one(terms, synchronize, tmp_path, run_processes):
     results = tmp_path / "gradients.pt"
-    run_processes(2, __file__, tmp_path / "rendezvous", ",".join(terms), int(synchronize), results)
+    run_processes(2, __file__, tmp_path / "rendezvous", ",".join(terms), synchronize, results)
     actual = torch.load(results, weights_only=True)
     model = make_model(terms)
     parts = make_parts()
@@ -73,6 +76,6 @@ def test_two_processes_equal_one(terms, synchronize, tmp_path, run_processes):
 
 if __name__ == "__main__":
     rendezvous, names, flag, output, own_rank = sys.argv[1:]
-    work(int(own_rank), rendezvous, tuple(names.split(",")), bool(int(flag)), output)
+    work(int(own_rank), rendezvous, tuple(names.split(",")), flag, output)
     # Torch may abort on leaving the interpreter while a thread of the group is still ending.
     os._exit(0)

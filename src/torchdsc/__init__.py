@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .bounds import certified_spectral_bound, spectral_norm
     from .conversion import convert, load_converted
-    from .losses import Regularization, RegularizedLoss, frame_regularization, last_regularization, regularization
+    from .losses import (
+        Regularization,
+        RegularizedLoss,
+        frame_regularization,
+        last_regularization,
+        regularization,
+        synchronize_regularization,
+    )
     from .nn import DSC, BasisBank, DSCFeedForward, DSCOptions, Residual, Routing, ShortConvolution, recommended
     from .optim import build_optimizer, decay_parameter_names, parameter_groups
 
@@ -36,6 +43,7 @@ __all__ = [
     "recommended",
     "regularization",
     "spectral_norm",
+    "synchronize_regularization",
 ]
 
 # Where public names are, and what else `import torchdsc` alone gives.

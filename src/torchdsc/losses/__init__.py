@@ -2,7 +2,13 @@
 
 from torchdsc.ops import frame_potential
 
-from .collection import Regularization, frame_regularization, regularization, regularization_of
+from .collection import (
+    Regularization,
+    frame_regularization,
+    regularization,
+    regularization_of,
+    synchronize_regularization,
+)
 from .host import add_regularization, last_regularization, leave_regularization
 from .terms import aux_loss, budget_loss, frame_loss, z_loss
 from .trainer import RegularizedLoss
@@ -20,5 +26,6 @@ __all__ = [
     "leave_regularization",
     "regularization",
     "regularization_of",
+    "synchronize_regularization",
     "z_loss",
 ]

@@ -63,7 +63,8 @@ def regularization(
             of each forward pass, whose terms then are means over its own tokens.
         frame_share: Share of L_frame in this call; shares must add up to 1 over a step. By default the share of tokens.
             Pass 0 if you call :func:`frame_regularization` once a step.
-        synchronize: Take the batch means of L_aux and L_budget over all processes of the default group.
+        synchronize: Take the batch means of L_aux and L_budget over all processes of the default group, as after
+            :func:`synchronize_regularization`.
 
     Returns:
         The weighted total and the terms; zeros if no routed layer has a regulariser of positive weight.
@@ -97,6 +98,27 @@ def regularization(
     else:
         found.total.register_hook(use.see)  # type: ignore[no-untyped-call]
     return found
+
+
+def synchronize_regularization(model: nn.Module, *, enabled: bool = True) -> None:
+    """Take the batch means of L_aux and L_budget over all processes, in whichever loop ``model`` is trained.
+
+    They are then the same however many processes share a step, also where transformers' Trainer adds them to the loss.
+    All processes must compute the loss equally often, or the others wait for them: in training mode, with tokens or
+    without. In a single process nothing changes. It is not saved with the model.
+
+    Args:
+        model: With DSC or other routed layers; those that are added later are not marked.
+        enabled: False to undo it.
+
+    Raises:
+        ValueError: If ``model`` has no routed layer.
+    """
+    layers = [module for module in model.modules() if isinstance(module, RoutedLayer)]
+    if not layers:
+        raise ValueError(f"model must hold a DSC or other routed layer, got {type(model).__name__} without one")
+    for layer in layers:
+        layer.synchronizes_statistics = enabled
 
 
 def _check_arguments(
@@ -138,7 +160,7 @@ def regularization_of(
     token_share: Tensor | float = 1.0 if num_tokens is None or not collected else 0.0
     for layer, entry in collected:
         _check_gradient(layer, entry)
-        mean = _synchronized(entry) if synchronize else entry
+        mean = _synchronized(entry) if synchronize or layer.synchronizes_statistics else entry
         # A call without a counted token adds nothing, rather than 0 / 0.
         share = entry.num_tokens / (entry.num_tokens.clamp_min(1.0) if num_tokens is None else num_tokens)
         if num_tokens is not None and layer is collected[0][0]:

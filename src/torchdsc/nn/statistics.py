@@ -36,6 +36,8 @@ class RoutedLayer(nn.Module):
 
     # Tells a model around the layer that forward takes ``token_mask`` and ``router_input``.
     takes_router_input = True
+    # Whether means for the regularisers are over all processes: see torchdsc.losses.synchronize_regularization.
+    synchronizes_statistics = False
     in_features: int
     out_features: int
     regularizers: RegularizerWeights
