@@ -14,7 +14,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from torchdsc import DSC, BasisBank, Residual, build_optimizer, regularization
+from torchdsc import DSC, BasisBank, Residual, build_optimizer, recommended, regularization
+from torchdsc.models import DSCGPTConfig, DSCGPTForCausalLM
 from torchdsc.nn import bank_shards, shard_bank
 from torchdsc.optim import clip_grad_norm
 
@@ -107,6 +108,34 @@ def clipped(rank, mesh):
     return {"norm": norm, "u": bank.u.grad.full_tensor(), "gamma": model[2].gamma.grad}
 
 
+def make_language_model():
+    """Addressed by n-grams, its two blocks over one bank."""
+    options = {**recommended("ngrams", num_atoms=30, top_k=6), "share_bank": True}
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 12}
+    torch.manual_seed(3)
+    model = DSCGPTForCausalLM(
+        DSCGPTConfig(vocab_size=19, dropout=0.0, initializer_range=0.3, feed_forward_options=options, **sizes)
+    ).double()
+    [bank] = {module for module in model.modules() if isinstance(module, BasisBank)}
+    return model.train(), bank
+
+
+def sequences():
+    return torch.randint(19, (5, 9), generator=torch.Generator().manual_seed(6))
+
+
+def language_model(rank, mesh):
+    """Gradients where the processes have two sequences, two and one."""
+    model, bank = make_language_model()
+    shard_bank(bank, mesh)
+    for block in (*model.model.blocks, model):
+        fully_shard(block, mesh=mesh, ignored_params={bank.u, bank.v})
+    ids = sequences()
+    mine = ids.split([2, 2, 1])[rank]
+    (model(mine, labels=mine, num_items_in_batch=ids[:, 1:].numel()).loss * PROCESSES).backward()
+    return {name: parameter.grad.full_tensor() for name, parameter in model.named_parameters()}
+
+
 def moved(rank, mesh):
     """Numbers that this process sends to others in a forward pass."""
     model, bank = make(frame_weight=0.0)
@@ -169,7 +198,7 @@ def work(rank, folder):
         (case, name): gradients_of(case, shares, rank, mesh) for case in CASES for name, shares in SHARES.items()
     }
     found = {"gradients": gradients, "trained": trained(rank, mesh, folder), "moved": moved(rank, mesh)}
-    found["clipped"] = clipped(rank, mesh)
+    found["clipped"], found["language model"] = clipped(rank, mesh), language_model(rank, mesh)
     found |= {"made": made_in_parts(mesh), "errors": errors(mesh)}
     torch.save(found, f"{folder}/{rank}.pt")
     dist.barrier()
@@ -196,6 +225,19 @@ def test_equals_the_whole_bank(case, shares, results):
             actual, expected = found["gradients"][case, shares][name], parameter.grad
             assert expected.abs().max() > 0, name
             assert (actual - expected).abs().max() <= precision * expected.abs().max(), name
+
+
+@pytest.mark.slow
+def test_a_language_model_over_one_bank(results):
+    model, _ = make_language_model()
+    ids = sequences()
+    model(ids, labels=ids, num_items_in_batch=ids[:, 1:].numel()).loss.backward()
+    for found in results:
+        for name, parameter in model.named_parameters():
+            actual, expected = found["language model"][name], parameter.grad
+            assert expected.abs().max() > 0, name
+            # The loss of transformers is in float32.
+            assert (actual - expected).abs().max() <= 1e-5 * expected.abs().max(), name
 
 
 @pytest.mark.slow
