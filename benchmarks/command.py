@@ -20,13 +20,12 @@ from torchdsc.lab.training.environment import command_line
 from . import base, runner
 from .case import Benchmark, Settings
 from .child import ROOT, imported_source
-from .suite import NAMES, load
+from .suite import NAMES, PAGE, load
 from .tables import comparison_lines, result_lines
 
 RESULTS = ROOT / "benchmarks" / "results"
 # Results that say nothing but that everything runs: never among the committed ones.
 QUICK_RESULTS = Path("runs") / "bench-quick"
-PAGE = "page"
 # What auto takes follows from a measurement: not a condition for making it.
 _CHOICE = "tests/ops/compose/test_crossover.py"
 

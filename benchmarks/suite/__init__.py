@@ -28,6 +28,8 @@ _REGISTERED = {
     "crossover": "crossover:CROSSOVER",
 }
 NAMES = tuple(_REGISTERED)
+# What writes their page.
+PAGE = "page"
 
 
 def load(name: str) -> Benchmark:

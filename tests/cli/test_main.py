@@ -54,6 +54,8 @@ class TestHelp:
             *((["--help"], 0), (["--version"], 0), (["nonsense"], 2)),
             *(([command, "--help"], 0) for command in COMMANDS),
             *((["run", "--foo", "1"], 2), (["run", "glue", "--stepz", "1"], 2), (["budget", "--total", "much"], 2)),
+            *(([command, "nowhere"], 2) for command in ("report", "inspect", "generate", "serve", "bench")),
+            (["serve", ".", "--port", "70000"], 2),
         ],
     )
     def test_help_and_wrong_arguments_are_answered_without_torch(self, arguments, status):
@@ -107,14 +109,16 @@ class TestErrors:
                 ["run", "glue", "--learning_rate", "3"],
                 "--learning_rate must be left out: trials of variant 'LoRA 8' set",
             ),
-            (["report", "nowhere"], "No such file or directory: nowhere/results.json"),
+            (["report", "nowhere"], "No such file or directory: nowhere"),
+            (["report", "."], "No such file or directory: results.json"),
+            (["serve", ".", "--port", "70000"], "argument --port: must be 1 to 65535, got '70000' (see"),
+            (["serve", ".", "--port", "http"], "argument --port: must be 1 to 65535, got 'http' (see"),
             (["generate"], "the following arguments are required: model (see torchdsc generate --help)"),
-            (
-                ["generate", "nowhere"],
-                "no model in nowhere: a folder of a model has config.json",
-            ),
-            (["generate", "nowhere", "--temperature", "warm"], "--temperature must be a number, got 'warm' (see"),
-            (["generate", "x", "--top-pp", "3"], "unrecognized arguments: --top_pp 3 (did you mean --top_p?) (see"),
+            (["generate", "nowhere"], "No such file or directory: nowhere"),
+            (["generate", "."], "no model in .: a folder of a model has config.json"),
+            (["inspect", ".", "--text", "nowhere.txt"], "No such file or directory: nowhere.txt"),
+            (["generate", ".", "--temperature", "warm"], "--temperature must be a number, got 'warm' (see"),
+            (["generate", ".", "--top-pp", "3"], "unrecognized arguments: --top_pp 3 (did you mean --top_p?) (see"),
             (["budget", "--total", "1e6"], "the following arguments are required: --active, --d_model, --n_layer (see"),
         ],
     )

@@ -18,6 +18,10 @@ def run(arguments: list[str]) -> int:
     parser.add_argument("--base", type=str, default=SUPPRESS, help="commit to compare the library with")
     parser.add_argument("--quick", action="store_true", help="a few small points, into runs/bench-quick")
     options = vars(parser.parse_args(arguments))
+    suite = _import("benchmarks.suite")
+    for name in options.get("names", []):
+        if name not in (*suite.NAMES, suite.PAGE):
+            raise ValueError(f"names must be among {', '.join(suite.NAMES)}, got {name!r}")
     command = _import("benchmarks.command")
     output = options.get("output")
     command.run(

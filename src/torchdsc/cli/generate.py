@@ -1,14 +1,12 @@
 """``torchdsc generate``."""
 
-from pathlib import Path
-
-from .parsing import ArgumentParser
+from .parsing import ArgumentParser, existing
 
 
 def run(arguments: list[str]) -> int:
     """Generate text with a trained model."""
     parser = ArgumentParser("generate", "Generate text with a trained model.")
-    parser.add_argument("model", type=Path, help="folder of a model, an adapter or a run")
+    parser.add_argument("model", type=existing, help="folder of a model, an adapter or a run")
     parser.add_base()
     parser.add_argument("--prompt", default="The ", help="text to go on from")
     parser.add_argument("--max_new_tokens", type=int, default=100, help="tokens to add (default: 100)")

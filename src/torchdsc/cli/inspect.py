@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from .parsing import ArgumentParser
+from .parsing import ArgumentParser, existing
 
 
 def run(arguments: list[str]) -> int:
@@ -11,9 +11,9 @@ def run(arguments: list[str]) -> int:
         "inspect",
         "Say what state the routed layers of a saved model or adapter are in, and write a page with pictures.",
     )
-    parser.add_argument("folder", type=Path, help="folder of a model, an adapter, a checkpoint or a run")
+    parser.add_argument("folder", type=existing, help="folder of a model, an adapter, a checkpoint or a run")
     parser.add_argument(
-        "--text", type=Path, help="file of text to route; without it only atoms and bounds are looked at"
+        "--text", type=existing, help="file of text to route; without it only atoms and bounds are looked at"
     )
     parser.add_base()
     parser.add_argument("--output", type=Path, help="page to write (default: inspection.html in the folder)")

@@ -1,14 +1,17 @@
 """Argument parsers that raise errors instead of exiting, and the texts of such errors."""
 
 import argparse
+import errno
+import os
 import re
 from argparse import SUPPRESS, ArgumentError
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from torchdsc.lab.schema import did_you_mean
 
-__all__ = ["SUPPRESS", "ArgumentError", "ArgumentParser", "describe", "underscored"]
+__all__ = ["SUPPRESS", "ArgumentError", "ArgumentParser", "describe", "existing", "underscored"]
 
 _UNKNOWN = re.compile(r"unrecognized arguments: (--[\w.]+)")
 _INVALID = re.compile(r"argument (\S+): invalid (\w+) value: (.*)")
@@ -46,6 +49,13 @@ class ArgumentParser(argparse.ArgumentParser):
         if rest:
             self.error(f"unrecognized arguments: {' '.join(rest)}")
         return options
+
+
+def existing(path: str) -> Path:
+    """A path that must be there, told before anything slow is loaded."""
+    if not Path(path).exists():
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
+    return Path(path)
 
 
 def underscored(arguments: Sequence[str]) -> list[str]:

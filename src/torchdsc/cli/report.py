@@ -2,13 +2,13 @@
 
 from pathlib import Path
 
-from .parsing import ArgumentParser
+from .parsing import ArgumentParser, existing
 
 
 def run(arguments: list[str]) -> int:
     """Write an experiment's table and report anew, from its records alone."""
     parser = ArgumentParser("report", "Write an experiment's table and report anew, from its results.json alone.")
-    parser.add_argument("folder", type=Path, help="folder of an experiment")
+    parser.add_argument("folder", type=existing, help="folder of an experiment")
     parser.add_argument("--output", type=Path, help="where to write (default: the same folder)")
     options = parser.parse_args(arguments)
     from torchdsc.lab.experiment.findings import headline
