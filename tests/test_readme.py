@@ -40,6 +40,14 @@ def test_experiment_commands_parse(command, capsys):
     assert "variants:" in capsys.readouterr().out
 
 
+def test_experiment_of_the_adapters_page_parses(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    [(name, block)] = re.findall(r"```yaml\n# (\w+\.yaml)\n(.*?)```", PAGES["adapters.md"], re.DOTALL)
+    Path(name).write_text(block)
+    assert main(["run", name, "--print_config"]) == 0
+    assert "variants:" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     "module", re.findall(r"^::: (torchdsc(?:\.\w+)*)\n    options", PAGES["reference.md"], re.MULTILINE)
 )
