@@ -175,7 +175,8 @@ class TestGeneration:
             actual = torch.cat([actual, model(actual).logits[:, -1:].argmax(-1)], 1)
         generated = model.generate(input_ids, max_new_tokens=6, do_sample=False)
         assert torch.equal(generated, actual)
-        assert torch.equal(model.generate(input_ids, max_new_tokens=6, do_sample=False, use_cache=False), actual)
+        for options in ({"use_cache": False}, {"cache_implementation": "static"}):
+            assert torch.equal(model.generate(input_ids, max_new_tokens=6, do_sample=False, **options), generated)
 
     @pytest.mark.parametrize("use_cache", [True, False])
     def test_left_padding_changes_no_token(self, kind, use_cache, make_model, input_ids):
