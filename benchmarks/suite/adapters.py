@@ -22,8 +22,8 @@ from torchdsc.lab.training.environment import quiet_transformers
 
 MERGED, LORA = "merged lora", "lora"
 BESIDE, LAYERS, NGRAMS, FEW = "dsc", "dsc beside layers", "dsc by n-grams", "dsc by n-grams in a fifth of the layers"
-# What many small adapters are, and how many of them a batch mixes.
-LENT, MANY = "dsc over one bank", 8
+# What many small adapters are, of about as many parameters, and how many of them a batch mixes.
+LENT, SMALL, MANY = "dsc over one bank", "lora of queries and values", 8
 BLOCKS = ("self_attn", "mlp")
 
 
@@ -196,6 +196,7 @@ def _cases(settings: Settings) -> Cases:
     lent = DSCAdapterConfig(**_lent(sizes))
     counts = {name: sum(map(Tensor.numel, trainable(model))) for name, model in models.items()}
     counts[LENT] = _added(base, sizes, lent)
+    counts[SMALL] = sum(map(Tensor.numel, trainable(beside(base, _small()))))
     return {"parameters": counts}
 
 
@@ -203,6 +204,10 @@ def _lent(sizes: Sizes) -> dict[str, Any]:
     """Options of a small adapter over the bank of another."""
     options = {"target_modules": [*BLOCKS], "num_atoms": sizes.atoms, "top_k": sizes.top_k, "gamma_init": 0.1}
     return {**options, "bank_of": "default", "router": "low_rank", "router_rank": 2}
+
+
+def _small() -> LoraConfig:
+    return LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj", "v_proj"])
 
 
 def _added(base: Any, sizes: Sizes, lent: PeftConfig) -> int:
@@ -217,10 +222,11 @@ def _many(base: Any, sizes: Sizes) -> Cases:
     """Several adapters in one model: a batch with one for each of its sequences, and the active one changed."""
     names = [f"customer-{number}" for number in range(MANY)]
     found = configs(sizes)
-    models = {LORA: beside(base, found[LORA]), LENT: beside(base, found[BESIDE])}
+    added = {LORA: found[LORA], SMALL: _small(), LENT: DSCAdapterConfig(**_lent(sizes))}
+    models = {name: beside(base, found[BESIDE] if name == LENT else config) for name, config in added.items()}
     for name in names:
-        models[LORA].add_adapter(name, found[LORA])
-        models[LENT].add_adapter(name, DSCAdapterConfig(**_lent(sizes)))
+        for kind, model in models.items():
+            model.add_adapter(name, added[kind])
     for model in models.values():
         model.eval()
     ids = torch.randint(sizes.model["vocab_size"], (MANY, sizes.prompt), device=base.device)
