@@ -133,12 +133,13 @@ SECTIONS = {
     ),
     "adapters": Section(
         "Adapters",
-        "A causal LM of SmolLM2-135M's sizes (d 576, 30 layers, vocabulary 49,152; weights are random, which costs the "
-        "same time) with adapters of about as many parameters: LoRA of rank 8 in all linear layers, DSC (K 4) beside "
-        "attention blocks and MLPs, beside whole layers, and by n-grams, also in six layers alone (K 16). A merged LoRA is the base model, and costs "
-        "nothing; a DSC adapter cannot be merged. Prefill fills a cache, decoding goes on from one of 64 tokens, a "
-        "training step is a forward and backward pass. Of many adapters over one bank each has a low-rank router and a "
-        "gamma alone, about as many parameters as LoRA of rank 2 in queries and values; a batch of eight sequences has an adapter for each, and a switch is `set_adapter`.",
+        "A causal LM of SmolLM2-135M's sizes (d 576, 30 layers, vocabulary 49,152; weights are random, which costs "
+        "the same time) with adapters of about as many parameters: LoRA of rank 8 in all linear layers, DSC (K 4) "
+        "beside attention blocks and MLPs, beside whole layers, and by n-grams, also in six layers alone (K 16). A "
+        "merged LoRA is the base model, and costs nothing; a DSC adapter cannot be merged. Prefill fills a cache, "
+        "decoding goes on from one of 64 tokens, a training step is a forward and backward pass. Of many adapters "
+        "over one bank each has a low-rank router and a gamma alone, about as many parameters as LoRA of rank 2 in "
+        "queries and values; a batch of eight sequences has an adapter for each, and a switch is `set_adapter`.",
         adapters.tables,
         lambda result: {},
     ),
