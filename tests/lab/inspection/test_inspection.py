@@ -222,4 +222,4 @@ def test_command(folders, capsys):
     assert "No sign of failure" in out
     assert (folders / "dscgpt" / "model" / "inspection.html").is_file()
     assert main(["inspect", str(folders / "nothing")]) == 2
-    assert "no model in" in capsys.readouterr().err
+    assert "No such file or directory" in capsys.readouterr().err
