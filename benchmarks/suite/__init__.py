@@ -32,14 +32,19 @@ NAMES = tuple(_REGISTERED)
 PAGE = "page"
 
 
+def check_name(name: str) -> None:
+    """Raise ``ValueError`` if there is no benchmark of that name; imports none."""
+    if name not in _REGISTERED:
+        raise ValueError(f"names must be among {', '.join(NAMES)}, got {name!r}")
+
+
 def load(name: str) -> Benchmark:
     """A benchmark by name.
 
     Raises:
         ValueError: If there is none of that name.
     """
-    if name not in _REGISTERED:
-        raise ValueError(f"names must be among {', '.join(NAMES)}, got {name!r}")
+    check_name(name)
     module, _, attribute = _REGISTERED[name].partition(":")
     benchmark: Benchmark = getattr(import_module(f"{__name__}.{module}"), attribute)
     return benchmark

@@ -57,7 +57,9 @@ class TestCheckout:
 )
 def test_options(torchdsc, monkeypatch, arguments, expected):
     seen = []
-    options = SimpleNamespace(NAMES=["layer", "select"], PAGE="page", Options=lambda **given: given, run=seen.append)
+    options = SimpleNamespace(
+        NAMES=["layer"], PAGE="page", check_name=lambda name: None, Options=lambda **given: given, run=seen.append
+    )
     monkeypatch.setattr(bench, "import_module", lambda name: options)
     monkeypatch.setattr(sys, "path", [*sys.path])
     assert torchdsc("bench", *arguments).status == 0

@@ -77,9 +77,7 @@ def regularization(
             checkpointing or ``torch.no_grad``.
     """
     _check_arguments(model, num_tokens, frame_share, synchronize)
-    if not any(isinstance(module, RoutedLayer) for module in model.modules()):
-        raise ValueError(f"model must hold a DSC or other routed layer, got {type(model).__name__} without one")
-    layers = list(_regularized_layers(model))
+    layers = [layer for layer in _routed_layers(model) if layer.regularizers.any]
     if not layers:
         # Nothing is regularised, as where atoms are addressed by n-grams.
         return _Sums(list(model.parameters())).result()
@@ -114,11 +112,15 @@ def synchronize_regularization(model: nn.Module, *, enabled: bool = True) -> Non
     Raises:
         ValueError: If ``model`` has no routed layer.
     """
+    for layer in _routed_layers(model):
+        layer.synchronizes_statistics = enabled
+
+
+def _routed_layers(model: nn.Module) -> list[RoutedLayer]:
     layers = [module for module in model.modules() if isinstance(module, RoutedLayer)]
     if not layers:
         raise ValueError(f"model must hold a DSC or other routed layer, got {type(model).__name__} without one")
-    for layer in layers:
-        layer.synchronizes_statistics = enabled
+    return layers
 
 
 def _check_arguments(
